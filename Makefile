@@ -1,0 +1,75 @@
+# `make help` lists the targets. Each one installs what it needs, once, into $(VENV); nothing else is touched.
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+ARGS ?=
+# Test processes side by side.
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+# torch goes in first and pinned: where pip may choose, it takes another build with gigabytes of CUDA.
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(CONSTRAINTS))
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.SECONDARY:
+.PHONY: help demo test test-slow test-distributed test-frameworks check format docs bench evidence clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.extra-demo ## train on real data with and without balancing; DATA=folder to use your own copy
+	@$(BIN)/python -m benchmarks.demo $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: $(VENV)/.extra-test ## run the tests, without the slow ones; ARGS="-k ogm" goes to pytest
+	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-slow: $(VENV)/.extra-test ## run the slow tests
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-distributed: $(VENV)/.extra-test ## run the tests that start several processes
+	@$(BIN)/python -m pytest -m distributed $(ARGS)
+
+test-frameworks: $(VENV)/.extra-test $(VENV)/.extra-accelerate $(VENV)/.extra-lightning $(VENV)/.extra-transformers ## run the tests with Lightning, Transformers and Accelerate
+	@$(BIN)/python -m pytest -m frameworks $(ARGS)
+
+check: $(VENV)/.extra-test $(VENV)/.extra-check ## lint, format and type checks
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.extra-check ## apply the formatter and the safe fixes
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: $(VENV)/.extra-docs ## build the documentation into site/
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+bench: $(VENV)/.extra-bench ## measure speed
+	@$(BIN)/python -m benchmarks.speed $(ARGS)
+
+evidence: $(VENV)/.extra-bench ## run the accuracy benchmark again; takes long
+	@$(BIN)/python -m benchmarks.accuracy $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find balanceopt benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# Stamps: one for torch, one for each extra of pyproject.toml.
+$(VENV)/.torch: $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(CONSTRAINTS) pins versions for Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing $(TORCH) into $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) $(TORCH)
+	@touch $@
+
+# setuptools came with torch, so the build needs no environment of its own.
+$(VENV)/.extra-%: $(VENV)/.torch pyproject.toml
+	@echo "installing balanceopt[$*] into $(VENV)"
+	@$(PIP_INSTALL) --no-build-isolation -e ".[$*]"
+	@touch $@

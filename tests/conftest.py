@@ -1,0 +1,36 @@
+"""What every test shares: seeds, threads and the settings of property-based tests."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomised: the same examples on every machine. HYPOTHESIS_PROFILE=thorough looks for new ones.
+settings.register_profile("default", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile(
+    "thorough", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+# One thread: tests run side by side, and the order of a sum must not depend on the machine.
+torch.set_num_threads(int(os.environ.get("BALANCEOPT_TEST_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Fixed seeds before each test; dtype, gradient mode and determinism as they were after it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    torch.use_deterministic_algorithms(deterministic)

@@ -1,0 +1,158 @@
+"""The package as a whole: its public names, its layers, what an import costs, and the wheel."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import balanceopt
+
+PACKAGE = Path(balanceopt.__file__).parent
+ROOT = PACKAGE.parent
+
+# Imports go down only: a part may import from its own layer's line and those before it. Private helpers of the whole
+# package (balanceopt/_x.py) are in the first.
+LAYERS = [
+    {"functional", "modality", "distributed"},
+    {"monitor"},
+    {"modulation"},
+    {"optim", "prediction", "objective"},
+    {"relearn"},
+    {"recording", "plotting", "integrations"},
+]
+OPTIONAL = ["accelerate", "lightning", "matplotlib", "sklearn", "torch_optimizer", "tqdm", "transformers"]
+
+
+def test_every_public_name_resolves():
+    assert len(set(balanceopt.__all__)) == len(balanceopt.__all__)
+    missing = [name for name in balanceopt.__all__ if not hasattr(balanceopt, name)]
+    assert missing == []
+
+
+def test_every_public_name_has_a_docstring():
+    public = {name: getattr(balanceopt, name) for name in balanceopt.__all__}
+    described = {n: v for n, v in public.items() if inspect.isroutine(v) or inspect.isclass(v)}
+    bare = [name for name, value in described.items() if not (value.__doc__ or "").strip()]
+    assert bare == []
+
+
+def test_types_are_shipped():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_import_has_no_side_effects():
+    code = f"""
+import random, sys, warnings
+import numpy, torch
+warnings.simplefilter("error")
+before = torch.get_rng_state(), random.getstate(), torch.get_default_dtype(), torch.get_num_threads()
+import balanceopt
+after = torch.get_rng_state(), random.getstate(), torch.get_default_dtype(), torch.get_num_threads()
+assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+print([name for name in {OPTIONAL!r} if name in sys.modules])
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "[]"
+    assert ran.stderr == ""
+
+
+def layer_of(part: str) -> int | None:
+    if part.startswith("_"):
+        return 0
+    found = [number for number, layer in enumerate(LAYERS) if part in layer]
+    return found[0] if found else None
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> Iterator[str]:
+    """The package's parts that a file imports, also inside functions, but not for type checking only."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            modules = [node.module or ""]
+            if node.module == "balanceopt":
+                modules = [f"balanceopt.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            if module.split(".")[0] == "balanceopt":
+                yield module.split(".")[1] if "." in module else "balanceopt itself"
+
+
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_down_only(path):
+    own = layer_of(part_of(path))
+    assert own is not None, f"{path.name} belongs to no layer: give it a place in LAYERS"
+    for part in imported_parts(path):
+        other = layer_of(part)
+        assert other is not None, f"{path.name} imports {part}, which belongs to no layer"
+        assert other <= own, f"{path.name} imports {part} from a layer above its own"
+
+
+def test_init_only_exports():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    kinds = {type(node) for node in tree.body}
+    assert kinds <= {ast.Expr, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    source = tmp_path / "source"  # a copy: a build leaves files beside what it builds
+    shutil.copytree(PACKAGE, source / "balanceopt", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("tests", "benchmarks"):
+        (source / folder).mkdir()
+        (source / folder / "__init__.py").touch()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, timeout=240)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    files = (path for path in PACKAGE.rglob("*") if path.suffix == ".py" or path.name == "py.typed")
+    assert names == {path.relative_to(ROOT).as_posix() for path in files}
+
+    target = tmp_path / "site"
+    install = [*pip, "install", "--no-deps", "--target", str(target), str(wheel)]
+    subprocess.run(install, check=True, timeout=240)
+    code = "import balanceopt, sys; [getattr(balanceopt, n) for n in balanceopt.__all__]; print(balanceopt.__file__)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(target), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert ran.stdout.strip().startswith(str(target))

@@ -1,0 +1,52 @@
+"""The papers' update rules as pure functions: tensors in, tensors out."""
+
+from balanceopt.functional._clustering import (
+    KMeansResult,
+    kmeans,
+    minmax_scale,
+    purity,
+    reinit_strength,
+    soft_reinit_,
+)
+from balanceopt.functional._coefficients import drop_probability, modulation_coefficient
+from balanceopt.functional._labels import recover_labels
+from balanceopt.functional._logits import linear_logits
+from balanceopt.functional._masks import (
+    inclusion_probabilities,
+    keep_ratio,
+    kept_units,
+    sample_units,
+    systematic_sample,
+    unit_importance,
+)
+from balanceopt.functional._scores import (
+    discrepancy_ratio,
+    feature_entropy,
+    modal_significance,
+    significance_from_sums,
+    true_class_score,
+)
+
+__all__ = [
+    "KMeansResult",
+    "discrepancy_ratio",
+    "drop_probability",
+    "feature_entropy",
+    "inclusion_probabilities",
+    "keep_ratio",
+    "kept_units",
+    "kmeans",
+    "linear_logits",
+    "minmax_scale",
+    "modal_significance",
+    "modulation_coefficient",
+    "purity",
+    "recover_labels",
+    "reinit_strength",
+    "sample_units",
+    "significance_from_sums",
+    "soft_reinit_",
+    "systematic_sample",
+    "true_class_score",
+    "unit_importance",
+]

@@ -1,0 +1,115 @@
+"""Labels read back from the gradient of a cross-entropy loss at the logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INVALID = -100
+
+# Entries this much smaller than a row's largest are rounding, not a sign.
+_CLEAR = 1e-6
+# Fewest classes for which a line through the non-label entries can single the label out.
+_FEWEST_FOR_LINE = 4
+
+
+class RecoveredLabels(NamedTuple):
+    """What `recover_labels` read.
+
+    Attributes:
+        labels: int64 `(B,)`; -100 where the row's label can't be told.
+        ambiguous: bool `(B,)`, rows with several clearly negative entries: not a hard-label cross-entropy alone.
+    """
+
+    labels: Tensor
+    ambiguous: Tensor
+
+
+@torch.no_grad()
+def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
+    r"""Read the labels of a batch from the gradient of its cross-entropy loss.
+
+    $$\frac{\partial L}{\partial \text{logits}_{ic}} = s_i \left(p_{ic} - 1[c = y_i]\right), \quad s_i > 0$$
+
+    so the only negative entry of a row is its label, whatever the loss scale, the sample's weight or the number of
+    micro-batches. By row: all zero, or not finite: no label (ignored, of zero weight, or underflowed); one clearly
+    negative entry: that class; none, and the most probable class's gradient rounded to zero: that class; several:
+    label smoothing \(\epsilon\) or something else on the logits. Then the entries other than the label lie on the
+    line \(s (p - \epsilon / C)\), and the class whose removal leaves the best line is taken; with C <= 3 no line can
+    tell, and the row has no label.
+
+    Args:
+        grad: `(B, C)`, gradient of the loss with respect to `logits`, at any positive scale.
+        logits: `(B, C)`.
+
+    Returns:
+        `RecoveredLabels(labels, ambiguous)`.
+
+    Raises:
+        ValueError: if the shapes differ or are not `(B, C)` with C >= 2.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+        >>> torch.nn.functional.cross_entropy(logits, torch.tensor([1])).backward()
+        >>> recover_labels(logits.grad, logits).labels
+        tensor([1])
+
+    Reference:
+        ours (docs/concepts.md); the papers' code needs the labels in the loop.
+    """
+    if grad.shape != logits.shape or grad.dim() != 2 or grad.shape[1] < 2:
+        raise ValueError(
+            "`grad` and `logits` should have the same shape (B, C), C >= 2. "
+            f"Found {tuple(grad.shape)} and {tuple(logits.shape)}."
+        )
+    g = grad.double()
+    largest = g.abs().amax(1, keepdim=True)
+    usable = (torch.isfinite(largest) & (largest > 0)).squeeze(1)
+    g = torch.where(usable.unsqueeze(1), g / largest, 0)
+    p = logits.double().softmax(1)
+    negatives = (g < -_CLEAR).sum(1)
+
+    most_probable = p.argmax(1)
+    memorised = g.gather(1, most_probable.unsqueeze(1)).squeeze(1).abs() <= _CLEAR
+    told = usable & ((negatives == 1) | ((negatives == 0) & memorised))
+    labels = torch.where(negatives == 0, most_probable, g.argmin(1))
+    if grad.shape[1] >= _FEWEST_FOR_LINE:
+        rounding = torch.finfo(grad.dtype).eps
+        off_the_line, exact = _label_off_the_line(g, p, rounding)
+        # Under label smoothing the only negative entry can be another class's: then the rest is not proportional to p.
+        doubtful = (negatives == 1) & ~_proportional_without(labels, g, p, rounding)
+        labels = torch.where((negatives > 1) | doubtful & exact, off_the_line, labels)
+        told |= usable & (negatives > 1)
+    return RecoveredLabels(torch.where(told, labels, INVALID), usable & (negatives > 1))
+
+
+def _proportional_without(label: Tensor, g: Tensor, p: Tensor, rounding: float) -> Tensor:
+    """Whether g = s p for all classes but `label` `(B,)`, as under plain cross-entropy."""
+    rest = torch.ones_like(p).scatter_(1, label.unsqueeze(1), 0)
+    g, p = g * rest, p * rest
+    s = (g * p).sum(1, keepdim=True) / (p * p).sum(1, keepdim=True).clamp(min=1e-300)
+    return ((g - s * p) ** 2).sum(1) <= max(1e-9, (4 * rounding) ** 2) * (g * g).sum(1)
+
+
+def _label_off_the_line(g: Tensor, p: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """The class without which a row's points (p, g) lie best on a line, relative to its own distance below that line.
+
+    Returns the class `(B,)` and whether the line is exact up to rounding `(B,)`.
+    """
+    n = g.shape[1] - 1
+    # Sums over all classes but one, for each class in turn.
+    mean_p, mean_g = ((x.sum(1, keepdim=True) - x) / n for x in (p, g))
+    spread_p = (p * p).sum(1, keepdim=True) - p * p - n * mean_p**2
+    spread_g = (g * g).sum(1, keepdim=True) - g * g - n * mean_g**2
+    both = (p * g).sum(1, keepdim=True) - p * g - n * mean_p * mean_g
+    noise = n * (rounding * mean_g) ** 2 + 1e-16
+    # Probabilities too close together to show a slope in the rounded gradient (a saturated row).
+    flat = spread_p <= noise
+    slope = torch.where(flat, 0, both / spread_p.clamp(min=1e-300))
+    residual = (spread_g - slope * both).clamp(min=0)
+    below = (mean_g + slope * (p - mean_p) - g).clamp(min=1e-150)
+    cost = torch.where(flat, residual, (residual + noise) / below**2)
+    best, label = cost.min(1)
+    return label, (best <= 1e-12) & ~flat.gather(1, label.unsqueeze(1)).squeeze(1)

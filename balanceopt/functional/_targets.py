@@ -1,0 +1,78 @@
+"""Labels as one object: class indices or class probabilities, with rows that do not count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Checked labels of a batch.
+
+    Attributes:
+        valid: bool `(B,)`, the rows that count.
+        index: int64 `(B,)` class indices, 0 where not valid; None for soft labels.
+        probabilities: `(B, C)` float32 class probabilities; None for class indices.
+        num_classes: C.
+    """
+
+    valid: Tensor
+    index: Tensor | None
+    probabilities: Tensor | None
+    num_classes: int
+
+    def pick(self, values: Tensor) -> Tensor:
+        """`values` `(..., B, C)` at each row's label (or their mean under soft labels), `(..., B)`, 0 where not valid."""
+        if self.index is not None:
+            index = self.index.expand(values.shape[:-1]).unsqueeze(-1)
+            picked = values.gather(-1, index).squeeze(-1)
+        else:
+            assert self.probabilities is not None
+            # 0 * -inf is not a number: classes without probability must not count.
+            picked = torch.where(self.probabilities > 0, self.probabilities * values, 0).sum(-1)
+        return torch.where(self.valid, picked, 0)
+
+    def class_counts(self) -> Tensor:
+        """How often each class occurs among the valid rows, float32 `(C,)`."""
+        if self.index is None:
+            assert self.probabilities is not None
+            return torch.where(self.valid.unsqueeze(-1), self.probabilities, 0).sum(0)
+        counts = torch.zeros(self.num_classes, device=self.index.device)
+        return counts.index_add_(0, self.index, self.valid.to(counts.dtype))
+
+    def restricted_to(self, rows: Tensor) -> Targets:
+        """The same labels where only `rows` (bool `(B,)`) may count."""
+        return Targets(self.valid & rows, self.index, self.probabilities, self.num_classes)
+
+
+def as_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> Targets:
+    """Check labels `(B,)` (class indices) or `(B, C)` (class probabilities).
+
+    Raises:
+        ValueError: if they have another shape or kind, or (on the CPU, where looking is free) lie outside [0, C).
+    """
+    if labels.dim() == 2 and labels.is_floating_point():
+        if labels.shape[1] != num_classes:
+            raise ValueError(
+                f"soft `labels` should have one column for each of the {num_classes} classes. "
+                f"Found shape {tuple(labels.shape)}."
+            )
+        return Targets(labels.sum(1) > 0, None, labels.float(), num_classes)
+    if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            "`labels` should be class indices of shape (B,) or class probabilities of shape (B, C). "
+            f"Found shape {tuple(labels.shape)} and dtype {labels.dtype}."
+        )
+    valid = labels != ignore_index
+    index = torch.where(valid, labels, 0).long()
+    if index.device.type == "cpu" and index.numel() > 0:
+        seen = index.numpy()
+        if seen.min() < 0 or seen.max() >= num_classes:
+            raise ValueError(
+                f"`labels` should lie in [0, {num_classes}) or equal ignore_index={ignore_index}. "
+                f"Found labels from {seen.min()} to {seen.max()}."
+            )
+    return Targets(valid, index, None, num_classes)

@@ -1,0 +1,44 @@
+"""What ranks share: sums and the seed. Everything is the identity without a process group."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None | Literal[False]
+
+
+def active_group(group: Group) -> dist.ProcessGroup | None:
+    """The process group to reduce over, or None when this process is alone.
+
+    Args:
+        group: None for the default group where one is initialised, a group, or False for no communication.
+    """
+    if group is False or not (dist.is_available() and dist.is_initialized()):
+        return None
+    found = dist.group.WORLD if group is None else group
+    return found if found is not None and dist.get_world_size(found) > 1 else None
+
+
+def sum_over_ranks(tensor: Tensor, group: Group) -> Tensor:
+    """The sum of `tensor` over the ranks of `group`, on every rank; `tensor` itself when alone."""
+    found = active_group(group)
+    if found is None:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total, group=found)
+    return total
+
+
+def shared_seed(group: Group) -> int:
+    """`torch.initial_seed()` of the group's first rank, the same on every rank; below 2**63."""
+    seed = torch.initial_seed() % 2**63
+    found = active_group(group)
+    if found is None:
+        return seed
+    box = [seed]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(found, 0), group=found)
+    return int(box[0])

@@ -1,0 +1,142 @@
+"""Which parameters belong to which modality: by the user's modules and parameter identity, never by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+Encoders = Mapping[str, nn.Module | str]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def find_module(model: nn.Module, module: nn.Module | str, role: str) -> nn.Module:
+    """The module of `model` that the user named or gave.
+
+    Raises:
+        ValueError: if `model` has no module of that name, or does not hold the module given.
+        TypeError: if it is neither a module nor a name.
+    """
+    inner = unwrap(model)
+    if isinstance(module, str):
+        try:
+            return inner.get_submodule(module)
+        except AttributeError as error:
+            names = [name for name, _ in inner.named_children()]
+            raise ValueError(
+                f"{role} should name a module of {type(inner).__name__}. Found {module!r}; its children are {names}."
+            ) from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{role} should be a module or the dotted name of one. Found {type(module).__name__}.")
+    if all(module is not own for own in model.modules()):
+        raise ValueError(
+            f"{role} should be a module of {type(inner).__name__}. Found a {type(module).__name__} outside of it."
+        )
+    return module
+
+
+def resolve_encoders(model: nn.Module, encoders: Encoders) -> dict[str, nn.Module]:
+    """Each modality's encoder as a module of `model`.
+
+    Raises:
+        ValueError: for no encoders, an unknown name, a module outside the model, or encoders that overlap.
+        TypeError: if an encoder is neither a module nor a name.
+    """
+    if not isinstance(encoders, Mapping) or not encoders:
+        raise ValueError(
+            "`encoders` should map each modality to its module, like {'audio': model.audio_net}. "
+            f"Found {encoders!r}."
+        )
+    found = {name: find_module(model, module, f"encoders[{name!r}]") for name, module in encoders.items()}
+    for first, a in found.items():
+        for second, b in found.items():
+            if first != second and any(b is part for part in a.modules()):
+                raise ValueError(
+                    f"`encoders` should not overlap. Found that the encoder of {second!r} is "
+                    f"{'the same module as' if a is b else 'inside'} that of {first!r}."
+                )
+    return found
+
+
+def modality_parameters(model: nn.Module, encoders: Encoders) -> dict[str, list[nn.Parameter]]:
+    """Each modality's own parameters: those that no module outside its encoder holds.
+
+    Parameters shared between modalities, or tied to the head, are nobody's.
+
+    Raises:
+        ValueError: if a modality is left without a parameter, or as `resolve_encoders`.
+    """
+    result: dict[str, list[nn.Parameter]] = {}
+    for name, encoder in resolve_encoders(model, encoders).items():
+        elsewhere = {id(p) for part in _modules_outside(model, encoder) for p in part.parameters(recurse=False)}
+        result[name] = [p for p in encoder.parameters() if id(p) not in elsewhere]
+        if not result[name]:
+            shared = any(True for _ in encoder.parameters())
+            raise ValueError(
+                f"encoders[{name!r}] should have parameters of its own. Found "
+                + ("only parameters shared with other modules." if shared else "none.")
+            )
+    return result
+
+
+def _modules_outside(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
+    """Every module that can be reached from `model` without passing through `encoder`."""
+    found: dict[int, nn.Module] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not encoder and id(module) not in found:
+            found[id(module)] = module
+            waiting.extend(module.children())
+    return list(found.values())
+
+
+def modality_groups(model: nn.Module, encoders: Encoders, **defaults: Any) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer, one for each modality and one for the rest.
+
+    Each modality's group carries `"modality": name`; then comes one with `"modality": None` for every other
+    parameter (left out when empty). Every parameter of `model` is in exactly one group, in the model's order.
+    Parameters shared between modalities, or tied to a module outside the encoders (a head), are in the last one.
+
+    Args:
+        model: the whole model.
+        encoders: each modality's encoder, a module of `model` or its dotted name.
+        **defaults: options put in every group, such as `lr` or `weight_decay`.
+
+    Returns:
+        The list to give to any `torch.optim.Optimizer`.
+
+    Raises:
+        ValueError: for an unknown name, a module outside the model, encoders that overlap, an encoder without
+            parameters of its own, or an option named `params` or `modality`.
+
+    Example:
+        >>> model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3), "b": torch.nn.Linear(2, 3)})
+        >>> [(g["modality"], len(g["params"])) for g in modality_groups(model, {"a": model["a"]}, lr=0.1)]
+        [('a', 2), (None, 2)]
+
+    Reference:
+        The published scripts match parameter names instead; see docs/concepts.md.
+    """
+    reserved = {"params", "modality"} & defaults.keys()
+    if reserved:
+        raise ValueError(f"`defaults` should not set {sorted(reserved)}: they are made from `encoders`.")
+    own = modality_parameters(model, encoders)
+    tagged = {id(p) for parameters in own.values() for p in parameters}
+    groups = [{"params": parameters, "modality": name, **defaults} for name, parameters in own.items()]
+    rest = [p for p in model.parameters() if id(p) not in tagged]
+    if rest:
+        groups.append({"params": rest, "modality": None, **defaults})
+    return groups

@@ -1,0 +1,72 @@
+"""What one consumer of the monitor has not used yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._sums import ModalitySums
+
+
+class Accumulator:
+    """Passes that backward has reached since the consumer last took them.
+
+    Several consumers of one monitor have one each, so that none takes the other's scores; each pass is scored once.
+    """
+
+    def __init__(
+        self,
+        settle: Callable[[Pass], ModalitySums | None],
+        on_take: Callable[[Accumulator], None],
+        *,
+        needs_entropy: bool,
+        steps: bool,
+    ) -> None:
+        """Sum passes by `settle`; `needs_entropy` asks the monitor for the features' entropies too."""
+        self.needs_entropy = needs_entropy
+        self.steps = steps
+        self._settle = settle
+        self._on_take = on_take
+        self.held: ModalitySums | None = None
+        self._sums: ModalitySums | None = None
+        self._latest: Pass | None = None
+        self._held_back = False
+
+    def add(self, done: Pass) -> None:
+        """Note a pass. It is scored when the next one comes or the sums are taken: labels may still arrive."""
+        self._fold()
+        self._latest = done
+
+    def take(self) -> ModalitySums | None:
+        """The sums over the passes since the last take or discard, and start anew; None where no pass had any.
+
+        Passes left without scores on purpose (`every=`) take the last sums.
+        """
+        self._fold()
+        sums = self._sums
+        if sums is not None:
+            self.held = sums
+        elif self._held_back:
+            sums = self.held
+        self.discard()
+        self._on_take(self)
+        return sums
+
+    def discard(self) -> None:
+        """Forget what was not taken."""
+        if self._latest is not None:
+            self._latest.closed = True
+        self._sums, self._latest, self._held_back = None, None, False
+
+    def _fold(self) -> None:
+        done, self._latest = self._latest, None
+        if done is None:
+            return
+        self._held_back |= done.held_back
+        sums = self._settle(done)
+        if sums is not None:
+            self._sums = sums if self._sums is None else self._sums + sums
+
+    def __getstate__(self) -> dict[str, object]:
+        # A pass holds tensors of a graph, which can neither be copied nor pickled.
+        return {**self.__dict__, "_latest": None}

@@ -1,0 +1,65 @@
+"""Tensors inside what modules return: tensors, tuples, dicts, dataclasses, Hugging Face outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+# Where several tensors come back, these names are the one meant.
+_FEATURES = ("pooler_output",)
+_LOGITS = ("logits",)
+
+
+def features_of(output: Any) -> Tensor | None:
+    """The feature tensor of an encoder's output: itself, its `pooler_output`, or the first tensor in it."""
+    return _pick(output, _FEATURES)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits of a head's or model's output: itself, its `logits`, or the first tensor in it."""
+    return _pick(output, _LOGITS)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` applied to each tensor in it, of the same types and structure."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        changed = {key: map_tensors(function, item) for key, item in value.items()}
+        return changed if type(value) is dict else type(value)(**changed)
+    if isinstance(value, tuple):
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [map_tensors(function, item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: map_tensors(function, getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def _pick(output: Any, names: tuple[str, ...]) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    for name in names:
+        named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(named, Tensor):
+            return named
+    return _first(output)
+
+
+def _first(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        items = list(value.values())
+    elif isinstance(value, (tuple, list)):
+        items = list(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, f.name) for f in dataclasses.fields(value)]
+    else:
+        return None
+    return next((t for t in map(_first, items) if t is not None), None)

@@ -1,0 +1,71 @@
+"""One training pass: what the hooks saw of a forward, and what backward added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from balanceopt.monitor._sums import ModalitySums
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward in training.
+
+    Attributes:
+        inputs: the model's `(args, kwargs)`, held until its forward ends; None where only its parts were called.
+        outputs: each modality's encoder outputs, one a call, clean (before any drop) and detached.
+        features: each modality's clean feature tensor, batch first, from its last call.
+        sent_features: the same as it went on into the fusion (after any drop).
+        head_inputs: what each head got, by modality; under None what the joint head got.
+        head_outputs: each modality's own head's output, for per-head fusion.
+        logits: the joint logits `(N, C)`, N rows.
+        unimodal: each modality's logits `(N, C)` float32; None before the forward's end.
+        entropies: each modality's feature entropy by sample `(B,)`, where a consumer asked for it.
+        present: bool `(B,)` by modality, the samples that have it; all of them where not given.
+        labels: as given by the user, a loss module or the model's keyword; None to recover them.
+        label_source: where `labels` come from.
+        gradients: of the loss at the joint logits, one a backward.
+        has_hook: backward will be noticed.
+        held_back: scores were not due in this pass (`every=`).
+        vectors: each modality's clean features as the head gets them `(N, D_m)`, where that is known.
+        ignore_index: of the loss module that gave the labels, where it has one.
+        closed: its scores were taken or discarded: labels that come now are for another pass.
+        settled: its sums are made.
+        sums: what it contributes, once made.
+        notes: what other parts of the package remember of this pass (a drop mask).
+    """
+
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    outputs: dict[str, list[Any]] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+    sent_features: dict[str, Tensor] = field(default_factory=dict)
+    head_inputs: dict[str | None, Tensor] = field(default_factory=dict)
+    head_outputs: dict[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    unimodal: dict[str, Tensor] | None = None
+    entropies: dict[str, Tensor] = field(default_factory=dict)
+    present: dict[str, Tensor] = field(default_factory=dict)
+    labels: Tensor | None = None
+    label_source: str = "gradient"
+    gradients: list[Tensor] = field(default_factory=list)
+    has_hook: bool = False
+    held_back: bool = False
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    ignore_index: int | None = None
+    closed: bool = False
+    settled: bool = False
+    sums: ModalitySums | None = None
+    notes: dict[Any, Any] = field(default_factory=dict)
+
+    def was_dropped(self, name: str) -> bool:
+        """Whether something (OPM) changed the modality's features on their way into the fusion."""
+        return name in self.features and self.sent_features[name] is not self.features[name]
+
+    def end_forward(self) -> None:
+        """Let go of what only the forward needed."""
+        self.inputs = None
+        self.outputs, self.features, self.sent_features, self.vectors = {}, {}, {}, {}
+        self.head_inputs, self.head_outputs = {}, {}

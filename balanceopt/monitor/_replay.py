@@ -1,0 +1,77 @@
+"""Run part of a model once more and leave no trace: no hook, no random number, no mode, no statistic."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Leave every global random stream (torch, the device's, numpy, Python) as it was."""
+    devices = [device] if device.type != "cpu" else []
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextmanager
+def quiet(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Within it `modules` are in eval mode, call no hook and no compiled code, and nothing records gradients."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(random_state_kept(device))
+        for module in modules:
+            # Straight into __dict__: nn.Module's own attribute setter costs more than the whole fusion on small models.
+            changes: dict[str, Any] = {name: OrderedDict() for name in _HOOKS if module.__dict__.get(name)}
+            if module.training:
+                changes["training"] = False
+            if module.__dict__.get("_compiled_call_impl") is not None:
+                changes["_compiled_call_impl"] = None
+            stack.enter_context(_attributes(module, changes))
+        yield
+
+
+@contextmanager
+def forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Within it each module's `forward` is the function given."""
+    with ExitStack() as stack:
+        for module, function in replacements:
+            stack.enter_context(_attributes(module, {"forward": function}))
+        yield
+
+
+@contextmanager
+def _attributes(module: nn.Module, changes: dict[str, Any]) -> Iterator[None]:
+    own = module.__dict__
+    before = {name: own[name] for name in changes if name in own}
+    own.update(changes)
+    try:
+        yield
+    finally:
+        for name in changes:
+            if name in before:
+                own[name] = before[name]
+            else:
+                own.pop(name, None)

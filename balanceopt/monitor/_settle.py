@@ -1,0 +1,118 @@
+"""From a finished pass to the sums it contributes: find its labels, score its uni-modal logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from balanceopt.functional import recover_labels
+from balanceopt.functional._labels import INVALID
+from balanceopt.functional._targets import Targets, as_targets
+from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._sums import ModalitySums
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a pass gave.
+
+    Attributes:
+        sums: its sums.
+        rows: how many rows it had.
+        ambiguous: 0-d, how many of them looked unlike hard-label cross-entropy; None where labels were given.
+    """
+
+    sums: ModalitySums
+    rows: int
+    ambiguous: Tensor | None
+
+
+@torch.no_grad()
+def settle(done: Pass, modalities: Sequence[str], ignore_index: int) -> Settled | None:
+    """The sums of a pass that backward has reached; None where it has no uni-modal logits or no labels.
+
+    Raises:
+        ValueError: if the labels given don't fit the logits.
+    """
+    if not done.unimodal or done.logits is None:
+        return None
+    classes = done.logits.shape[-1]
+    ambiguous = None
+    if done.labels is not None:
+        targets = _given(done, ignore_index)
+    elif done.gradients:
+        labels, several = _recovered(done.gradients, done.logits)
+        ambiguous = several.sum()
+        targets = as_targets(labels, max(classes, 2), INVALID)
+    else:
+        return None
+    return Settled(_sums(done, targets, modalities), done.logits.shape[0], ambiguous)
+
+
+def two_classes(logits: Tensor) -> Tensor:
+    """A single logit z is the pair (0, z): softmax of it is the sigmoid."""
+    return torch.cat([torch.zeros_like(logits), logits], -1) if logits.shape[-1] == 1 else logits
+
+
+def _given(done: Pass, ignore_index: int) -> Targets:
+    assert done.labels is not None and done.logits is not None
+    rows, classes = done.logits.shape
+    labels = done.labels.to(done.logits.device)
+    if classes == 1:
+        labels, classes = labels.long(), 2  # a single logit: binary labels, often kept as floats for BCEWithLogitsLoss
+    per_row = labels if labels.is_floating_point() and labels.dim() == 2 else labels.flatten()
+    if per_row.shape[0] != rows:
+        raise ValueError(
+            f"labels from {done.label_source} should have one entry for each of the {rows} rows of the logits. "
+            f"Found shape {tuple(labels.shape)}."
+        )
+    return as_targets(per_row, classes, ignore_index)
+
+
+def _recovered(gradients: Sequence[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels from the first backward that shows them, row by row."""
+    labels = torch.full(logits.shape[:1], INVALID, device=logits.device)
+    ambiguous = torch.zeros_like(labels, dtype=torch.bool)
+    for gradient in gradients:
+        g = torch.cat([-gradient, gradient], -1) if logits.shape[-1] == 1 else gradient
+        read = recover_labels(g, two_classes(logits))
+        unknown = labels == INVALID
+        labels = torch.where(unknown, read.labels, labels)
+        ambiguous |= unknown & read.ambiguous
+    return labels, ambiguous
+
+
+def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> ModalitySums:
+    """Scores, cross-entropies, entropies and counts of every modality, in batched operations."""
+    assert done.unimodal is not None
+    absent = torch.zeros_like(next(iter(done.unimodal.values())))
+    logits = two_classes(torch.stack([done.unimodal.get(name, absent) for name in modalities]))
+    rows = logits.shape[1]
+    everyone, nothing = torch.ones_like(targets.valid), logits.new_zeros(rows)
+    present = [
+        _by_row(done.present.get(name, everyone), rows, logits) if name in done.unimodal else ~everyone
+        for name in modalities
+    ]
+    valid = targets.valid & torch.stack(present)
+    entropy = torch.stack([_by_row(done.entropies.get(name, nothing), rows, logits) for name in modalities])
+    log_p = logits.log_softmax(-1)
+    log_score = targets.pick(log_p)
+    score = targets.pick(log_p.exp()) if targets.index is None else log_score.exp()
+    parts = torch.stack([score, torch.ones_like(score), -log_score, entropy])
+    return ModalitySums(*torch.where(valid, parts, 0).sum(-1), targets.class_counts())
+
+
+def _by_row(per_sample: Tensor, rows: int, like: Tensor) -> Tensor:
+    """A value for each sample spread over that sample's rows (several where logits have positions)."""
+    per_sample = per_sample.to(like.device)
+    if per_sample.shape[0] == rows:
+        return per_sample
+    if per_sample.shape[0] == 0 or rows % per_sample.shape[0]:
+        raise ValueError(
+            f"`present` should have one entry for each sample, a divisor of the {rows} rows. "
+            f"Found {per_sample.shape[0]}."
+        )
+    return per_sample.repeat_interleave(rows // per_sample.shape[0])

@@ -1,0 +1,35 @@
+"""What the monitor can't watch, refused with the alternative named."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Raise for wrappers under which gradients or features can't be had.
+
+    Raises:
+        NotImplementedError: for FSDP1, DataParallel and DeepSpeed.
+    """
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__ == "FullyShardedDataParallel":
+            raise NotImplementedError(
+                "FullyShardedDataParallel (FSDP1) is not supported: its parameters are flat local shards. "
+                "Use torch.distributed.fsdp.fully_shard (FSDP2)."
+            )
+        if isinstance(module, nn.DataParallel):
+            raise NotImplementedError(
+                "DataParallel is not supported: its replicas' hooks run in threads. Use DistributedDataParallel."
+            )
+        if kind.__module__.split(".")[0] == "deepspeed":
+            raise NotImplementedError(
+                "DeepSpeed is not supported: it keeps gradients in buffers of its own. "
+                "Use DistributedDataParallel or torch.distributed.fsdp.fully_shard."
+            )
+
+
+def in_backward() -> bool:
+    """Whether autograd is running: a forward seen then is activation checkpointing's second one."""
+    return torch._C._current_graph_task_id() != -1

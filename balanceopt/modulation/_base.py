@@ -1,0 +1,101 @@
+"""What a method is to the optimizer wrapper: something that changes gradients before a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from balanceopt.monitor import ModalitySums
+
+Undo = Callable[[], None]
+Report = Callable[[str, Tensor], None]
+
+
+class OptimizerHint(UserWarning):
+    """Nothing is wrong, but another setting would do more."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter with a gradient.
+
+    Attributes:
+        index: its place in the optimizer's `param_groups`, counted through.
+        parameter: the parameter; `.grad` is set.
+    """
+
+    index: int
+    parameter: nn.Parameter
+
+    @property
+    def grad(self) -> Tensor:
+        """Its gradient."""
+        assert self.parameter.grad is not None
+        return self.parameter.grad
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a modulation may use in one optimizer step.
+
+    Attributes:
+        sums: over the samples that the gradients come from, all ranks.
+        modalities: names, in the order of the sums.
+        slots: each modality's parameters that have a gradient; none for a modality the optimizer does not hold.
+        optimizer: the base optimizer.
+        seed: of all randomness, the same on every rank.
+        number: how many steps came before.
+        report: takes what a `Recorder` may want, `(M,)` by name.
+        count: takes how often something odd happened, a 0-d tensor by name.
+    """
+
+    sums: ModalitySums
+    modalities: tuple[str, ...]
+    slots: Mapping[str, Sequence[Slot]]
+    optimizer: torch.optim.Optimizer
+    seed: int
+    number: int
+    report: Report = field(default=lambda name, values: None)
+    count: Report = field(default=lambda name, values: None)
+
+
+class Modulation(ABC):
+    """A method: from the sums of a step to a change of the modalities' gradients.
+
+    Args:
+        start: first step (epoch, once `set_epoch` was called) in which it acts, counted from 0.
+        end: last one; None for no end. Both are inclusive.
+    """
+
+    needs_entropy: ClassVar[bool] = False
+
+    def __init__(self, *, start: int = 0, end: int | None = None) -> None:
+        """Check the window."""
+        if start < 0 or (end is not None and end < start):
+            raise ValueError(f"`start` and `end` should satisfy 0 <= start <= end. Found {start} and {end}.")
+        self.start = start
+        self.end = end
+
+    def acts_at(self, clock: int) -> bool:
+        """Whether the window is open."""
+        return self.start <= clock and (self.end is None or clock <= self.end)
+
+    @abstractmethod
+    def modulate(self, step: Step) -> Undo | None:
+        """Change gradients in place; return what to call after the base optimizer's step, if anything."""
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warn or raise where the base optimizer does not go with the method."""
+
+    def options(self) -> dict[str, Any]:
+        """What `repr` shows."""
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
+        return f"{type(self).__name__}({shown})"

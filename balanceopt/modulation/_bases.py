@@ -1,0 +1,20 @@
+"""Which base optimizers divide a constant gradient factor out again."""
+
+from __future__ import annotations
+
+import torch
+
+# They normalise by the gradient's own size, element by element (Adam's kin) or as a matrix (Muon).
+_CANCELLING = frozenset(
+    {
+        "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop",
+        "Adafactor", "Muon", "AdaBelief", "AdaBound", "AdaMod", "AdamP", "Adahessian", "Apollo", "DiffGrad", "Lamb",
+        "LARS", "MADGRAD", "NovoGrad", "QHAdam", "Ranger", "RangerQH", "RangerVA", "Shampoo", "Yogi", "Lion",
+        "A2GradExp", "A2GradInc", "A2GradUni",
+    }
+)  # fmt: skip
+
+
+def cancels_constant_factor(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether scaling every gradient by a constant leaves the optimizer's steps as they are."""
+    return type(optimizer).__name__ in _CANCELLING

@@ -1,0 +1,152 @@
+"""OGM and OGM-GE: slow the dominant modality's encoder down, and add noise to all of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from balanceopt._deferred import on_host
+from balanceopt.functional import discrepancy_ratio, modulation_coefficient
+from balanceopt.functional._coefficients import CoefficientForm
+from balanceopt.functional._scores import RatioReduction
+from balanceopt.modulation._base import Modulation, OptimizerHint, Slot, Step, Undo
+from balanceopt.modulation._bases import cancels_constant_factor
+from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
+from balanceopt.modulation._lr import scale_lr
+from balanceopt.monitor import ModalitySums
+
+
+class OGM(Modulation):
+    r"""On-the-fly gradient modulation; with `noise=True` also generalization enhancement (OGM-GE).
+
+    $$g^m \leftarrow k^m g^m + h^m, \qquad h^m \sim N(0, \text{noise\_scale}^2 \operatorname{std}(g^m)^2)$$
+
+    for each tensor g of the encoder of modality m, with the coefficient \(k^m\) of `modulation_coefficient`: 1 for
+    the modalities that do not dominate, less for those that do. The standard deviation is that of the unscaled
+    gradient's elements; without noise there is no h.
+
+    Args:
+        alpha: strength, >= 0 (published: 0.1 VGGSound, 0.8 CREMA-D).
+        form: `"cvpr"`, `"cvpr_v0"` or `"tpami"`, as in `modulation_coefficient`.
+        noise: add the noise h (OGM-GE) or not (OGM).
+        noise_scale: factor on its standard deviation.
+        apply_to: `"grad"` scales gradients. Adam and its kin divide a constant factor out again; `"lr"` scales the
+            learning rate of the modality's parameters for this step instead, which acts on any base.
+        min_ndim: only tensors with at least this many dimensions (2 leaves norms and biases alone, as published).
+        start: first step (epoch, once `set_epoch` was called) in which it acts.
+        end: last one, inclusive; None for no end.
+        ratio: `"mean_of_ratios"` or `"ratio_of_means"`, for three modalities or more.
+
+    Raises:
+        ValueError: for an option outside its range.
+
+    Example:
+        >>> OGM(alpha=0.8, noise=False)
+        OGM(alpha=0.8, form='cvpr', noise=False, noise_scale=1.0, apply_to='grad', min_ndim=2, start=0, end=None)
+
+    Reference:
+        Peng et al., CVPR 2022, Eq. 10, 11, 16 and Algorithm 1; TPAMI 2024, Eq. 11 (`form="tpami"`).
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        *,
+        form: CoefficientForm = "cvpr",
+        noise: bool = True,
+        noise_scale: float = 1.0,
+        apply_to: Literal["grad", "lr"] = "grad",
+        min_ndim: int = 2,
+        start: int = 0,
+        end: int | None = None,
+        ratio: RatioReduction = "mean_of_ratios",
+    ) -> None:
+        super().__init__(start=start, end=end)
+        if not alpha >= 0:
+            raise ValueError(f"`alpha` should be non-negative. Found alpha = {alpha}.")
+        if not noise_scale >= 0:
+            raise ValueError(f"`noise_scale` should be non-negative. Found noise_scale = {noise_scale}.")
+        if form not in get_args(CoefficientForm):
+            raise ValueError(f"`form` should be one of {get_args(CoefficientForm)}. Found {form!r}.")
+        if apply_to not in ("grad", "lr"):
+            raise ValueError(f"`apply_to` should be 'grad' or 'lr'. Found {apply_to!r}.")
+        if ratio not in get_args(RatioReduction):
+            raise ValueError(f"`ratio` should be one of {get_args(RatioReduction)}. Found {ratio!r}.")
+        if min_ndim < 0:
+            raise ValueError(f"`min_ndim` should be non-negative. Found min_ndim = {min_ndim}.")
+        self.alpha = alpha
+        self.form: CoefficientForm = form
+        self.noise = noise
+        self.noise_scale = noise_scale
+        self.apply_to = apply_to
+        self.min_ndim = min_ndim
+        self.ratio: RatioReduction = ratio
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Say so where scaling gradients does nothing to the base optimizer."""
+        if self.alpha > 0 and self.apply_to == "grad" and cancels_constant_factor(optimizer):
+            warnings.warn(
+                f"{type(optimizer).__name__} divides a constant gradient factor out again, so OGM's coefficient does "
+                "little. OGM(apply_to='lr') scales the learning rate instead.",
+                OptimizerHint,
+                stacklevel=4,
+            )
+
+    def modulate(self, step: Step) -> Undo | None:
+        """Scale by the step's coefficients and add noise."""
+        slots = {
+            name: [slot for slot in own if slot.parameter.dim() >= self.min_ndim]
+            for name, own in step.slots.items()
+        }
+        noisy = self.noise and self.noise_scale > 0
+        if noisy:
+            _refuse_sparse(slots)
+        coefficient, usable = self.coefficient(step)
+        step.count("unusable_scores", ~usable)
+        scaled = coefficient if self.apply_to == "grad" else torch.ones_like(coefficient)
+        known = on_host(scaled)
+        for position, name in enumerate(step.modalities):
+            own = slots.get(name, [])
+            if not own:
+                continue
+            if noisy:
+                scale = torch.where(usable, self.noise_scale, 0.0)
+                left = scale_and_add_noise_(own, scaled[position], scale, step.seed, step.number)
+            elif known is None or known[position] != 1:
+                left = scale_grads_(own, scaled[position])
+            else:
+                continue
+            step.count("nonfinite_gradients", left)
+        if self.apply_to == "lr":
+            # A learning rate is a number on the host: on an accelerator this waits for M of them.
+            factors = (float(k) for k in coefficient.cpu().numpy())
+            return scale_lr(step.optimizer, slots, dict(zip(step.modalities, factors, strict=True)))
+        return None
+
+    def coefficient(self, step: Step) -> tuple[Tensor, Tensor]:
+        """The step's `(M,)` coefficients, and whether its scores can be used at all, 0-d bool."""
+        score = step.sums.mean_score
+        usable = scores_usable(step.sums)
+        ratio = discrepancy_ratio(score, self.ratio, step.sums.present)
+        k = torch.where(usable, modulation_coefficient(ratio, self.alpha, self.form), 1)
+        step.report("score", score)
+        step.report("ratio", ratio)
+        step.report("coefficient", k)
+        return k, usable
+
+
+def scores_usable(sums: ModalitySums) -> Tensor:
+    """Whether there is something to compare, 0-d bool: two modalities present, scores finite and not all zero."""
+    return (sums.present.sum() > 1) & torch.isfinite(sums.score).all() & (sums.score > 0).any()
+
+
+def _refuse_sparse(slots: dict[str, list[Slot]]) -> None:
+    for name, own in slots.items():
+        if any(slot.grad.is_sparse for slot in own):
+            raise NotImplementedError(
+                f"modality {name!r} has sparse gradients, to which no noise can be added. "
+                "Use OGM(noise=False), or an embedding with sparse=False."
+            )

@@ -1,0 +1,140 @@
+"""attach: the same mechanism as a step pre-hook, for frameworks that build the optimizer themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from balanceopt.modulation import Modulation
+from balanceopt.monitor import ModalityMonitor
+from balanceopt.optim._engine import Engine, Listener
+
+
+class AttachedModulation:
+    """What `attach` returns: takes the hooks off again."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
+        """Hook `engine` onto `optimizer`."""
+        self.optimizer = optimizer
+        self._engine: Engine | None = engine
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_pre_hook(lambda _: engine.before_save()),
+            optimizer.register_load_state_dict_post_hook(lambda _: engine.after_load()),
+        ]
+        self._zero_grad = optimizer.zero_grad
+        # There is no hook for zero_grad, and the scores of gradients that are thrown away must go with them.
+        optimizer.zero_grad = self._discarding_zero_grad  # type: ignore[method-assign]
+        optimizer._balanceopt_engine = engine  # type: ignore[attr-defined]
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was. May be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._engine is not None:
+            self._engine.detach()
+            self._engine = None
+            for name in ("zero_grad", "_balanceopt_engine"):
+                self.optimizer.__dict__.pop(name, None)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Count the modulation's `start` and `end` in epochs from now on."""
+        self._active().set_epoch(epoch)
+
+    def stats(self) -> dict[str, int]:
+        """Steps modulated, left to the base optimizer, and oddities met on the way."""
+        return self._active().stats()
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """Who is told the quantities of each step (a `Recorder`)."""
+        return self._active().listeners
+
+    def _active(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("this modulation was removed. Call balanceopt.attach again.")
+        return self._engine
+
+    def _before(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        engine = self._active()
+        # Torch hands over step's own arguments, the optimizer first.
+        closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            engine.before()
+            return None
+        wrapped = engine.wrap(closure)
+        return (
+            tuple(wrapped if value is closure else value for value in args),
+            {key: wrapped if value is closure else value for key, value in kwargs.items()},
+        )
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._active().after()
+
+    def _discarding_zero_grad(self, set_to_none: bool = True) -> None:
+        self._active().discard()
+        self._zero_grad(set_to_none=set_to_none)
+
+    def __enter__(self) -> AttachedModulation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def attach(
+    optimizer: torch.optim.Optimizer,
+    monitor: ModalityMonitor,
+    modulation: Modulation | Sequence[Modulation],
+    *,
+    seed: int | None = None,
+    strict: bool = True,
+) -> AttachedModulation:
+    """Modulate the steps of an optimizer by hooks on it; for frameworks that build or wrap the optimizer themselves.
+
+    Equal to `ModulatedOptimizer`, but hooks are lost in copies and pickles, and under a GradScaler with a fused base
+    they see scaled gradients and overflow steps.
+
+    Args:
+        optimizer: the base. Inside Accelerate's wrapper attach to its `.optimizer`.
+        monitor: a `ModalityMonitor` on the model that the optimizer trains, built with a head.
+        modulation: the method, or several to act in order.
+        seed: of all randomness; None for `torch.initial_seed()` of the first rank, read now.
+        strict: raise after ten steps in a row without any score; False to warn only.
+
+    Returns:
+        A handle with `.remove()`, `.set_epoch()` and `.stats()`; also a context manager.
+
+    Raises:
+        TypeError: if the optimizer has no step hooks (it never called `Optimizer.__init__`).
+        ValueError, KeyError, NotImplementedError: as `ModulatedOptimizer`.
+
+    Example:
+        >>> import balanceopt as bo
+        >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b", "head")})
+        >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"}, head="head")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with bo.attach(optimizer, monitor, bo.OGM(noise=False)) as handle:
+        ...     handle.stats()["modulated"]
+        0
+
+    Reference:
+        docs/integrations.md.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} has no step hooks. Use ModulatedOptimizer, or attach to the optimizer "
+            "inside it (`.optimizer`)."
+        )
+    engine = Engine(optimizer, monitor, modulation, seed=seed, strict=strict)
+    return AttachedModulation(optimizer, engine)
+

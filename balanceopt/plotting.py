@@ -1,0 +1,72 @@
+"""Pictures of recorded quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from balanceopt.recording import Row
+
+# Okabe and Ito's palette: told apart by everyone.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def plot_rows(
+    rows: Sequence[Row],
+    path: str | PathLike[str] | None = None,
+    *,
+    quantities: Sequence[str] | None = None,
+    smooth: int = 1,
+) -> Any:
+    """One panel for each quantity, one line for each modality.
+
+    Args:
+        rows: of a `Recorder`.
+        path: where to save the picture; None to only return it.
+        quantities: which of them, in this order; None for all.
+        smooth: width in steps of a running mean drawn over the faint raw line.
+
+    Returns:
+        The `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: without matplotlib (extra `plot`).
+        ValueError: if there is nothing to draw.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'balanceopt[plot]'") from error
+    found = list(dict.fromkeys(row.quantity for row in rows))
+    shown = [q for q in (found if quantities is None else quantities) if q in found]
+    if not shown:
+        raise ValueError(f"nothing to draw: asked for {quantities or 'everything'}, recorded {found}.")
+    figure = Figure(figsize=(7, 2.2 * len(shown)), layout="constrained")
+    for axes, quantity in zip(np.ravel(figure.subplots(len(shown), 1, sharex=True)), shown, strict=True):
+        modalities = list(dict.fromkeys(row.modality for row in rows if row.quantity == quantity))
+        for colour, modality in zip(_cycled(COLOURS, len(modalities)), modalities, strict=True):
+            points = [(r.step, r.value) for r in rows if (r.quantity, r.modality) == (quantity, modality)]
+            steps, values = np.array(points).T
+            axes.plot(steps, values, color=colour, alpha=0.3 if smooth > 1 else 1.0, linewidth=1)
+            axes.plot(steps, _running_mean(values, smooth), color=colour, label=modality)
+        axes.set_ylabel(quantity)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper right")
+    axes.set_xlabel("step")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    width = min(width, len(values))
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="valid")
+
+
+def _cycled(colours: Sequence[str], count: int) -> list[str]:
+    return [colours[i % len(colours)] for i in range(count)]

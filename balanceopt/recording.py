@@ -1,0 +1,126 @@
+"""Recorder: everything the methods computed, over time."""
+
+from __future__ import annotations
+
+import csv
+from os import PathLike
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from balanceopt._deferred import on_host
+
+
+class Row(NamedTuple):
+    """One number: what it is, of which modality, at which step (epoch, for re-learning)."""
+
+    step: int
+    quantity: str
+    modality: str
+    value: float
+
+
+class Source(Protocol):
+    """What can be recorded: a wrapped optimizer, an attached modulation, a modulator, a scheduler."""
+
+    @property
+    def listeners(self) -> list[Any]:
+        """Functions called with `(step, quantity, modalities, values (M,))`."""
+
+
+# How many tensors on an accelerator wait before they are copied to the host together.
+_WAITING = 256
+
+
+class Recorder:
+    """Record scores, ratios, coefficients and whatever else the methods compute, at every step.
+
+    Args:
+        *sources: `ModulatedOptimizer`, what `attach` returns, `PredictionModulator`, `ReLearnScheduler`.
+        every: record only every n-th step.
+
+    Raises:
+        ValueError: if `every` is below 1.
+
+    Example:
+        >>> recorder = Recorder()
+        >>> recorder.rows()
+        []
+    """
+
+    def __init__(self, *sources: Source, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"`every` should be at least 1. Found every = {every}.")
+        self.every = every
+        self._rows: list[Row] = []
+        self._waiting: list[tuple[int, str, tuple[str, ...], Tensor]] = []
+        self._sources = list(sources)
+        for source in sources:
+            source.listeners.append(self._hear)
+
+    def rows(self) -> list[Row]:
+        """All numbers so far, in the order in which they came."""
+        self._fetch()
+        return list(self._rows)
+
+    def series(self, quantity: str) -> dict[str, tuple[list[int], list[float]]]:
+        """Steps and values of one quantity for each modality."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for row in self.rows():
+            if row.quantity == quantity:
+                steps, values = found.setdefault(row.modality, ([], []))
+                steps.append(row.step)
+                values.append(row.value)
+        return found
+
+    def to_csv(self, path: str | PathLike[str]) -> None:
+        """Write `step,quantity,modality,value` lines."""
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(Row._fields)
+            writer.writerows(self.rows())
+
+    def plot(self, path: str | PathLike[str] | None = None, **options: Any) -> Any:
+        """Draw every quantity over time, one panel each; returns the matplotlib figure, saved if `path` is given.
+
+        Args:
+            path: where to save the picture.
+            **options: `quantities`, `smooth`, of `balanceopt.plotting.plot_rows`.
+
+        Raises:
+            ImportError: without matplotlib (extra `plot`).
+        """
+        from balanceopt.plotting import plot_rows
+
+        return plot_rows(self.rows(), path, **options)
+
+    def remove(self) -> None:
+        """Stop recording; what was recorded stays."""
+        for source in self._sources:
+            if self._hear in source.listeners:
+                source.listeners.remove(self._hear)
+        self._sources.clear()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _hear(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
+        if step % self.every:
+            return
+        self._waiting.append((step, quantity, modalities, values.detach()))
+        if on_host(values) is not None or len(self._waiting) >= _WAITING:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        for step, quantity, modalities, values in self._waiting:
+            numbers = values.cpu().numpy()
+            self._rows += [
+                Row(step, quantity, name, float(x)) for name, x in zip(modalities, numbers, strict=True)
+            ]
+        self._waiting.clear()

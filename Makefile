@@ -46,7 +46,7 @@ format: $(VENV)/.extra-check ## apply the formatter and the safe fixes
 	@$(BIN)/ruff format .
 
 docs: $(VENV)/.extra-docs ## build the documentation into site/
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 bench: $(VENV)/.extra-bench ## measure speed

@@ -61,8 +61,8 @@ clean: ## remove the environment and everything that was built
 
 # Stamps: one for torch, one for each extra of pyproject.toml.
 $(VENV)/.torch: $(CONSTRAINTS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(CONSTRAINTS) pins versions for Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python 3.10 or newer is needed; $(PYTHON) is older. Try: make PYTHON=python3.12" >&2; exit 1; }
 	@echo "installing $(TORCH) into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) $(TORCH)

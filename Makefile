@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SECONDARY:
-.PHONY: help demo test test-slow test-distributed test-frameworks check format docs bench evidence clean
+.PHONY: help demo test test-slow test-distributed test-frameworks check format docs bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
@@ -51,9 +51,6 @@ docs: $(VENV)/.extra-docs ## build the documentation into site/
 
 bench: $(VENV)/.extra-bench ## measure speed
 	@$(BIN)/python -m benchmarks.speed $(ARGS)
-
-evidence: $(VENV)/.extra-bench ## run the accuracy benchmark again; takes long
-	@$(BIN)/python -m benchmarks.accuracy $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,16 +19,19 @@ from balanceopt.functional import feature_entropy
 from balanceopt.modality import Encoders, find_module, modality_parameters, resolve_encoders, unwrap
 from balanceopt.monitor._accumulator import Accumulator
 from balanceopt.monitor._labels import labels_of_call, labels_of_loss
+from balanceopt.monitor._matching import Projection
 from balanceopt.monitor._outputs import features_of, logits_of, map_tensors
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._settle import settle
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._supported import in_backward, refuse_model
-from balanceopt.monitor._unimodal import UnimodalLogits, UserScores, choose_scores
+from balanceopt.monitor._unimodal import PerHead, SplitHead, UnimodalLogits, UserScores, choose_scores
 
 LabelSource = Literal["auto", "observe", "loss", "model", "gradient"]
 Select = Mapping[str, Callable[[Any], Tensor]]
 Transform = Callable[[str, Pass, Any], Any]
+Tap = Callable[[str, Any, Pass | None], None]
+GradientListener = Callable[[Pass, Tensor], None]
 
 # Under plain cross-entropy no row has two negative gradients; this many may come from rounding.
 _AMBIGUOUS_PART = 0.01
@@ -120,6 +123,8 @@ class ModalityMonitor:
         )
         self._accumulators: list[Accumulator] = []
         self._transforms: list[Transform] = []
+        self._taps: list[Tap] = []
+        self._gradient_listeners: list[GradientListener] = []
         self._seen: Counter[str] = Counter()
         self._recovered = DeferredCounts(("rows", "ambiguous"), self._judge_recovery)
         self._warned = False
@@ -226,6 +231,70 @@ class ModalityMonitor:
         """Stop calling `transform`."""
         self._transforms = [t for t in self._transforms if t != transform]
 
+    def add_tap(self, tap: Tap) -> None:
+        """Show `tap(modality, output, pass)` every clean output of an encoder, attached to its graph.
+
+        It is called in every mode; `pass` is None outside training. It is called again, with the same pass, when
+        activation checkpointing runs an encoder a second time.
+        """
+        self._taps.append(tap)
+
+    def drop_tap(self, tap: Tap) -> None:
+        """Stop calling `tap`."""
+        self._taps = [t for t in self._taps if t != tap]
+
+    def add_gradient_listener(self, listener: GradientListener) -> None:
+        """Tell `listener(pass, gradient)` the gradient `(N, C)` at the joint logits, before it goes on to the head."""
+        self._gradient_listeners.append(listener)
+
+    def drop_gradient_listener(self, listener: GradientListener) -> None:
+        """Stop telling `listener`."""
+        self._gradient_listeners = [g for g in self._gradient_listeners if g != listener]
+
+    @property
+    def latest(self) -> Pass | None:
+        """The latest forward in training."""
+        return self._latest
+
+    def features(self, name: str, output: Any) -> Tensor:
+        """The feature tensor of an encoder's output, attached to its graph.
+
+        Raises:
+            TypeError: if the output holds no tensor.
+        """
+        select = self._select.get(name)
+        features = features_of(output) if select is None else select(output)
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"the encoder of {name!r} should return a tensor, or something that holds one. Found "
+                f"{type(output).__name__}; pass `select={{{name!r}: function}}` to pick its features."
+            )
+        return features
+
+    def projection(self, name: str) -> Projection | None:
+        """How the encoder's features become what the head gets, once a pass has shown it."""
+        found: Projection | None = getattr(self._chosen(), "projections", {}).get(name)
+        return found
+
+    def live_logits(self, name: str, features: Tensor) -> Tensor:
+        """The shared head's uni-modal logits `(B, C)` of clean features, attached to the graphs of both.
+
+        Raises:
+            ValueError: if the uni-modal logits are neither "split" nor "per-head".
+            RuntimeError: if no pass has shown how the features become the head's input.
+        """
+        chosen = self._chosen()
+        if not isinstance(chosen, (SplitHead, PerHead)):
+            found = "no head" if self._unimodal is None else repr(self._unimodal.name)
+            raise ValueError(
+                "the shared head's own answer to one modality needs a linear head on concatenated features "
+                f"(scores='split') or a head for each modality ('per-head'). Found {found}."
+            )
+        return chosen.live(name, features)
+
+    def _chosen(self) -> UnimodalLogits | None:
+        return getattr(self._unimodal, "chosen", self._unimodal)
+
     def expect_scores(self, who: str) -> None:
         """Refuse to serve a method that needs scores when there is no head.
 
@@ -326,6 +395,8 @@ class ModalityMonitor:
     def _on_encoder(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         again = in_backward()
         current = self._backward if again else self._pass_of(name, module)
+        for tap in self._taps:
+            tap(name, output, current)
         if current is None:
             return None
         sent = output
@@ -410,6 +481,8 @@ class ModalityMonitor:
             for accumulator in self._accumulators:
                 accumulator.add(current)
         current.gradients.append(_rows(gradient.detach()))
+        for listener in self._gradient_listeners:
+            listener(current, current.gradients[-1])
 
     # -- steps of a pass -----------------------------------------------------------------------------------------
 
@@ -453,20 +526,10 @@ class ModalityMonitor:
         current.present.update(present or {})
 
     def _capture(self, name: str, current: Pass, output: Any, sent: Any) -> None:
-        features = self._features(name, output)
+        features = self.features(name, output).detach()
         current.outputs.setdefault(name, []).append(map_tensors(Tensor.detach, output))
         current.features[name] = features
-        current.sent_features[name] = features if sent is output else self._features(name, sent)
-
-    def _features(self, name: str, output: Any) -> Tensor:
-        select = self._select.get(name)
-        features = features_of(output) if select is None else select(output)
-        if not isinstance(features, Tensor):
-            raise TypeError(
-                f"the encoder of {name!r} should return a tensor, or something that holds one. Found "
-                f"{type(output).__name__}; pass `select={{{name!r}: function}}` to pick its features."
-            )
-        return features.detach()
+        current.sent_features[name] = features if sent is output else self.features(name, sent).detach()
 
     def _listen(self, current: Pass, logits: Tensor) -> None:
         """Note when backward reaches the logits."""
@@ -563,7 +626,9 @@ class ModalityMonitor:
     def __getstate__(self) -> dict[str, Any]:
         # Passes hold tensors of a graph, which can neither be copied nor pickled.
         transient = dict.fromkeys(("_current", "_parts_only", "_latest", "_backward", "_unheard"))
-        return {**self.__dict__, **transient, "_running": False}
+        # Who listens from outside (a scheduler with its loaders) is no part of the model.
+        outside: dict[str, list[Any]] = {"_taps": [], "_gradient_listeners": []}
+        return {**self.__dict__, **transient, **outside, "_running": False}
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -105,6 +105,14 @@ class SplitHead:
                     found[name] = torch.nn.functional.linear(z.float(), weight[:, self.columns[name]], share)
         return found
 
+    def live(self, name: str, features: Tensor) -> Tensor:
+        """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
+        x = _projected(name, self.projections.get(name), features)
+        weight, bias = _attached(self.head.weight), self.head.bias
+        share = None if bias is None else _attached(bias) / len(self.modalities)
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+        return torch.nn.functional.linear(x, weight[:, self.columns[name]], share)
+
     def _clean_columns(self, name: str, current: Pass, x: Tensor) -> Tensor | None:
         """The modality's part of the head's input as it would be without any drop `(N, D_m)`."""
         if name not in self.projections and not self._locate(name, current, x):
@@ -170,6 +178,13 @@ class PerHead:
                 self._learn(name, current)
             found[name] = _rows(self._without_drop(name, current) if dropped else output).float()
         return found
+
+    def live(self, name: str, features: Tensor) -> Tensor:
+        """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
+        # Not called as a module: this is not the pass's own call, which hooks wait for.
+        logits = logits_of(self.heads[name].forward(_projected(name, self.projections.get(name), features)))
+        assert logits is not None
+        return logits
 
     def _learn(self, name: str, current: Pass) -> None:
         if name not in self.projections and name in current.features:
@@ -327,6 +342,21 @@ def _like_rows(features: Tensor, head_input: Tensor) -> Tensor:
     """Features with one row for each row of a head's input that has more than two dimensions."""
     per_position = head_input.dim() > 2 and features.shape[:-1] == head_input.shape[:-1]
     return _rows(features) if per_position else features
+
+
+def _projected(name: str, project: Projection | None, features: Tensor) -> Tensor:
+    if project is None:
+        raise RuntimeError(
+            f"it is not known how the output of encoder {name!r} becomes its head's input: no training pass has shown "
+            "it, or something unknown lies between. Pass `select=` with a function from one to the other."
+        )
+    return project(features)
+
+
+def _attached(parameter: Tensor) -> Tensor:
+    """The full tensor of a sharded parameter, attached to the graph."""
+    full: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)
+    return parameter if full is None else full()
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -33,12 +33,12 @@ def sum_over_ranks(tensor: Tensor, group: Group) -> Tensor:
     return total
 
 
-def shared_seed(group: Group) -> int:
-    """`torch.initial_seed()` of the group's first rank, the same on every rank; below 2**63."""
-    seed = torch.initial_seed() % 2**63
+def shared_seed(group: Group, seed: int | None = None) -> int:
+    """The first rank's `seed`, `torch.initial_seed()` where None, on every rank; below 2**63."""
+    own = (torch.initial_seed() if seed is None else int(seed)) % 2**63
     found = active_group(group)
     if found is None:
-        return seed
-    box = [seed]
+        return own
+    box = [own]
     dist.broadcast_object_list(box, src=dist.get_global_rank(found, 0), group=found)
     return int(box[0])

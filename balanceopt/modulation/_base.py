@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -93,8 +94,8 @@ class Modulation(ABC):
         """Warn or raise where the base optimizer does not go with the method."""
 
     def options(self) -> dict[str, Any]:
-        """What `repr` shows."""
-        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        """What `repr` shows: the constructor's arguments, which have attributes of their names."""
+        return {name: getattr(self, name) for name in signature(type(self)).parameters}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={value!r}" for key, value in self.options().items())

@@ -17,4 +17,7 @@ _CANCELLING = frozenset(
 
 def cancels_constant_factor(optimizer: torch.optim.Optimizer) -> bool:
     """Whether scaling every gradient by a constant leaves the optimizer's steps as they are."""
-    return type(optimizer).__name__ in _CANCELLING
+    inside = getattr(optimizer, "optimizer", None)  # of Lookahead and other wrappers
+    if isinstance(inside, torch.optim.Optimizer):
+        return cancels_constant_factor(inside)
+    return any(kind.__name__ in _CANCELLING for kind in type(optimizer).__mro__)

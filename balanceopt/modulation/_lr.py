@@ -10,6 +10,22 @@ import torch
 from balanceopt.modulation._base import Slot, Undo
 
 
+def check_lr(optimizer: torch.optim.Optimizer) -> None:
+    """Raise where the learning rate does not say how far each parameter moves.
+
+    Raises:
+        ValueError: for a base without learning rates, or LBFGS, which has a single one.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("`apply_to='lr'` should not be used with LBFGS: it has one learning rate for all.")
+    for group in optimizer.param_groups:
+        lr = group.get("lr")
+        if not isinstance(lr, (int, float, torch.Tensor)):
+            raise ValueError(
+                f"`apply_to='lr'` needs a learning rate. Found lr = {lr!r} in {type(optimizer).__name__}'s groups."
+            )
+
+
 def scale_lr(
     optimizer: torch.optim.Optimizer, slots: Mapping[str, Sequence[Slot]], factors: Mapping[str, float]
 ) -> Undo | None:
@@ -19,7 +35,10 @@ def scale_lr(
     the base does not notice. What the base writes into a group during the step is carried back.
     """
     factor_of = {
-        id(slot.parameter): factors[name] for name, own in slots.items() for slot in own if factors[name] != 1.0
+        id(slot.parameter): factors[name]
+        for name, own in slots.items()
+        for slot in own
+        if factors[name] != 1.0
     }
     if not factor_of:
         return None

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
+from balanceopt._warnings import warn_user
 from balanceopt.functional import discrepancy_ratio, modulation_coefficient
 from balanceopt.functional._coefficients import CoefficientForm
 from balanceopt.functional._scores import RatioReduction
 from balanceopt.modulation._base import Modulation, OptimizerHint, Slot, Step, Undo
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
-from balanceopt.modulation._lr import scale_lr
+from balanceopt.modulation._lr import check_lr, scale_lr
 from balanceopt.monitor import ModalitySums
 
 
@@ -34,7 +34,8 @@ class OGM(Modulation):
         noise: add the noise h (OGM-GE) or not (OGM).
         noise_scale: factor on its standard deviation.
         apply_to: `"grad"` scales gradients. Adam and its kin divide a constant factor out again; `"lr"` scales the
-            learning rate of the modality's parameters for this step instead, which acts on any base.
+            learning rate of the modality's parameters for this step instead, which acts on any base, and on the noise
+            with it.
         min_ndim: only tensors with at least this many dimensions (2 leaves norms and biases alone, as published).
         start: first step (epoch, once `set_epoch` was called) in which it acts.
         end: last one, inclusive; None for no end.
@@ -45,7 +46,8 @@ class OGM(Modulation):
 
     Example:
         >>> OGM(alpha=0.8, noise=False)
-        OGM(alpha=0.8, form='cvpr', noise=False, noise_scale=1.0, apply_to='grad', min_ndim=2, start=0, end=None)
+        OGM(alpha=0.8, form='cvpr', noise=False, noise_scale=1.0, apply_to='grad', min_ndim=2, start=0, end=None,
+            ratio='mean_of_ratios')
 
     Reference:
         Peng et al., CVPR 2022, Eq. 10, 11, 16 and Algorithm 1; TPAMI 2024, Eq. 11 (`form="tpami"`).
@@ -86,14 +88,15 @@ class OGM(Modulation):
         self.ratio: RatioReduction = ratio
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Say so where scaling gradients does nothing to the base optimizer."""
+        """Say so where scaling gradients does nothing to the base, or its learning rate can't be scaled."""
         if self.alpha > 0 and self.apply_to == "grad" and cancels_constant_factor(optimizer):
-            warnings.warn(
+            warn_user(
                 f"{type(optimizer).__name__} divides a constant gradient factor out again, so OGM's coefficient does "
                 "little. OGM(apply_to='lr') scales the learning rate instead.",
                 OptimizerHint,
-                stacklevel=4,
             )
+        if self.alpha > 0 and self.apply_to == "lr":
+            check_lr(optimizer)
 
     def modulate(self, step: Step) -> Undo | None:
         """Scale by the step's coefficients and add noise."""
@@ -106,6 +109,9 @@ class OGM(Modulation):
             _refuse_sparse(slots)
         coefficient, usable = self.coefficient(step)
         step.count("unusable_scores", ~usable)
+        known_usable = on_host(usable)
+        if known_usable is not None and not known_usable:
+            return None
         scaled = coefficient if self.apply_to == "grad" else torch.ones_like(coefficient)
         known = on_host(scaled)
         for position, name in enumerate(step.modalities):

@@ -10,6 +10,7 @@ import torch
 
 from balanceopt.modulation import Modulation
 from balanceopt.monitor import ModalityMonitor
+from balanceopt.optim._checks import ENGINE, refuse_wrapped
 from balanceopt.optim._engine import Engine, Listener
 
 
@@ -19,67 +20,65 @@ class AttachedModulation:
     def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
         """Hook `engine` onto `optimizer`."""
         self.optimizer = optimizer
-        self._engine: Engine | None = engine
+        self._engine = engine
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            optimizer.register_step_post_hook(lambda *_: engine.undo()),
             optimizer.register_state_dict_pre_hook(lambda _: engine.before_save()),
             optimizer.register_load_state_dict_post_hook(lambda _: engine.after_load()),
         ]
         self._zero_grad = optimizer.zero_grad
         # There is no hook for zero_grad, and the scores of gradients that are thrown away must go with them.
-        optimizer.zero_grad = self._discarding_zero_grad  # type: ignore[method-assign]
-        optimizer._balanceopt_engine = engine  # type: ignore[attr-defined]
+        self._own = {"zero_grad": self._discarding_zero_grad, ENGINE: engine}
+        self._replaced = {name: value for name, value in vars(optimizer).items() if name in self._own}
+        vars(optimizer).update(self._own)
 
     def remove(self) -> None:
         """Leave the optimizer as it was. May be called twice."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._engine is not None:
-            self._engine.detach()
-            self._engine = None
-            for name in ("zero_grad", "_balanceopt_engine"):
-                self.optimizer.__dict__.pop(name, None)
+        self._engine.detach()
+        attributes = vars(self.optimizer)
+        for name, value in self._own.items():
+            if attributes.get(name) == value:  # else someone replaced it after us
+                del attributes[name]
+                attributes.update({name: self._replaced[name]} if name in self._replaced else {})
 
     def set_epoch(self, epoch: int) -> None:
         """Count the modulation's `start` and `end` in epochs from now on."""
-        self._active().set_epoch(epoch)
+        if not self._handles:
+            raise RuntimeError("this modulation was removed. Call balanceopt.attach again.")
+        self._engine.set_epoch(epoch)
 
     def stats(self) -> dict[str, int]:
         """Steps modulated, left to the base optimizer, and oddities met on the way."""
-        return self._active().stats()
+        return self._engine.stats()
 
     @property
     def listeners(self) -> list[Listener]:
         """Who is told the quantities of each step (a `Recorder`)."""
-        return self._active().listeners
-
-    def _active(self) -> Engine:
-        if self._engine is None:
-            raise RuntimeError("this modulation was removed. Call balanceopt.attach again.")
-        return self._engine
+        return self._engine.listeners
 
     def _before(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        engine = self._active()
         # Torch hands over step's own arguments, the optimizer first.
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            engine.before()
+            self._engine.before()
             return None
-        wrapped = engine.wrap(closure)
+        wrapped = self._engine.wrap(closure)
         return (
             tuple(wrapped if value is closure else value for value in args),
             {key: wrapped if value is closure else value for key, value in kwargs.items()},
         )
 
-    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._active().after()
-
     def _discarding_zero_grad(self, set_to_none: bool = True) -> None:
-        self._active().discard()
+        if self._handles:
+            self._engine.discard()
         self._zero_grad(set_to_none=set_to_none)
 
     def __enter__(self) -> AttachedModulation:
@@ -130,11 +129,12 @@ def attach(
     Reference:
         docs/integrations.md.
     """
-    if isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise TypeError(
-            f"{type(optimizer).__name__} has no step hooks. Use ModulatedOptimizer, or attach to the optimizer "
-            "inside it (`.optimizer`)."
-        )
+    if isinstance(optimizer, torch.optim.Optimizer):
+        refuse_wrapped(optimizer)
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"{type(optimizer).__name__} has no step hooks. Use ModulatedOptimizer, or attach to the optimizer "
+                "inside it (`.optimizer`)."
+            )
     engine = Engine(optimizer, monitor, modulation, seed=seed, strict=strict)
     return AttachedModulation(optimizer, engine)
-

@@ -21,7 +21,8 @@ class ModulatedOptimizer(WrappedOptimizer):
     base optimizer's.
 
     Args:
-        optimizer: the base. Its groups may carry `"modality"` tags; without, the monitor knows each parameter's encoder.
+        optimizer: the base. Its groups may carry `"modality"` tags; without them a parameter belongs to the encoder
+            that holds it.
         monitor: a `ModalityMonitor` on the model that the optimizer trains, built with a head.
         modulation: the method, `OGM()` (that is OGM-GE) by default, or several to act in order.
         seed: of all randomness, which is a function of (seed, step, parameter); None for `torch.initial_seed()` of the

@@ -10,6 +10,7 @@ import torch
 
 from balanceopt.modulation import Modulation
 from balanceopt.monitor import ModalityMonitor
+from balanceopt.optim._checks import note_wrapper
 from balanceopt.optim._engine import Engine, Listener
 
 _HOOKS = (
@@ -62,7 +63,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         return self._balanceopt_engine.listeners
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's."""
         return self.optimizer.param_groups
 
@@ -71,7 +72,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self.optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base's."""
         return self.optimizer.state
 
@@ -80,7 +81,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self.optimizer.state = state
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base's."""
         return self.optimizer.defaults
 
@@ -110,7 +111,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
                 return self.optimizer.step()
             return self.optimizer.step(engine.wrap(closure))
         finally:
-            engine.after()
+            engine.undo()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the scores that belong to them."""
@@ -139,6 +140,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         Args:
             state_dict: from `state_dict()` of either.
         """
+        state_dict = state_dict.copy()  # as torch does: hooks may change it
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -167,6 +169,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self._prepare()
 
     def _prepare(self) -> None:
+        note_wrapper(self.optimizer, self)
         _give_hooks(self)
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()

@@ -1,0 +1,18 @@
+"""Warnings that name the user's own line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+_INSIDE = ("balanceopt", "torch", "contextlib")
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the nearest caller outside this package and torch."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in _INSIDE:
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, category, stacklevel=level - 1)

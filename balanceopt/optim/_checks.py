@@ -1,0 +1,102 @@
+"""What can't be modulated, refused with the alternative named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+
+from balanceopt.modality import unwrap
+from balanceopt.modulation import Modulation
+from balanceopt.monitor import ModalityMonitor
+
+# Under this name an optimizer, ours or one with our hooks, carries what modulates it.
+ENGINE = "_balanceopt_engine"
+
+_WRAPPER_OF: WeakKeyDictionary[torch.optim.Optimizer, ref[torch.optim.Optimizer]] = WeakKeyDictionary()
+
+
+def note_wrapper(base: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -> None:
+    """Remember, as long as it lives, that `wrapper` modulates the steps of `base`."""
+    _WRAPPER_OF[base] = ref(wrapper)
+
+
+def refuse_wrapped(base: torch.optim.Optimizer) -> None:
+    """Raise where hooks on the base would modulate its wrapper's steps a second time.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    wrapper = _WRAPPER_OF.get(base)
+    if wrapper is not None and wrapper() is not None:
+        raise ValueError(
+            f"this {type(base).__name__} is inside a ModulatedOptimizer: its steps are modulated already. "
+            "Use the wrapper or attach, not both."
+        )
+
+
+def refuse_groups(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise for param groups that can't be modulated.
+
+    Raises:
+        NotImplementedError: naming the alternative.
+    """
+    for group in groups:
+        if group.get("differentiable"):
+            raise NotImplementedError(
+                "differentiable=True is not supported: gradients are changed in place, and the derivative would be "
+                "that of the unmodulated step. Use differentiable=False."
+            )
+        for parameter in group["params"]:
+            if hasattr(parameter, "_in_backward_optimizers"):
+                raise NotImplementedError(
+                    "an optimizer that steps inside backward leaves no gradients to modulate. Step it after backward."
+                )
+            if getattr(parameter, "_fsdp_flattened", False):
+                raise NotImplementedError(
+                    "FullyShardedDataParallel (FSDP1) is not supported: its parameters are flat local shards. "
+                    "Use torch.distributed.fsdp.fully_shard (FSDP2)."
+                )
+
+
+def check_arguments(
+    optimizer: torch.optim.Optimizer, monitor: ModalityMonitor, modulations: Sequence[Modulation]
+) -> None:
+    """Raise where an optimizer, a monitor and modulations do not go together.
+
+    Raises:
+        TypeError: if one is of another kind.
+        ValueError: if the optimizer is modulated already, or does not train the monitor's model; or the monitor has no
+            head.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"`optimizer` should be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
+    if not isinstance(monitor, ModalityMonitor):
+        raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
+    if not modulations or not all(isinstance(m, Modulation) for m in modulations):
+        raise TypeError(
+            f"`modulation` should be a Modulation such as OGM(), or several. Found {modulations!r}."
+        )
+    if _is_balanced(optimizer):
+        raise ValueError(
+            f"this {type(optimizer).__name__} is modulated already. Give one wrapper all modulations: "
+            "ModulatedOptimizer(optimizer, monitor, [OGM(), AMSS()])."
+        )
+    monitor.expect_scores(type(modulations[0]).__name__)
+    held = {id(p) for p in unwrap(monitor.model).parameters()}
+    if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "the optimizer holds none of the monitor's model's parameters. Build the monitor on the model that this "
+            "optimizer trains, and both after `fully_shard` or a move that replaces parameters."
+        )
+
+
+def _is_balanced(optimizer: object) -> bool:
+    """Whether balanceopt already acts on the optimizer, or on one that it wraps."""
+    while optimizer is not None:
+        if getattr(optimizer, ENGINE, None) is not None:
+            return True
+        optimizer = getattr(optimizer, "optimizer", None)
+    return False

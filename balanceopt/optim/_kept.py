@@ -1,0 +1,113 @@
+"""What is kept in an optimizer's param groups: the only place that every checkpoint format carries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from balanceopt._warnings import warn_user
+from balanceopt.distributed import shared_seed
+from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums
+
+STEP, SEED, EPOCH, HELD, WINDOW = (
+    f"balanceopt_{name}" for name in ("step", "seed", "epoch", "held_scores", "window")
+)
+
+
+class Kept:
+    """The step counter, the seed, the epoch and the scores that `every=` holds; plain numbers, equal in every group.
+
+    Args:
+        optimizer: the base, whose groups they live in.
+        monitor: whose phase of `every` is kept.
+        accumulator: whose last scores are kept, where `every` may hold them for later steps.
+        seed: of all randomness; None for `torch.initial_seed()`. That of the first rank holds for all.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        monitor: ModalityMonitor,
+        accumulator: Accumulator,
+        seed: int | None,
+    ) -> None:
+        self._optimizer = optimizer
+        self._monitor = monitor
+        self._accumulator = accumulator
+        self._seed = shared_seed(monitor.group, seed)
+
+    @property
+    def number(self) -> int:
+        """How many steps came before."""
+        return int(self._first[STEP])
+
+    @number.setter
+    def number(self, number: int) -> None:
+        self._set(STEP, number)
+
+    @property
+    def seed(self) -> int:
+        """Of all randomness."""
+        return int(self._first[SEED])
+
+    @property
+    def clock(self) -> int:
+        """What a modulation's `start` and `end` count: steps, or epochs once they were set."""
+        epoch = self._first[EPOCH]
+        return self.number if epoch is None else int(epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Count in epochs from now on."""
+        self._set(EPOCH, int(epoch))
+
+    def fill(self) -> None:
+        """Give groups that are new what the first one has."""
+        # All keys are there from the start: a flattened checkpoint is read by the keys that the optimizer has.
+        defaults: dict[str, Any] = {STEP: 0, SEED: self._seed, EPOCH: None}
+        if self._monitor.every > 1:
+            defaults |= {HELD: [], WINDOW: 0}
+        for group in self._optimizer.param_groups:
+            for key, value in defaults.items():
+                group.setdefault(key, self._first.get(key, value))
+
+    def save(self) -> None:
+        """Put there what lives elsewhere between checkpoints."""
+        if self._monitor.every > 1:
+            held = self._accumulator.held
+            self._set(HELD, [] if held is None else held.flat().tolist())
+            self._set(WINDOW, self._monitor.window)
+
+    def load(self) -> None:
+        """Take over what a checkpoint put there."""
+        if STEP not in self._first:
+            warn_user(
+                "the checkpoint holds a bare optimizer's state: it is loaded, and balanceopt's step counter and seed "
+                "start anew."
+            )
+        self.fill()
+        if self._monitor.every > 1:
+            flat = torch.tensor(self._first[HELD], device=device_of(self._optimizer))
+            modalities = len(self._monitor.modalities)
+            self._accumulator.held = ModalitySums.from_flat(flat, modalities) if flat.numel() else None
+            self._monitor.window = self._first[WINDOW]
+
+    def clear(self) -> None:
+        """Leave the groups as they were."""
+        for group in self._optimizer.param_groups:
+            for key in (STEP, SEED, EPOCH, HELD, WINDOW):
+                group.pop(key, None)
+
+    @property
+    def _first(self) -> dict[str, Any]:
+        return self._optimizer.param_groups[0]
+
+    def _set(self, key: str, value: Any) -> None:
+        for group in self._optimizer.param_groups:
+            group[key] = value
+
+
+def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Where the optimizer's first parameter is."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return next((p.device for p in parameters), torch.device("cpu"))

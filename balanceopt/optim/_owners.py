@@ -1,0 +1,89 @@
+"""Which parameter of an optimizer belongs to which modality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balanceopt.modulation import Slot
+from balanceopt.monitor import ModalityMonitor
+from balanceopt.optim._checks import refuse_groups
+
+
+class Owners:
+    """Modality by parameter: the tag of its group, else the encoder that holds it.
+
+    Args:
+        optimizer: the base.
+        monitor: who knows the encoders.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor) -> None:
+        self._optimizer = optimizer
+        self._monitor = monitor
+        self._tags: list[str | None] = []
+        self._modality_of: dict[int, str] = {}
+        self._seen: list[tuple[int, list[int]]] = []
+
+    def changed(self) -> bool:
+        """Whether groups or parameters are others than at the last `refresh`."""
+        return self._seen != self._identities()
+
+    def refresh(self) -> None:
+        """Learn who owns which parameter.
+
+        Raises:
+            KeyError: for a tag that the monitor does not have.
+            NotImplementedError: for groups that can't be modulated.
+        """
+        groups = self._optimizer.param_groups
+        refuse_groups(groups)
+        # Tags are remembered: a checkpoint without them takes them out of the groups.
+        known = self._tags[: len(groups)]
+        self._tags = known + [group.get("modality") for group in groups[len(known) :]]
+        self._modality_of = self._modalities(groups)
+        self._seen = self._identities()
+
+    def restore_tags(self) -> None:
+        """Put this optimizer's own tags back into groups that a checkpoint changed."""
+        for group, tag in zip(self._optimizer.param_groups, self._tags, strict=False):
+            if tag is not None or "modality" in group:
+                group["modality"] = tag
+
+    def slots(self) -> tuple[dict[str, list[Slot]], list[Tensor]]:
+        """Each modality's parameters that have a gradient, and all gradients."""
+        slots: dict[str, list[Slot]] = {name: [] for name in self._monitor.modalities}
+        gradients: list[Tensor] = []
+        index = -1
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                index += 1
+                if parameter.grad is None:
+                    continue
+                gradients.append(parameter.grad)
+                modality = self._modality_of.get(id(parameter))
+                if modality is not None and parameter.numel() > 0:
+                    slots[modality].append(Slot(index, parameter))
+        return slots, gradients
+
+    def _modalities(self, groups: Sequence[dict[str, Any]]) -> dict[int, str]:
+        known = self._monitor.modalities
+        found = {id(p): name for name, own in self._monitor.parameters.items() for p in own}
+        for group, tag in zip(groups, self._tags, strict=True):
+            if tag is None:
+                continue
+            if tag not in known:
+                tags = sorted({t for t in self._tags if t is not None})
+                raise KeyError(
+                    f"param groups are tagged with modalities {tags}, the monitor has {list(known)}. "
+                    "Give both the same names."
+                )
+            found.update({id(p): tag for p in group["params"]})
+        return found
+
+    def _identities(self) -> list[tuple[int, list[int]]]:
+        # Parameters too: Accelerate puts sharded ones into the same groups.
+        return [(id(group), [id(p) for p in group["params"]]) for group in self._optimizer.param_groups]

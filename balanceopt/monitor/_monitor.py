@@ -313,6 +313,12 @@ class ModalityMonitor:
         return modality_parameters(self.model, self.encoders)
 
     @property
+    def head_columns(self) -> dict[str, slice]:
+        """Each modality's columns of a linear head's weight, once a pass showed them; empty for other heads."""
+        chosen = getattr(self._unimodal, "chosen", self._unimodal)
+        return dict(chosen.columns) if isinstance(chosen, SplitHead) else {}
+
+    @property
     def active(self) -> bool:
         """Whether its hooks are on."""
         return bool(self._handles)

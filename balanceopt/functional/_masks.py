@@ -47,7 +47,10 @@ def _uniforms(count: int, device: torch.device, generator: torch.Generator | Non
 
 @torch.no_grad()
 def keep_ratio(
-    significance: Tensor, temperature: float = 0.2, clamp: tuple[float, float] = (0.1, 0.9)
+    significance: Tensor,
+    temperature: float = 0.2,
+    clamp: tuple[float, float] = (0.1, 0.9),
+    present: Tensor | None = None,
 ) -> Tensor:
     r"""Share of each modality's units to update: the less significant modality gets more.
 
@@ -60,9 +63,10 @@ def keep_ratio(
         significance: `(M,)`, the modal significance of each modality.
         temperature: T > 0; small values follow the significance more sharply.
         clamp: lower and upper limit of the ratios.
+        present: bool `(M,)`; the others are left out, M counts only these. None for all.
 
     Returns:
-        `(M,)`, in the dtype of `significance`; ones for a single modality.
+        `(M,)`, in the dtype of `significance`; 1 for a single modality and for those left out.
 
     Raises:
         ValueError: if `significance` is not a vector with an entry, `temperature` is not positive, or `clamp`
@@ -86,15 +90,15 @@ def keep_ratio(
     low, high = clamp
     if not 0 <= low <= high <= 1:
         raise ValueError(f"`clamp` should be a pair (low, high) with 0 <= low <= high <= 1. Found {clamp}.")
-    modalities = significance.numel()
-    if modalities == 1:
-        ratio = torch.ones_like(significance, dtype=_wide(significance).dtype)
-    else:
-        u = _wide(significance)
-        # Shifted before the division: a large significance over a small temperature stays finite.
-        ratio = (1 - torch.softmax((u - u.amax()) / temperature, 0)).clamp(low, high)
-        usable = (torch.isfinite(u) & (u > 0)).all()
-        ratio = torch.where(usable, ratio, (modalities - 1) / modalities)
+    u = _wide(significance)
+    here = torch.ones_like(u, dtype=torch.bool) if present is None else present
+    modalities = here.sum().to(u.dtype)
+    others = torch.where(here, u, -math.inf)
+    # Shifted before the division: a large significance over a small temperature stays finite.
+    ratio = (1 - torch.softmax((others - others.amax()) / temperature, 0)).clamp(low, high)
+    usable = (torch.isfinite(u) & (u > 0) | ~here).all()
+    ratio = torch.where(usable, ratio, (modalities - 1) / modalities)
+    ratio = torch.where(here & (modalities > 1), ratio, 1)
     return ratio.to(significance.dtype) if significance.is_floating_point() else ratio
 
 

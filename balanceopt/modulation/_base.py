@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from balanceopt.monitor import ModalitySums
+from balanceopt.monitor import ModalityMonitor, ModalitySums
 
 Undo = Callable[[], None]
 Report = Callable[[str, Tensor], None]
@@ -53,6 +53,7 @@ class Step:
         number: how many steps came before.
         report: takes what a `Recorder` may want, `(M,)` by name.
         count: takes how often something odd happened, a 0-d tensor by name.
+        monitor: who watches the model; None where a modulation is called without one.
     """
 
     sums: ModalitySums
@@ -63,6 +64,7 @@ class Step:
     number: int
     report: Report = field(default=lambda name, values: None)
     count: Report = field(default=lambda name, values: None)
+    monitor: ModalityMonitor | None = None
 
 
 class Modulation(ABC):

@@ -191,6 +191,7 @@ class Engine:
             number=self._number,
             report=self._report,
             count=self._note,
+            monitor=self.monitor,
         )
         for modulation in acting:
             undo = modulation.modulate(step)

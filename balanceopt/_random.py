@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from balanceopt._gaussian import Key, for_gaussian_pieces, gaussian_heads
+
 _WORD = 2**64 - 1
+# Tensors up to this size are served together: for each alone, operations would cost more than their arithmetic.
+_SMALL = 2**14
 
 
 def generator_for(seed: int, step: int, index: int, device: torch.device) -> torch.Generator:
@@ -15,20 +22,58 @@ def generator_for(seed: int, step: int, index: int, device: torch.device) -> tor
     return generator
 
 
+def key_of(seed: int, step: int, index: int) -> Key:
+    """The name of a parameter's Gaussian stream at a step."""
+    return Key.from_bits(mixed(seed, step, index, 0), mixed(seed, step, index, 1))
+
+
 def gaussian_like(tensor: Tensor, seed: int, step: int, index: int) -> Tensor:
     """Standard normal numbers in the shape, dtype and (for DTensors) layout of `tensor`.
 
     A sharded tensor gets its part of the noise that the whole one would get.
     """
-    dtype = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
-    generator = generator_for(seed, step, index, tensor.device)
-    noise = torch.randn(tensor.shape, dtype=dtype, device=tensor.device, generator=generator).to(tensor.dtype)
-    mesh = getattr(tensor, "device_mesh", None)
-    if mesh is None:
-        return noise
-    from torch.distributed.tensor import distribute_tensor
+    noise = torch.zeros_like(tensor)
+    add_gaussians_([noise], torch.ones(1, device=tensor.device), seed, step, [index])
+    return noise
 
-    return distribute_tensor(noise, mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+@torch.no_grad()
+def add_gaussians_(
+    tensors: Sequence[Tensor], scales: Tensor, seed: int, step: int, indices: Sequence[int]
+) -> None:
+    """`tensors[i] += scales[i] * N(0, 1)` in place, each with the noise of its own parameter index.
+
+    No buffer of a tensor's size is made for a large one whose memory is in order: not for sharded ones either, whose
+    ranks each make only their own part.
+    """
+    scale_of = scales.unbind()
+    small: list[int] = []
+    for position, tensor in enumerate(tensors):
+        if tensor.numel() <= _SMALL and getattr(tensor, "device_mesh", None) is None:
+            small.append(position)
+        else:
+            _add_to_one(tensor, scale_of[position], key_of(seed, step, indices[position]))
+    if small:
+        chosen = [tensors[position] for position in small]
+        keys = [key_of(seed, step, indices[position]) for position in small]
+        heads = gaussian_heads(tuple(t.numel() for t in chosen), keys, chosen[0].device)
+        torch._foreach_mul_(heads, [scale_of[position] for position in small])
+        torch._foreach_add_(chosen, [z.view(t.shape).to(t.dtype) for z, t in zip(heads, chosen, strict=True)])
+
+
+def _add_to_one(tensor: Tensor, scale: Tensor, key: Key) -> None:
+    local, first = _local_part(tensor)
+    if local is None:
+        tensor.add_(_distributed(tensor, key).mul_(scale))
+        return
+    numbers = local.view(-1) if local.is_contiguous() else local.reshape(-1)
+
+    def add(start: int, stop: int, values: Tensor) -> None:
+        numbers[start:stop].add_(values.mul_(scale))
+
+    for_gaussian_pieces(local.numel(), key, local.device, add, first)
+    if not local.is_contiguous():
+        local.copy_(numbers.view(local.shape))
 
 
 def mixed(*words: int) -> int:
@@ -40,3 +85,35 @@ def mixed(*words: int) -> int:
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _WORD
         state ^= state >> 31
     return state
+
+
+def _local_part(tensor: Tensor) -> tuple[Tensor | None, int]:
+    """This process's part of a tensor and its place in the whole, counted in elements; None where it has gaps."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return tensor, 0
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements = tensor.placements  # type: ignore[attr-defined]
+    if any(type(p) not in (Replicate, Shard) for p in placements):
+        return None, 0
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    if tuple(shape[1:]) != tuple(tensor.shape[1:]):
+        return None, 0
+    local = tensor.to_local()  # type: ignore[attr-defined]
+    return local, int(offset[0]) * math.prod(tensor.shape[1:]) if offset else 0
+
+
+def _distributed(tensor: Tensor, key: Key) -> Tensor:
+    """Noise for a tensor whose shards are not whole rows: made in full, and cut."""
+    from torch.distributed.tensor import distribute_tensor
+
+    full = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    flat = full.view(-1)
+
+    def fill(start: int, stop: int, values: Tensor) -> None:
+        flat[start:stop].copy_(values)
+
+    for_gaussian_pieces(flat.numel(), key, full.device, fill)
+    return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]

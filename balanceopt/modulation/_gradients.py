@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._random import gaussian_like
+from balanceopt._random import add_gaussians_
 from balanceopt.modulation._base import Slot
 
 
@@ -16,15 +16,10 @@ from balanceopt.modulation._base import Slot
 def scale_grads_(slots: Sequence[Slot], coefficient: Tensor) -> Tensor:
     """Multiply the gradients by a 0-d `coefficient`; returns how many were not finite and left alone, 0-d."""
     left = torch.zeros_like(coefficient, dtype=torch.int64)
-    for device, grads in _by_device(slots).items():
-        factor = coefficient.to(device)
-        finite = torch.stack([_all_finite(g) for g in grads])
-        host = on_host(finite)
-        if host is not None and host.all():
-            torch._foreach_mul_(grads, factor)
-            continue
-        for grad, own in zip(grads, torch.where(finite, factor, 1), strict=True):
-            grad.mul_(own)
+    for device, own in _by_device(slots).items():
+        grads = [slot.grad for slot in own]
+        finite = torch.stack([_all_finite(grad) for grad in grads])
+        _scale_where(grads, coefficient.to(device), finite)
         left += (~finite).sum().to(left.device)
     return left
 
@@ -38,21 +33,30 @@ def scale_and_add_noise_(
     Returns how many gradients were not finite and left alone, 0-d.
     """
     left = torch.zeros_like(coefficient, dtype=torch.int64)
-    for slot in slots:
-        grad = slot.grad
-        sigma = _std(grad)
+    for device, own in _by_device(slots).items():
+        grads = [slot.grad for slot in own]
+        sigma = torch.stack([_std(grad) for grad in grads])
         finite = torch.isfinite(sigma)
-        noise = gaussian_like(grad, seed, step, slot.index)
-        grad.mul_(torch.where(finite, coefficient.to(grad.device), 1))
-        grad.add_(noise.mul_(torch.where(finite, noise_scale.to(grad.device) * sigma, 0)))
-        left += (~finite).to(left.device)
+        _scale_where(grads, coefficient.to(device), finite)
+        scales = torch.where(finite, noise_scale.to(device) * sigma, 0)
+        add_gaussians_(grads, scales, seed, step, [slot.index for slot in own])
+        left += (~finite).sum().to(left.device)
     return left
 
 
-def _by_device(slots: Sequence[Slot]) -> dict[torch.device, list[Tensor]]:
-    groups: dict[torch.device, list[Tensor]] = {}
+def _scale_where(grads: list[Tensor], coefficient: Tensor, finite: Tensor) -> None:
+    host = on_host(finite)
+    if host is not None and host.all():
+        torch._foreach_mul_(grads, coefficient)
+    else:
+        for grad, own in zip(grads, torch.where(finite, coefficient, 1), strict=True):
+            grad.mul_(own)
+
+
+def _by_device(slots: Sequence[Slot]) -> dict[torch.device, list[Slot]]:
+    groups: dict[torch.device, list[Slot]] = {}
     for slot in slots:
-        groups.setdefault(slot.grad.device, []).append(slot.grad)
+        groups.setdefault(slot.grad.device, []).append(slot)
     return groups
 
 

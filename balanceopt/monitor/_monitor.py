@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from balanceopt.monitor._outputs import features_of, logits_of, map_tensors
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._settle import settle
 from balanceopt.monitor._sums import ModalitySums
-from balanceopt.monitor._supported import in_backward, refuse_model
+from balanceopt.monitor._supported import in_backward, next_node, refuse_model, running_node
 from balanceopt.monitor._unimodal import PerHead, SplitHead, UnimodalLogits, UserScores, choose_scores
 
 LabelSource = Literal["auto", "observe", "loss", "model", "gradient"]
@@ -36,6 +37,8 @@ GradientListener = Callable[[Pass, Tensor], None]
 # Under plain cross-entropy no row has two negative gradients; this many may come from rounding.
 _AMBIGUOUS_PART = 0.01
 _FEWEST_CLASSES_FOR_LINE = 4
+# Forwards before one backward whose heads only reentrant activation checkpointing will make part of a graph.
+_UNHEARD = 32
 
 
 class ModalityMonitor:
@@ -173,7 +176,8 @@ class ModalityMonitor:
     def reset(self) -> None:
         """Forget every score that no step has used, as after `model.zero_grad()`."""
         for accumulator in self._accumulators:
-            accumulator.discard()
+            if accumulator.steps:  # the others use the scores of gradients that are gone
+                accumulator.discard()
         self._next = None
 
     def remove(self) -> None:
@@ -182,7 +186,8 @@ class ModalityMonitor:
             handle.remove()
         self._handles.clear()
         self._clear()
-        self.reset()
+        for accumulator in self._accumulators:
+            accumulator.discard()
 
     def stats(self) -> dict[str, Any]:
         """What was seen so far: how scores are made, passes, and where their labels came from."""
@@ -390,7 +395,7 @@ class ModalityMonitor:
             return
         self._parts_only = None
         self._running = True
-        self._current = None
+        self._current = self._backward = None
         if torch.is_grad_enabled() and (module.training or not self.train_only):
             self._current = self._new_pass()
             self._current.inputs = (args, kwargs)
@@ -400,7 +405,7 @@ class ModalityMonitor:
     @torch.compiler.disable
     def _on_encoder(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         again = in_backward()
-        current = self._backward if again else self._pass_of(name, module)
+        current = self._recomputed() if again else self._pass_of(name, module)
         for tap in self._taps:
             tap(name, output, current)
         if current is None:
@@ -416,9 +421,14 @@ class ModalityMonitor:
     def _on_own_head(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        current = self._current or self._parts_only
         logits = logits_of(output)
-        if current is None or logits is None or in_backward():
+        if logits is None:
+            return
+        if in_backward():
+            self._listen_again(logits)
+            return
+        current = self._current or self._parts_only
+        if current is None:
             return
         self._seen["heads"] += 1
         current.head_inputs[name] = _first_tensor(args, kwargs)
@@ -435,10 +445,7 @@ class ModalityMonitor:
         if logits is None:
             return
         if in_backward():
-            # Reentrant activation checkpointing: only this second run is part of the graph.
-            if self._unheard is not None and logits.requires_grad:
-                self._listen(self._unheard, logits)
-                self._unheard = None
+            self._listen_again(logits)
             return
         current = self._current or self._parts_only
         if current is None:
@@ -504,9 +511,12 @@ class ModalityMonitor:
         return self._parts_only
 
     def _new_pass(self) -> Pass:
-        current = Pass(held_back=self._is_held_back())
+        current = Pass(held_back=self._is_held_back(), first_node=next_node())
         self._seen["forwards"] += 1
+        if self._latest is not None and self._latest.end_node is None:  # its forward broke off
+            self._latest.end_node = current.first_node
         self._latest = current
+        self._passes.add(current)
         if self._next is not None:
             self._give(current, *self._next)
             self._next = None
@@ -544,11 +554,32 @@ class ModalityMonitor:
         if logits.requires_grad:
             current.has_hook = True
             logits.register_hook(partial(self._on_gradient, current))
-        else:
-            self._unheard = current
+        elif current not in self._unheard:
+            self._unheard.append(current)
+
+    def _listen_again(self, logits: Tensor) -> None:
+        """Under reentrant activation checkpointing only the second run of a head is part of a graph."""
+        current = self._recomputed()
+        if current is not None and current in self._unheard and logits.requires_grad:
+            self._unheard.remove(current)
+            self._listen(current, logits)
+
+    def _recomputed(self) -> Pass | None:
+        """The pass that activation checkpointing runs again.
+
+        Several forwards may come before one backward, so it is not the one whose gradient came last. It is the one
+        that made the node whose backward is running; a checkpoint inside a checkpoint makes new nodes, and belongs to
+        the pass around it.
+        """
+        node = running_node()
+        made = [current for current in self._passes if current.made(node)]
+        if made:
+            self._backward = max(made, key=lambda current: current.first_node)
+        return self._backward
 
     def _end_forward(self, current: Pass) -> None:
         """Make the uni-modal logits while the features are at hand, then let the features go."""
+        current.end_node = next_node()
         for name in self.modalities:
             self._seen[f"missing:{name}"] += name not in current.features
         if current.logits is not None and self._unimodal is not None:
@@ -623,7 +654,8 @@ class ModalityMonitor:
         self._parts_only: Pass | None = None
         self._latest: Pass | None = None
         self._backward: Pass | None = None
-        self._unheard: Pass | None = None
+        self._passes: WeakSet[Pass] = WeakSet()
+        self._unheard: deque[Pass] = deque(maxlen=_UNHEARD)
         self._next: tuple[Tensor, dict[str, Tensor]] | None = None
         self._running = False
         self._fresh = True
@@ -631,10 +663,14 @@ class ModalityMonitor:
 
     def __getstate__(self) -> dict[str, Any]:
         # Passes hold tensors of a graph, which can neither be copied nor pickled.
-        transient = dict.fromkeys(("_current", "_parts_only", "_latest", "_backward", "_unheard"))
+        transient = dict.fromkeys(("_current", "_parts_only", "_latest", "_backward"))
         # Who listens from outside (a scheduler with its loaders) is no part of the model.
         outside: dict[str, list[Any]] = {"_taps": [], "_gradient_listeners": []}
-        return {**self.__dict__, **transient, **outside, "_running": False}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_passes", "_unheard")}
+        return {**kept, **transient, **outside, "_running": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _passes=WeakSet(), _unheard=deque(maxlen=_UNHEARD))
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

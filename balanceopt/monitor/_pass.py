@@ -35,6 +35,8 @@ class Pass:
         closed: its scores were taken or discarded: labels that come now are for another pass.
         settled: its sums are made.
         sums: what it contributes, once made.
+        first_node: number of the first autograd node that its forward may have made.
+        end_node: number after the last one; None while the forward runs.
         notes: what other parts of the package remember of this pass (a drop mask).
     """
 
@@ -58,11 +60,17 @@ class Pass:
     closed: bool = False
     settled: bool = False
     sums: ModalitySums | None = None
+    first_node: int = 0
+    end_node: int | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
 
     def was_dropped(self, name: str) -> bool:
         """Whether something (OPM) changed the modality's features on their way into the fusion."""
         return name in self.features and self.sent_features[name] is not self.features[name]
+
+    def made(self, node: int) -> bool:
+        """Whether its forward made the autograd node of this number."""
+        return self.first_node <= node and (self.end_node is None or node < self.end_node)
 
     def end_forward(self) -> None:
         """Let go of what only the forward needed."""

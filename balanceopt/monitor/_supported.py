@@ -33,3 +33,14 @@ def refuse_model(model: nn.Module) -> None:
 def in_backward() -> bool:
     """Whether autograd is running: a forward seen then is activation checkpointing's second one."""
     return torch._C._current_graph_task_id() != -1
+
+
+def next_node() -> int:
+    """The number that autograd will give to the next node of this thread's graph."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+def running_node() -> int:
+    """The number of the node whose backward is running; -1 for none."""
+    node = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())

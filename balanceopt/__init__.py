@@ -2,19 +2,27 @@
 
 from balanceopt import functional
 from balanceopt.modality import modality_groups
-from balanceopt.modulation import OGM, Modulation, OptimizerHint
+from balanceopt.modulation import AMSS, OGM, MaskUnits, Modulation, OptimizerHint, attention_heads
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.optim import ModulatedOptimizer, attach
+from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
 from balanceopt.recording import Recorder
+from balanceopt.relearn import Diagnosis, ReLearnScheduler, diagnose
 
 __all__ = [
+    "AMSS",
+    "MaskUnits",
+    "MaskedSubnetworkSGD",
     "OGM",
+    "Diagnosis",
     "ModalityMonitor",
     "ModulatedOptimizer",
     "Modulation",
     "OptimizerHint",
+    "ReLearnScheduler",
     "Recorder",
     "attach",
+    "attention_heads",
+    "diagnose",
     "functional",
     "modality_groups",
 ]

@@ -1,0 +1,61 @@
+"""What `ReLearnScheduler` refuses before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+
+from balanceopt.monitor import ModalityMonitor
+from balanceopt.relearn._reinit import Buffers
+from balanceopt.relearn._sources import is_given
+
+FeatureSource = Literal["pass", "stream", "given"]
+
+
+def check_arguments(
+    optimizer: torch.optim.Optimizer,
+    monitor: ModalityMonitor,
+    every: int,
+    max_relearns: int | None,
+    features: FeatureSource,
+    buffers: Buffers,
+) -> None:
+    """Refuse what can't be re-learned with.
+
+    Raises:
+        TypeError: if `optimizer` or `monitor` is something else.
+        ValueError: for an option outside its range.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"`optimizer` should be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
+    if not isinstance(monitor, ModalityMonitor):
+        raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
+    if every < 1:
+        raise ValueError(f"`every` should be at least 1. Found every = {every}.")
+    if max_relearns is not None and max_relearns < 0:
+        raise ValueError(
+            f"`max_relearns` should be non-negative or None. Found max_relearns = {max_relearns}."
+        )
+    if features not in get_args(FeatureSource):
+        raise ValueError(f"`features` should be one of {get_args(FeatureSource)}. Found {features!r}.")
+    if buffers not in get_args(Buffers):
+        raise ValueError(f"`buffers` should be one of {get_args(Buffers)}. Found {buffers!r}.")
+
+
+def check_loaders(features: FeatureSource, train: Any, val: Any) -> None:
+    """Refuse loaders that are missing, or no loaders.
+
+    Raises:
+        ValueError, TypeError: naming what to pass.
+    """
+    for loader, name in ((train, "train_loader"), (val, "val_loader")):
+        if features != "given" and loader is None:
+            raise ValueError(
+                f"`{name}` should yield batches: a diagnosis compares training with held-out samples. Found None; "
+                "with features of your own use features='given'."
+            )
+        if is_given(loader):
+            raise TypeError(
+                f"`{name}` should be a loader. Found features: use features='given', and pass them to each step."
+            )

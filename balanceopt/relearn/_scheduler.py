@@ -1,0 +1,298 @@
+"""ReLearnScheduler: diagnose every few epochs, and take overfitted encoders part of the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balanceopt._pooling import Pool
+from balanceopt.monitor import ModalityMonitor
+from balanceopt.relearn._checks import FeatureSource, check_arguments, check_loaders
+from balanceopt.relearn._diagnosis import Diagnosis
+from balanceopt.relearn._initial import InitialWeights
+from balanceopt.relearn._passes import collector_for
+from balanceopt.relearn._purities import Init, Normalize, diagnose_samples, options
+from balanceopt.relearn._reinit import Buffers, OptimizerState, check_optimizer_state, reinitialise
+from balanceopt.relearn._samples import Samples
+from balanceopt.relearn._sources import Features, Source, samples_of
+from balanceopt.relearn._stream import Stream, StreamedLoader
+from balanceopt.relearn._undisturbed import Forward
+
+Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
+
+# What a Recorder gets, attribute by attribute of a Diagnosis.
+_RECORDED = ("train_purity", "val_purity", "gap", "strength")
+
+
+class ReLearnScheduler:
+    r"""Diagnosing & Re-learning, stepped once an epoch like a learning-rate scheduler.
+
+    At every `every`-th `step()` the encoders' features of the training and of the validation samples are clustered; the
+    gap between the purities says how far an encoder has fitted what does not carry over, and that far it goes back:
+
+    $$\theta^m \leftarrow (1 - \alpha^m) \theta^m + \alpha^m \theta^m_{\text{init}}, \qquad
+    \alpha^m = \tanh(\lambda |P_D^m - P_V^m|)$$
+
+    Any number of modalities, any fusion; only the encoders' own trainable parameters change, in place. Either the whole
+    step is done or, after an exception, nothing has changed.
+
+    Args:
+        optimizer: that trains the model; wrapped or not.
+        monitor: a `ModalityMonitor` on the model; `head=None` is enough.
+        train_loader: batches `(*inputs, labels)`, or mappings with "labels" or "label".
+        val_loader: the same of held-out samples, none of them trained on.
+        every: epochs (calls of `step`) between diagnoses.
+        lam: of the strength; larger goes further back, 0 never.
+        max_relearns: how often at most; None for no limit.
+        normalize: `"minmax"` scales each feature to (-1, 1) before clustering, as published code does; `"none"`.
+        forward: function of (model, batch) that runs the model and returns the labels, for other batches.
+        optimizer_state: `"keep"`, `"reset"` (forget the encoders' momentum) or `"scale"` (times 1 - alpha).
+        features: `"pass"` (an eval pass over each loader), `"stream"` (from the epoch's own passes: iterate
+            `scheduler.train_loader` and `scheduler.val_loader`), or `"given"` to each `step`.
+        buffers: `"keep"`, or `"lerp"` to take floating buffers (BatchNorm's statistics) back too.
+        initial: state dict of the model, or of each encoder by modality, to go back to; None for the weights as they
+            are now (of lazy and frozen parameters: when they are first built and trainable in a forward).
+        snapshot_device: where initial weights are kept; None for each parameter's own device.
+        num_classes: number of clusters; None for as many as there are different labels.
+        max_samples: most samples a modality to keep of each split, over all ranks: classes as equal as can be.
+        equal_counts: cluster only as many training samples as there are for validation.
+        pool: `"auto"` (as the head gets them), `"mean"`, `"max"`, `"flatten"` or a function, to make vectors of
+            features with more dimensions.
+        init: start of k-means, `"k-means++"` or `"random"` samples (the paper's text).
+        n_init: starts of k-means, the best of which counts.
+        seed: of k-means and of the choice of samples; None for `torch.initial_seed()` of the first rank, read now.
+        progress: show a progress bar (tqdm); None for passes over ten seconds on a terminal where tqdm is installed.
+
+    Raises:
+        ValueError: for an option outside its range, or loaders that are missing.
+        TypeError: if `optimizer` or `monitor` is something else.
+
+    Example:
+        >>> import balanceopt as bo
+        >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b")})
+        >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"})
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> scheduler = bo.ReLearnScheduler(optimizer, monitor, [], [], every=2)
+        >>> scheduler.step() is None, scheduler.last_epoch, scheduler.snapshot_bytes
+        (True, 1, 72)
+
+    Reference:
+        Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 1-6, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        monitor: ModalityMonitor,
+        train_loader: Iterable[Any] | None = None,
+        val_loader: Iterable[Any] | None = None,
+        *,
+        every: int = 20,
+        lam: float = 3.0,
+        max_relearns: int | None = 3,
+        normalize: Normalize = "minmax",
+        forward: Forward | None = None,
+        optimizer_state: OptimizerState = "keep",
+        features: FeatureSource = "pass",
+        buffers: Buffers = "keep",
+        initial: Mapping[str, Any] | None = None,
+        snapshot_device: torch.device | str | None = None,
+        num_classes: int | None = None,
+        max_samples: int = 50_000,
+        equal_counts: bool = False,
+        pool: Pool = "auto",
+        init: Init = "k-means++",
+        n_init: int = 1,
+        seed: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        check_arguments(optimizer, monitor, every, max_relearns, features, buffers)
+        check_optimizer_state(optimizer_state, optimizer)
+        check_loaders(features, train_loader, val_loader)
+        self.optimizer = optimizer
+        self.monitor = monitor
+        self.every = every
+        self.max_relearns = max_relearns
+        self.forward = forward
+        self.optimizer_state: OptimizerState = optimizer_state
+        self.features: FeatureSource = features
+        self.buffers: Buffers = buffers
+        self.progress = progress
+        self.last_epoch = 0
+        self.relearns = 0
+        self.listeners: list[Listener] = []
+        self._options = options(
+            seed,
+            monitor.group,
+            lam=lam,
+            normalize=normalize,
+            init=init,
+            n_init=n_init,
+            num_classes=num_classes,
+            max_samples=max_samples,
+            equal_counts=equal_counts,
+            pool=pool,
+        )
+        self._initial = InitialWeights(monitor, snapshot_device, buffers=buffers == "lerp")
+        if initial is not None:
+            self._initial.give(initial)
+        if self._initial.waiting:
+            monitor.add_tap(self._copy_late)
+        self._stream = Stream(monitor) if features == "stream" else None
+        self.train_loader = self._watched(train_loader, "training")
+        self.val_loader = self._watched(val_loader, "validation")
+        self._listen_if_due()
+
+    # -- what the user calls -------------------------------------------------------------------------------------
+
+    def step(self, *, train: Features | None = None, val: Features | None = None) -> Diagnosis | None:
+        """Count an epoch; on every `every`-th one diagnose and re-initialise.
+
+        Args:
+            train: features by modality and labels, to use instead of the loaders.
+            val: the same of the validation samples.
+
+        Returns:
+            The diagnosis, on the epochs on which it fires; else None.
+
+        Raises:
+            ValueError: if there is no data to diagnose, of one class, or with labels that are not integers.
+        """
+        diagnosis = None
+        if self._due:
+            diagnosis = replace(self.diagnose(train, val), epoch=self.last_epoch + 1)
+            reinitialise(diagnosis.strength, self._initial, self.optimizer, self.optimizer_state)
+            self.relearns += len(diagnosis.skipped) < len(diagnosis.modalities)
+        self.last_epoch += 1
+        self._listen_if_due()
+        if diagnosis is not None:
+            self._report(diagnosis)
+        return diagnosis
+
+    def diagnose(self, train: Source | None = None, val: Source | None = None) -> Diagnosis:
+        """The same diagnosis, without any change.
+
+        Args:
+            train: a loader, or features by modality and labels; None for the scheduler's own.
+            val: the same of the validation samples.
+
+        Raises:
+            ValueError: as `step`.
+        """
+        return diagnose_samples(
+            self.monitor.modalities,
+            self._samples(train, "training"),
+            self._samples(val, "validation"),
+            self._options,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Count of epochs and of re-initialisations, the seed, and the initial weights by dotted name."""
+        return {
+            "last_epoch": self.last_epoch,
+            "relearns": self.relearns,
+            "seed": self._options.seed,
+            "initial": self._initial.state(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Args:
+            state_dict: from `state_dict()`.
+
+        Raises:
+            ValueError: if its initial weights are not those of this model; nothing is changed then.
+        """
+        self._initial.load(state_dict["initial"])
+        self.last_epoch, self.relearns = int(state_dict["last_epoch"]), int(state_dict["relearns"])
+        self._options = replace(self._options, seed=int(state_dict["seed"]))
+        self._listen_if_due()
+
+    def remove(self) -> None:
+        """Stop listening to the monitor. May be called twice."""
+        self.monitor.drop_tap(self._copy_late)
+        if self._stream is not None:
+            self._stream.remove()
+
+    @property
+    def lam(self) -> float:
+        """Of the strength."""
+        return self._options.lam
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory that the initial weights take on this rank."""
+        return self._initial.nbytes
+
+    def __repr__(self) -> str:
+        return (
+            f"ReLearnScheduler(every={self.every}, lam={self.lam}, max_relearns={self.max_relearns}, "
+            f"features={self.features!r}, optimizer_state={self.optimizer_state!r}, buffers={self.buffers!r}, "
+            f"last_epoch={self.last_epoch}, relearns={self.relearns}, snapshot={self.snapshot_bytes} bytes)"
+        )
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _due(self) -> bool:
+        """Whether the next step fires."""
+        left = self.max_relearns is None or self.relearns < self.max_relearns
+        return left and (self.last_epoch + 1) % self.every == 0
+
+    def _watched(self, loader: Iterable[Any] | None, split: str) -> Any:
+        return (
+            loader if self._stream is None or loader is None else StreamedLoader(loader, self._stream, split)
+        )
+
+    def _listen_if_due(self) -> None:
+        """Take an epoch's own features when its step fires; start anew."""
+        if self._stream is not None:
+            splits = ("training", "validation") if self._due else ()
+            self._stream.collectors = {
+                split: collector_for(self.monitor, self._options, f"of the {split} loader")
+                for split in splits
+            }
+
+    def _samples(self, source: Source | None, split: str) -> dict[str, Samples]:
+        if source is None and self._stream is not None:
+            return self._streamed(split)
+        own = self.train_loader if split == "training" else self.val_loader
+        chosen = own if source is None else source
+        if chosen is None or (self.features == "given" and source is None):
+            raise ValueError(
+                f"there is no {split} data: with features='given' call step(train=(features, labels), "
+                "val=(features, labels)), features by modality."
+            )
+        return samples_of(chosen, split, self.monitor, self._options, self.forward, self.progress)
+
+    def _streamed(self, split: str) -> dict[str, Samples]:
+        assert self._stream is not None
+        name = "train_loader" if split == "training" else "val_loader"
+        if split not in self._stream.collectors:
+            raise ValueError(
+                "features are streamed only in the epochs whose step fires. Pass loaders to diagnose at another time: "
+                "scheduler.diagnose(train_loader, val_loader)."
+            )
+        found = self._stream.collectors[split].result()
+        if not found:
+            raise ValueError(
+                f"no {split} features came by in this epoch: iterate `scheduler.{name}` in your loop, in place of "
+                f"the loader, and run the model on its batches."
+            )
+        return found
+
+    def _copy_late(self, name: str, output: Any, current: Any) -> None:
+        """Copy parameters that this forward finds built and trainable for the first time."""
+        if self._initial.waiting:
+            self._initial.take()
+
+    def _report(self, diagnosis: Diagnosis) -> None:
+        for listener in self.listeners:
+            for quantity in _RECORDED:
+                values = torch.tensor(list(getattr(diagnosis, quantity).values()), dtype=torch.float64)
+                listener(self.last_epoch, quantity, diagnosis.modalities, values)

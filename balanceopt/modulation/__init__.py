@@ -1,6 +1,19 @@
 """The methods: from the sums of a step to a change of the modalities' gradients."""
 
+from balanceopt.modulation._amss import AMSS
+from balanceopt.modulation._attention import attention_heads
 from balanceopt.modulation._base import Modulation, OptimizerHint, Slot, Step, Undo
 from balanceopt.modulation._ogm import OGM
+from balanceopt.modulation._units import MaskUnits
 
-__all__ = ["OGM", "Modulation", "OptimizerHint", "Slot", "Step", "Undo"]
+__all__ = [
+    "AMSS",
+    "MaskUnits",
+    "Modulation",
+    "OGM",
+    "OptimizerHint",
+    "Slot",
+    "Step",
+    "Undo",
+    "attention_heads",
+]

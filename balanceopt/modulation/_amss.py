@@ -1,0 +1,236 @@
+"""AMSS and AMSS+: update a part of each encoder's units only, a smaller one where the modality dominates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from balanceopt._deferred import on_host
+from balanceopt._warnings import warn_user
+from balanceopt.functional import keep_ratio
+from balanceopt.modulation._base import Modulation, OptimizerHint, Step, Undo
+from balanceopt.modulation._bases import cancels_constant_factor
+from balanceopt.modulation._draw import Batch, Design, Sampling, Scale, batches_of, draw
+from balanceopt.modulation._frozen import freeze
+from balanceopt.modulation._head import head_parts
+from balanceopt.modulation._ogm import scores_usable
+from balanceopt.modulation._parts import Part, shard_of, unit_norms
+from balanceopt.modulation._units import UnitRule, find_units
+
+Importance = Literal["norm2", "norm"]
+Masked = Literal["gradient", "frozen"]
+
+# Sets of parameters with a gradient, such as turn up in alternation, whose units are remembered.
+_PLANS = 4
+
+
+class AMSS(Modulation):
+    r"""Adaptive mask subnetworks: a step updates a part of each encoder's units, fewer where the modality dominates.
+
+    $$g_j \leftarrow w_j M_j g_j, \qquad r^m = \operatorname{clamp}(1 - \operatorname{softmax}_m(u / T))$$
+
+    for the units j of each tensor of the encoder of modality m. Of n units \(k = \lceil n r^m \rceil\) are kept
+    (\(M_j = 1\)), drawn without replacement in proportion to the squared norms of their gradients; u is the modal
+    significance of `functional.modal_significance`. A unit is a filter, a row or an attention head (`MaskUnits`); norms
+    and biases are never masked. With `scale="unbiased"` (AMSS+) unit j is kept with probability \(\pi_j\), these sum to
+    \(n r^m\), and \(w_j = 1 / \pi_j\), so that the mean of the masked gradient is the gradient.
+
+    Args:
+        temperature: T > 0; small values follow the significance more sharply.
+        scale: weight w of the units kept: `"none"` 1; `"unbiased"` \(1 / \pi_j\); `"ratio"` \(r^m / \pi_j\), whose
+            mean is \(r^m g\); `"official"` \(1 / (p_j + 1/n)\), the published code's, p the share of the importance.
+        sampling: `"importance"`; `"topk"`, the most important ones; `"uniform"`, regardless of importance.
+        importance: `"norm2"`, the square of a unit's gradient norm (default for `"none"` and `"official"`), or
+            `"norm"` (default for `"unbiased"` and `"ratio"`, where it has the least variance).
+        clamp: lower and upper limit of the keep ratios.
+        offset: added to the information in the significance, nats.
+        masked: `"gradient"`: masked units get no gradient, and still move by momentum and weight decay; `"frozen"`:
+            they do not move at all, nor does what the optimizer keeps of them.
+        units: goes before the default: a mapping from parameters, modules or classes of modules to `MaskUnits`,
+            `"whole"` (not masked) or `"element"`, or a function of `(module, name, parameter)` to one of these or None.
+        min_ndim: tensors with fewer dimensions are not masked, unless `units` names them.
+        max_weight: cap on w (before the factor r), which makes the unbiased estimate biased; None for none.
+        mask_head: also mask each modality's part of a linear head, weight by weight.
+        start: first step (epoch, once `set_epoch` was called) in which it acts.
+        end: last one, inclusive; None for no end.
+
+    Raises:
+        ValueError: for an option outside its range.
+
+    Example:
+        >>> AMSS(scale="unbiased").importance
+        'norm'
+
+    Reference:
+        Yang et al., Learning to rebalance multi-modal optimization by adaptively masking subnetworks (TPAMI 2024), and
+        its published code; unbiased form: Horvitz and Thompson, 1952. See docs/methods/amss.md.
+    """
+
+    needs_entropy = True
+
+    def __init__(
+        self,
+        temperature: float = 0.2,
+        *,
+        scale: Scale = "none",
+        sampling: Sampling = "importance",
+        importance: Importance | None = None,
+        clamp: tuple[float, float] = (0.1, 0.9),
+        offset: float = 0.5,
+        masked: Masked = "gradient",
+        units: UnitRule | None = None,
+        min_ndim: int = 2,
+        max_weight: float | None = None,
+        mask_head: bool = False,
+        start: int = 0,
+        end: int | None = None,
+    ) -> None:
+        super().__init__(start=start, end=end)
+        self.temperature = temperature
+        self.scale: Scale = scale
+        self.sampling: Sampling = sampling
+        exact = scale in ("unbiased", "ratio")
+        default: Importance = "norm" if exact else "norm2"
+        self.importance: Importance = default if importance is None else importance
+        self.clamp = clamp
+        self.offset = offset
+        self.masked: Masked = masked
+        self.units = units
+        self.min_ndim = min_ndim
+        self.max_weight = max_weight
+        self.mask_head = mask_head
+        self._plans: dict[Any, _Plan] = {}
+        self._check_options()
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Say so where the base optimizer undoes the masks or their weights."""
+        if isinstance(optimizer, torch.optim.LBFGS):
+            if self.masked == "frozen":
+                raise NotImplementedError(
+                    "LBFGS moves all parameters along one line: some can't stay where they are. Use masked='gradient'."
+                )
+            warn_user(
+                "LBFGS's line search sees another mask each time it evaluates its closure.", OptimizerHint
+            )
+        if self.scale in ("ratio", "official") and cancels_constant_factor(optimizer):
+            warn_user(
+                f"{type(optimizer).__name__} divides a constant gradient factor out again, so the factor of "
+                f"AMSS(scale={self.scale!r}) slows no modality down. scale='none' masks without one.",
+                OptimizerHint,
+            )
+
+    def modulate(self, step: Step) -> Undo | None:
+        """Draw the step's masks and multiply the gradients by them."""
+        plan = self._plan(step)
+        ratio, usable = self.ratios(step)
+        known = on_host(usable)
+        if not plan.parts or (known is not None and not known):
+            return None
+        importance = unit_norms(plan.parts)
+        if self.importance == "norm2":
+            importance = [norms.square() for norms in importance]
+        design = Design(self.scale, self.sampling, self.max_weight)
+        active = step.sums.present & usable
+        masks = draw(plan.parts, plan.batches, importance, ratio, active, design, step.seed, step.number)
+        step.count("nonfinite_gradients", masks.nonfinite)
+        undo = freeze(plan.parts, masks.kept, step.optimizer) if self.masked == "frozen" else None
+        with torch.no_grad():
+            for part, weight in zip(plan.parts, masks.weights, strict=True):
+                part.of(part.slot.grad).mul_(part.spread(weight))
+        return undo
+
+    def ratios(self, step: Step) -> tuple[Tensor, Tensor]:
+        """The step's `(M,)` keep ratios, and whether its scores can be used at all, 0-d bool."""
+        sums = step.sums
+        significance = sums.significance(self.offset)
+        usable = scores_usable(sums) & ~(significance.isnan() & sums.present).any()
+        ratio = keep_ratio(significance, self.temperature, self.clamp, sums.present)
+        ratio = torch.where(usable, ratio, 1)
+        step.report("significance", significance)
+        step.report("keep_ratio", ratio)
+        step.count("unusable_scores", ~usable)
+        return ratio, usable
+
+    def options(self) -> dict[str, Any]:
+        """What `repr` shows: all but a rule for units, which may be long."""
+        shown = super().options()
+        if self.units is not None:
+            shown["units"] = "..."
+        return shown
+
+    def _plan(self, step: Step) -> _Plan:
+        monitor = step.monitor
+        if monitor is None:
+            raise ValueError("AMSS needs the step's monitor, to know the modules that hold the parameters.")
+        slots = [
+            (place, slot) for place, name in enumerate(step.modalities) for slot in step.slots.get(name, ())
+        ]
+        head = head_parts(step, monitor) if self.mask_head else []
+        held = [*slots, *((part.modality, part.slot) for part in head)]
+        key = tuple((place, slot.index, id(slot.parameter), slot.grad.device) for place, slot in held)
+        if key not in self._plans:
+            found = find_units(
+                [slot.parameter for _, slot in slots], monitor.model, self.units, self.min_ndim
+            )
+            pairs = zip(slots, found, strict=True)
+            parts = [Part(slot, place, units) for (place, slot), units in pairs if units is not None] + head
+            _refuse_sparse(parts)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = _plan_of(parts)
+        plan = self._plans[key]
+        _refuse_sparse(plan.parts)
+        return plan
+
+    def _check_options(self) -> None:
+        for name, kind in (
+            ("scale", Scale),
+            ("sampling", Sampling),
+            ("importance", Importance),
+            ("masked", Masked),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"`{name}` should be one of {get_args(kind)}. Found {getattr(self, name)!r}."
+                )
+        if self.sampling == "topk" and self.scale in ("unbiased", "ratio"):
+            raise ValueError(
+                f"`scale={self.scale!r}` weighs units by the probability that they are drawn, but 'topk' draws none. "
+                "Use sampling='importance' or 'uniform'."
+            )
+        if not math.isfinite(self.offset):
+            raise ValueError(f"`offset` should be finite. Found offset = {self.offset}.")
+        if self.max_weight is not None and not self.max_weight > 0:
+            raise ValueError(f"`max_weight` should be positive. Found max_weight = {self.max_weight}.")
+        if self.min_ndim < 0:
+            raise ValueError(f"`min_ndim` should be non-negative. Found min_ndim = {self.min_ndim}.")
+        keep_ratio(torch.ones(2), self.temperature, self.clamp)  # says what is wrong with them
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to mask in every step that has gradients for the same parameters."""
+
+    parts: Sequence[Part]
+    batches: Sequence[Batch]
+
+
+def _plan_of(parts: Sequence[Part]) -> _Plan:
+    own = [shard_of(part) if hasattr(part.slot.parameter, "device_mesh") else part for part in parts]
+    return _Plan(own, batches_of(own))
+
+
+def _refuse_sparse(parts: Sequence[Part]) -> None:
+    if any(part.slot.grad.is_sparse for part in parts):
+        raise NotImplementedError(
+            "an encoder has sparse gradients, which AMSS can't mask. Use an embedding with sparse=False, or leave it "
+            "whole: AMSS(units={embedding: 'whole'})."
+        )

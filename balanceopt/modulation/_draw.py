@@ -1,0 +1,173 @@
+"""Draw the masks of many tensors in a few batched operations, and what the units that are kept are multiplied by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from balanceopt._random import generator_for
+from balanceopt.functional import kept_units
+from balanceopt.functional._masks import (
+    inclusion_probabilities_padded,
+    sample_units_padded,
+    systematic_sample_padded,
+)
+from balanceopt.modulation._parts import Part
+
+Scale = Literal["none", "unbiased", "ratio", "official"]
+Sampling = Literal["importance", "topk", "uniform"]
+
+# Of the mask's generators, so that noise of the same seed, step and parameter has nothing to do with the masks.
+_SALT = 0x5851F42D4C957F2D
+# A budget of no unit at all has no unbiased estimate.
+_SMALLEST_BUDGET = 1e-6
+
+
+@dataclass(frozen=True)
+class Design:
+    """How units are drawn and weighted; the options of `AMSS` that it shares with nothing else."""
+
+    scale: Scale
+    sampling: Sampling
+    max_weight: float | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether units are drawn with exact inclusion probabilities."""
+        return self.scale in ("unbiased", "ratio")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What was drawn for the units of each part.
+
+    Attributes:
+        weights: `(n,)` by part, what gradients are multiplied by; 0 for masked units, all 1 where nothing is masked.
+        kept: bool `(n,)` by part.
+        nonfinite: 0-d, how many parts were left alone for importances that are not finite.
+    """
+
+    weights: list[Tensor]
+    kept: list[Tensor]
+    nonfinite: Tensor
+
+
+class Batch:
+    """Parts that are drawn together: on one device, of similar size; what does not change from step to step."""
+
+    def __init__(self, parts: Sequence[Part], places: Sequence[int]) -> None:
+        """Take the parts at `places`."""
+        self.places = list(places)
+        own = [parts[place] for place in places]
+        self.device = own[0].slot.grad.device
+        self.dtype = _wide(own[0].slot.grad)
+        self.counts = [part.units.count for part in own]
+        # Small tensors are made here, once: on an accelerator making one waits for it.
+        self.sizes = torch.tensor(self.counts, device=self.device)
+        self.modality = torch.tensor([part.modality for part in own], device=self.device)
+        self.inside = torch.arange(max(self.counts), device=self.device) < self.sizes[:, None]
+
+
+def batches_of(parts: Sequence[Part]) -> list[Batch]:
+    """Cut into batches by device, dtype, and size to a factor of eight, so that padding stays small."""
+    places: dict[object, list[int]] = {}
+    for place, part in enumerate(parts):
+        key = (part.slot.grad.device, _wide(part.slot.grad), (part.units.count - 1).bit_length() // 3)
+        places.setdefault(key, []).append(place)
+    return [Batch(parts, own) for own in places.values()]
+
+
+def uniforms_for(part: Part, count: int, seed: int, step: int) -> Tensor:
+    """`count` uniform numbers of a part: a function of (seed, step, parameter), and of the modality within a head."""
+    salted = seed ^ _SALT if part.columns is None else seed ^ (_SALT + 1 + part.modality)
+    generator = generator_for(salted, step, part.slot.index, part.slot.grad.device)
+    return torch.rand(count, generator=generator, dtype=torch.float64, device=part.slot.grad.device)
+
+
+@torch.no_grad()
+def draw(
+    parts: Sequence[Part],
+    batches: Sequence[Batch],
+    importance: Sequence[Tensor],
+    ratio: Tensor,
+    active: Tensor,
+    design: Design,
+    seed: int,
+    step: int,
+) -> Masks:
+    """Draw every part's mask.
+
+    Args:
+        parts: what to mask.
+        batches: `batches_of(parts)`.
+        importance: `(n,)` by part.
+        ratio: `(M,)` keep ratios.
+        active: bool `(M,)`, modalities that are masked at all.
+        design: how.
+        seed: of all randomness.
+        step: number of the step.
+    """
+    weights: list[Tensor] = [ratio] * len(parts)
+    kept: list[Tensor] = [ratio] * len(parts)
+    nonfinite = torch.zeros((), dtype=torch.int64, device=ratio.device)
+    for batch in batches:
+        own = [parts[place] for place in batch.places]
+        s = pad_sequence([importance[place] for place in batch.places], batch_first=True).double()
+        total = s.sum(1)
+        finite = torch.isfinite(total)
+        usable = (finite & (total > 0) & active.to(batch.device)[batch.modality])[:, None]
+        extra = 1 if design.exact else 0
+        uniforms = pad_sequence(
+            [uniforms_for(part, part.units.count + extra, seed, step) for part in own], batch_first=True
+        )
+        row_ratio = ratio.to(batch.device)[batch.modality]
+        chosen, weight = _drawn(torch.where(usable, s, 1), batch, row_ratio, uniforms, design)
+        chosen = chosen | ~usable
+        weight = torch.where(usable, weight, 1).to(batch.dtype)
+        nonfinite += (~finite).sum().to(ratio.device)
+        for row, (place, count) in enumerate(zip(batch.places, batch.counts, strict=True)):
+            kept[place], weights[place] = chosen[row, :count], weight[row, :count]
+    return Masks(weights, kept, nonfinite)
+
+
+def _drawn(s: Tensor, batch: Batch, ratio: Tensor, uniforms: Tensor, design: Design) -> tuple[Tensor, Tensor]:
+    """Which units are kept, and every unit's weight, both `(U, n_max)`."""
+    sampled_by = torch.where(batch.inside, 1.0 if design.sampling == "uniform" else s, 0.0)
+    if design.exact:
+        budget = (ratio.double() * batch.sizes).clamp(min=_SMALLEST_BUDGET)
+        probability = inclusion_probabilities_padded(sampled_by, budget)
+        kept = systematic_sample_padded(probability, uniforms[:, 0], uniforms[:, 1:])
+        weight = _capped(torch.where(kept, 1 / probability, 0), design)
+        return kept, weight * ratio.double()[:, None] if design.scale == "ratio" else weight
+    k = kept_units(batch.sizes, ratio)
+    if design.sampling == "topk":
+        kept = _largest(sampled_by, batch, k)
+    else:
+        kept = sample_units_padded(sampled_by, batch.sizes, k, uniforms)
+    if design.scale == "none":
+        return kept, kept.double()
+    share = torch.where(batch.inside, s, 0)
+    share = share / share.sum(1, keepdim=True)
+    return kept, _capped(torch.where(kept, 1 / (share + 1 / batch.sizes[:, None]), 0), design)
+
+
+def _capped(weight: Tensor, design: Design) -> Tensor:
+    return weight if design.max_weight is None else weight.clamp(max=design.max_weight)
+
+
+def _largest(importance: Tensor, batch: Batch, k: Tensor) -> Tensor:
+    """The k units of largest importance; the first of equal ones."""
+    order = torch.where(batch.inside, importance, -1).sort(dim=1, descending=True, stable=True).indices
+    places = torch.arange(importance.shape[1], device=importance.device)
+    winners = (places < k[:, None]).expand_as(importance)
+    return torch.zeros_like(winners).scatter(1, order, winners)
+
+
+def _wide(gradient: Tensor) -> torch.dtype:
+    """What a gradient is multiplied in."""
+    return torch.promote_types(gradient.dtype, torch.float32)

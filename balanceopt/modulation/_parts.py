@@ -1,0 +1,143 @@
+"""One modality's units in one parameter, on tensors that are whole or sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balanceopt.modulation._base import Slot
+from balanceopt.modulation._units import UnitView
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or some columns of one, that belongs to a modality and is masked unit by unit.
+
+    Attributes:
+        slot: the parameter.
+        modality: position of the modality.
+        units: those of the parameter, or of its columns.
+        columns: of its second dimension; None for the whole parameter.
+    """
+
+    slot: Slot
+    modality: int
+    units: UnitView
+    columns: slice | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of the parameter, or of a tensor of its shape, as a view that `spread` broadcasts with."""
+        return self.units.view(self._block(tensor))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`(n,)` values of the units, to broadcast with `of`."""
+        return self.units.spread(values)
+
+    def norms(self) -> Tensor:
+        """`(n,)` norms of the units' gradients."""
+        return self.units.norms(self._block(self.slot.grad))
+
+    @property
+    def rows(self) -> int | None:
+        """The dimension of `of` whose indices are the units; None where it is not one."""
+        return self.units.only_dim
+
+    def _block(self, tensor: Tensor) -> Tensor:
+        return tensor if self.columns is None else tensor[:, self.columns]
+
+
+@dataclass(frozen=True)
+class ShardedPart(Part):
+    """A part of a DTensor: this rank's shard of it.
+
+    Attributes:
+        numbers: the unit that each element of the shard belongs to, in a shape that broadcasts with it.
+    """
+
+    numbers: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This rank's shard of the part."""
+        local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        return self._block(local)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The units' values at the elements of the shard."""
+        assert self.numbers is not None
+        return values[self.numbers]
+
+    def squares(self) -> Tensor:
+        """`(n,)` sums of squares of what this rank holds of each unit."""
+        assert self.numbers is not None
+        shard = self.of(self.slot.grad)
+        alone = [*(d for d, size in enumerate(self.numbers.shape) if size == 1), shard.dim()]
+        wide = torch.promote_types(shard.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(shard.unsqueeze(-1), dim=alone, keepdim=True, dtype=wide)
+        found = torch.zeros(self.units.count, dtype=wide, device=shard.device)
+        return found.index_add_(0, self.numbers.flatten(), norms.squeeze(-1).square().flatten())
+
+    @property
+    def rows(self) -> int | None:
+        """None: units of a shard are found by number."""
+        return None
+
+
+def shard_of(part: Part) -> ShardedPart:
+    """The part on this rank, where the parameter is a DTensor.
+
+    Raises:
+        NotImplementedError: if columns are asked of a parameter whose columns are sharded.
+    """
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    p: Any = part.slot.parameter
+    sharded = [placement.dim % p.dim() for placement in p.placements if isinstance(placement, Shard)]
+    if part.columns is not None and 1 in sharded:
+        raise NotImplementedError(
+            "the head's weight is sharded by columns, so it can't be masked by modality. Use mask_head=False."
+        )
+    numbers = part.units.numbers(p.device)
+    placements = [q if isinstance(q, Shard) else Replicate() for q in p.placements]
+    room = [
+        size if d in sharded and part.columns is None else own
+        for d, (size, own) in enumerate(zip(p.shape, numbers.shape, strict=True))
+    ]
+    if 0 in sharded:
+        room[0] = p.shape[0]
+    local = distribute_tensor(
+        numbers.expand(room).contiguous(), p.device_mesh, placements, src_data_rank=None
+    )
+    return ShardedPart(part.slot, part.modality, part.units, part.columns, local.to_local())
+
+
+def unit_norms(parts: Sequence[Part]) -> list[Tensor]:
+    """`(n,)` norms of every part's units, over the whole tensors: sharded ones are summed over the ranks together."""
+    norms: dict[int, Tensor] = {}
+    sharded: dict[Any, list[int]] = {}
+    for place, part in enumerate(parts):
+        if isinstance(part, ShardedPart):
+            p: Any = part.slot.parameter
+            kinds = tuple(placement.is_shard() for placement in p.placements)
+            sharded.setdefault((p.device_mesh, kinds), []).append(place)
+        else:
+            norms[place] = part.norms()
+    for (mesh, kinds), places in sharded.items():
+        norms.update(_summed(parts, places, mesh, kinds))
+    return [norms[place] for place in range(len(parts))]
+
+
+def _summed(
+    parts: Sequence[Part], places: Sequence[int], mesh: Any, kinds: Sequence[bool]
+) -> Mapping[int, Tensor]:
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    own = [part for part in (parts[place] for place in places) if isinstance(part, ShardedPart)]
+    sums = torch.cat([part.squares() for part in own])
+    placements = [Partial() if kind else Replicate() for kind in kinds]
+    total: Tensor = DTensor.from_local(sums, mesh, placements, run_check=False).full_tensor()
+    pieces = total.sqrt().split([part.units.count for part in own])
+    return dict(zip(places, pieces, strict=True))

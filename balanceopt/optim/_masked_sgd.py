@@ -1,0 +1,97 @@
+"""MaskedSubnetworkSGD: torch's SGD with AMSS in front of its step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balanceopt.modulation import AMSS
+from balanceopt.modulation._amss import Masked
+from balanceopt.modulation._draw import Scale
+from balanceopt.monitor import ModalityMonitor
+from balanceopt.optim._wrapper import WrappedOptimizer
+
+
+class MaskedSubnetworkSGD(WrappedOptimizer):
+    r"""SGD that updates a part of each encoder's units in a step, fewer where the modality dominates (AMSS, AMSS+).
+
+    $$b_j \leftarrow \mu b_j + (1 - \tau)(w_j M_j g_j + \lambda \theta_j),
+    \qquad \theta_j \leftarrow \theta_j - \eta b_j$$
+
+    for the units j of each tensor of an encoder, with momentum \(\mu\), dampening \(\tau\), weight decay
+    \(\lambda\), the mask M and the weights w of `AMSS`. Where no mask acts it is `torch.optim.SGD`, bit for bit. With
+    `masked="frozen"` both assignments are made for the units that are kept only.
+
+    Args:
+        params: parameters or groups, such as `modality_groups(model, encoders)`.
+        monitor: a `ModalityMonitor` on the model, built with a head.
+        lr: learning rate.
+        momentum: of SGD.
+        dampening: of the momentum.
+        weight_decay: L2 penalty.
+        nesterov: Nesterov's momentum.
+        temperature: of the keep ratios.
+        scale: `"none"` (AMSS), `"unbiased"` (AMSS+), `"ratio"` or `"official"`.
+        masked: `"gradient"` masks gradients, as published; `"frozen"` leaves masked units where they are, and their
+            momentum.
+        seed: of the masks, which are a function of (seed, step, parameter); None for `torch.initial_seed()` of the
+            first rank, read now.
+        maximize: ascend.
+        foreach: torch's implementation by lists of tensors.
+        fused: torch's fused implementation; the fastest.
+        strict: raise after ten steps in a row without any score; False to warn only.
+        **options: further ones of `AMSS`: `sampling`, `importance`, `clamp`, `offset`, `units`, `min_ndim`,
+            `max_weight`, `mask_head`, `start`, `end`.
+
+    Raises:
+        ValueError: for options outside their range, or if the parameters are not those of the monitor's model.
+        KeyError: if groups are tagged with modalities that the monitor does not have.
+
+    Example:
+        >>> import balanceopt as bo
+        >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b", "head")})
+        >>> encoders = {"a": model["a"], "b": model["b"]}
+        >>> monitor = bo.ModalityMonitor(model, encoders, head=model["head"])
+        >>> optimizer = bo.MaskedSubnetworkSGD(bo.modality_groups(model, encoders), monitor, lr=0.01, momentum=0.9)
+        >>> optimizer.modulation.scale
+        'none'
+
+    Reference:
+        Yang et al., AMSS (TPAMI 2024). See docs/methods/amss.md.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        monitor: ModalityMonitor,
+        lr: float | Tensor,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        temperature: float = 0.2,
+        scale: Scale = "none",
+        masked: Masked = "gradient",
+        seed: int | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        strict: bool = True,
+        **options: Any,
+    ) -> None:
+        modulation = AMSS(temperature, scale=scale, masked=masked, **options)
+        base = torch.optim.SGD(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            fused=fused,
+        )
+        super().__init__(base, monitor, modulation, seed=seed, strict=strict)

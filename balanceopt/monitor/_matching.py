@@ -73,6 +73,16 @@ def projection_onto(features: Tensor, block: Tensor) -> Projection | None:
     return None
 
 
+def projection_number(project: Projection | None) -> int:
+    """A plain number for a projection; -1 for None."""
+    return -1 if project is None else _PROJECTIONS.index(project)
+
+
+def projection_numbered(number: int) -> Projection | None:
+    """The projection of that number."""
+    return None if number < 0 else _PROJECTIONS[number]
+
+
 def _applied(project: Projection, features: Tensor, room: torch.Size) -> Tensor | None:
     """`features` projected to `(B, D_m)` float32, or None where that can't stand in a head's input of shape `room`."""
     try:

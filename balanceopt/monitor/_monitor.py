@@ -19,7 +19,9 @@ from balanceopt.distributed import Group
 from balanceopt.functional import feature_entropy
 from balanceopt.modality import Encoders, find_module, modality_parameters, resolve_encoders, unwrap
 from balanceopt.monitor._accumulator import Accumulator
+from balanceopt.monitor._early import can_score_early, early_sums
 from balanceopt.monitor._labels import labels_of_call, labels_of_loss
+from balanceopt.monitor._layout import lay_out, layout_of
 from balanceopt.monitor._matching import Projection
 from balanceopt.monitor._outputs import features_of, logits_of, map_tensors
 from balanceopt.monitor._pass import Pass
@@ -338,6 +340,24 @@ class ModalityMonitor:
         self._window, self._fresh = window, True
 
     @property
+    def layout(self) -> dict[str, Any]:
+        """What passes have shown of the way from encoders to head, as plain numbers; may be set after a resume."""
+        return layout_of(self._unimodal)
+
+    @layout.setter
+    def layout(self, layout: dict[str, Any]) -> None:
+        lay_out(self._unimodal, layout)
+
+    @property
+    def can_score_early(self) -> bool:
+        """Whether `early_sums` is to be had: for split and per-head once a pass has shown the way to the head."""
+        return can_score_early(self._chosen(), self.modalities)
+
+    def early_sums(self, current: Pass) -> ModalitySums | None:
+        """The sums of a pass whose encoders have run, before its fusion does; None without labels."""
+        return early_sums(self._chosen(), current, self.modalities, self.ignore_index)
+
+    @property
     def num_classes(self) -> int | None:
         """C, once a pass was seen."""
         return self._classes
@@ -410,11 +430,13 @@ class ModalityMonitor:
             tap(name, output, current)
         if current is None:
             return None
+        if not again:
+            self._capture(name, current, output)
         sent = output
         for transform in self._transforms:
             sent = transform(name, current, sent)
-        if not again:
-            self._capture(name, current, output, sent)
+        if not again and sent is not output:
+            current.sent_features[name] = self.features(name, sent).detach()
         return None if sent is output else sent
 
     @torch.compiler.disable
@@ -541,11 +563,10 @@ class ModalityMonitor:
         current.labels, current.label_source = labels, source
         current.present.update(present or {})
 
-    def _capture(self, name: str, current: Pass, output: Any, sent: Any) -> None:
+    def _capture(self, name: str, current: Pass, output: Any) -> None:
         features = self.features(name, output).detach()
         current.outputs.setdefault(name, []).append(map_tensors(Tensor.detach, output))
-        current.features[name] = features
-        current.sent_features[name] = features if sent is output else self.features(name, sent).detach()
+        current.features[name] = current.sent_features[name] = features
 
     def _listen(self, current: Pass, logits: Tensor) -> None:
         """Note when backward reaches the logits."""
@@ -586,7 +607,7 @@ class ModalityMonitor:
             self._classes = current.logits.shape[-1]
             current.unimodal = {}
             if not current.held_back and current.logits.shape[0] > 0:
-                current.unimodal = self._unimodal(current)
+                current.unimodal = current.early or self._unimodal(current)
                 if any(accumulator.needs_entropy for accumulator in self._accumulators):
                     with torch.no_grad():
                         current.entropies = {

@@ -23,6 +23,7 @@ class Pass:
         head_outputs: each modality's own head's output, for per-head fusion.
         logits: the joint logits `(N, C)`, N rows.
         unimodal: each modality's logits `(N, C)` float32; None before the forward's end.
+        early: the same, where a consumer asked for them before the fusion ran.
         entropies: each modality's feature entropy by sample `(B,)`, where a consumer asked for it.
         present: bool `(B,)` by modality, the samples that have it; all of them where not given.
         labels: as given by the user, a loss module or the model's keyword; None to recover them.
@@ -48,6 +49,7 @@ class Pass:
     head_outputs: dict[str, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
     unimodal: dict[str, Tensor] | None = None
+    early: dict[str, Tensor] = field(default_factory=dict)
     entropies: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
@@ -76,4 +78,4 @@ class Pass:
         """Let go of what only the forward needed."""
         self.inputs = None
         self.outputs, self.features, self.sent_features, self.vectors = {}, {}, {}, {}
-        self.head_inputs, self.head_outputs = {}, {}
+        self.head_inputs, self.head_outputs, self.early = {}, {}, {}

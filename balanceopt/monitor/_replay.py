@@ -42,6 +42,7 @@ def quiet(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(random_state_kept(device))
+        stack.enter_context(_gathered(modules))
         for module in modules:
             # Straight into __dict__: nn.Module's own attribute setter costs more than the whole fusion on small models.
             changes: dict[str, Any] = {name: OrderedDict() for name in _HOOKS if module.__dict__.get(name)}
@@ -60,6 +61,23 @@ def forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> It
         for module, function in replacements:
             stack.enter_context(_attributes(module, {"forward": function}))
         yield
+
+
+@contextmanager
+def _gathered(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it modules under `fully_shard` have their whole parameters, which their own hooks else see to."""
+    sharded = [m for m in modules if hasattr(m, "unshard") and _holds_shards(m)]
+    try:
+        for module in sharded:
+            module.unshard()
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
+def _holds_shards(module: nn.Module) -> bool:
+    return any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
 @contextmanager

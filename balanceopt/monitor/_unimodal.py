@@ -113,6 +113,16 @@ class SplitHead:
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
         return torch.nn.functional.linear(x, weight[:, self.columns[name]], share)
 
+    def clean(self, name: str, features: Tensor) -> Tensor:
+        """The modality's logits `(N, C)` from clean features, before the head has run."""
+        weight = _whole(self.head.weight).float()[:, self.columns[name]]
+        share = None if self.head.bias is None else _whole(self.head.bias).float() / len(self.modalities)
+        z = _projected(name, self.projections[name], features)
+        if z.shape[-1] != weight.shape[-1]:  # a row of logits for each position
+            z = _projected(name, self.projections[name], _rows(features))
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.nn.functional.linear(z.float(), weight, share)
+
     def _clean_columns(self, name: str, current: Pass, x: Tensor) -> Tensor | None:
         """The modality's part of the head's input as it would be without any drop `(N, D_m)`."""
         if name not in self.projections and not self._locate(name, current, x):
@@ -190,19 +200,22 @@ class PerHead:
         if name not in self.projections and name in current.features:
             self.projections[name] = projection_onto(current.sent_features[name], _rows(current.head_inputs[name]))
 
+    def clean(self, name: str, features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The modality's logits `(N, C)` from clean features, `dtype` as its head gets them."""
+        head = self.heads[name]
+        x = _projected(name, self.projections[name], features)
+        with quiet(list(head.modules()), x.device):
+            logits = logits_of(head.forward(x.to(x.dtype if dtype is None else dtype)))
+        assert logits is not None
+        return _rows(logits).float()
+
     def _without_drop(self, name: str, current: Pass) -> Tensor:
-        project = self.projections.get(name)
-        if project is None:
+        if self.projections.get(name) is None:
             raise RuntimeError(
                 f"the features of {name!r} were dropped, and what its head gets can't be made from its encoder's "
                 "output. Pass `select=` with a function that turns that output into the head's input."
             )
-        head = self.heads[name]
-        clean = project(current.features[name])
-        with quiet(list(head.modules()), clean.device):
-            logits = logits_of(head.forward(clean.to(current.head_inputs[name].dtype)))
-        assert logits is not None
-        return logits
+        return self.clean(name, current.features[name], current.head_inputs[name].dtype)
 
 
 class ZeroOut:
@@ -297,8 +310,13 @@ class Automatic:
         except NoMatchError:
             if self._otherwise is None:
                 raise
-            self.chosen, self._otherwise = self._otherwise(), None
+            self.give_up()
             return self.chosen(current)
+
+    def give_up(self) -> None:
+        """Take `otherwise` from now on."""
+        if self._otherwise is not None:
+            self.chosen, self._otherwise = self._otherwise(), None
 
 
 class _Reached(BaseException):

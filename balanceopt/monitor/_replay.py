@@ -66,7 +66,7 @@ def forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> It
 @contextmanager
 def _gathered(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Within it modules under `fully_shard` have their whole parameters, which their own hooks else see to."""
-    sharded = [m for m in modules if hasattr(m, "unshard") and _holds_shards(m)]
+    sharded: list[Any] = [m for m in modules if hasattr(m, "unshard") and _holds_shards(m)]
     try:
         for module in sharded:
             module.unshard()

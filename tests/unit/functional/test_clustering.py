@@ -1,0 +1,505 @@
+"""kmeans, purity, minmax_scale, reinit_strength and soft_reinit_."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
+from torch.multiprocessing.spawn import spawn
+
+from balanceopt.functional import _clustering
+from balanceopt.functional._clustering import (
+    KMeansResult,
+    kmeans,
+    minmax_scale,
+    purity,
+    reinit_strength,
+    soft_reinit_,
+)
+
+MFEAT = Path(__file__).parents[4] / "shared" / "data" / "mfeat.npz"
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def blobs(rows: int, clusters: int, width: int = 4, spread: float = 0.05, seed: int = 0):
+    """Well separated clusters, their labels, none empty."""
+    draw = generator(seed)
+    centres = torch.randn(clusters, width, generator=draw) * 10
+    labels = torch.arange(rows) % clusters
+    return centres[labels] + spread * torch.randn(rows, width, generator=draw), labels
+
+
+def same_partition(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return float(purity(first, second)) == 1 == float(purity(second, first))
+
+
+def real_features() -> list[np.ndarray]:
+    """Views of handwritten numerals where they are at hand, else scikit-learn's own digits."""
+    if MFEAT.exists():
+        with np.load(MFEAT) as views:
+            return [views[name].astype(np.float32) for name in ("fou", "kar", "zer", "mor")]
+    return [load_digits().data.astype(np.float32)]
+
+
+class TestKMeans:
+    @pytest.mark.parametrize("clusters", [2, 6, 31])
+    @pytest.mark.parametrize("seed", range(5))
+    def test_separable_features_are_separated(self, clusters, seed):
+        # Greedy k-means++ may still miss one of many clusters: a few starts do not.
+        x, labels = blobs(40 * clusters, clusters, width=16, seed=seed)
+        result = kmeans(x, clusters, generator=generator(seed), n_init=3)
+        assert same_partition(result.assignments, labels)
+        assert float(purity(result.assignments, labels)) == 1
+
+    def test_result_is_consistent(self):
+        x = torch.randn(500, 7)
+        result = kmeans(x, 9, generator=generator())
+        assert isinstance(result, KMeansResult)
+        assert result.assignments.dtype == torch.int64
+        assert result.centroids.shape == (9, 7)
+        distances = torch.cdist(x, result.centroids).square()
+        chosen = distances.gather(1, result.assignments[:, None])[:, 0]
+        torch.testing.assert_close(chosen, distances.amin(1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(result.inertia, chosen.sum(), rtol=1e-4, atol=0)
+        assert 1 <= result.iterations <= 300
+
+    def test_inertia_is_that_of_scikit_learn_on_real_features(self):
+        for features in real_features():
+            scaled = minmax_scale(torch.from_numpy(features))
+            theirs = [KMeans(10, n_init=1, random_state=s).fit(scaled.numpy()).inertia_ for s in range(12)]
+            ours = [float(kmeans(scaled, 10, generator=generator(s)).inertia) for s in range(12)]
+            assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.02)
+            assert min(ours) == pytest.approx(min(theirs), rel=0.02)
+
+    def test_large_features_of_many_clusters_start_from_a_subset(self, monkeypatch):
+        x, labels = blobs(3000, 120, width=32)
+        whole = kmeans(x, 120, generator=generator(), n_init=2)
+        monkeypatch.setattr(_clustering, "ROWS_PER_START", 12)
+        subset = kmeans(x, 120, generator=generator(), n_init=2)
+        assert float(purity(whole.assignments, labels)) > 0.95
+        assert float(purity(subset.assignments, labels)) > 0.95
+
+    @pytest.mark.parametrize("init", ["k-means++", "random"])
+    def test_the_generator_decides_everything(self, init):
+        x = torch.randn(300, 5)
+        before = torch.get_rng_state()
+        first, again = (kmeans(x, 8, generator=generator(4), init=init) for _ in range(2))
+        other = kmeans(x, 8, generator=generator(5), init=init)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(first.assignments, again.assignments)
+        assert torch.equal(first.centroids, again.centroids)
+        assert torch.equal(first.inertia, again.inertia)
+        assert not torch.equal(first.centroids, other.centroids)
+
+    def test_without_a_generator_torchs_own_is_used(self):
+        x = torch.randn(200, 5)
+        torch.manual_seed(1)
+        first = kmeans(x, 7)
+        torch.manual_seed(1)
+        assert torch.equal(kmeans(x, 7).centroids, first.centroids)
+
+    @pytest.mark.parametrize("rows", [1, 7, 10_000])
+    def test_blocks_change_nothing(self, rows, monkeypatch):
+        x, _ = blobs(150, 5, spread=3.0)
+        expected = kmeans(x, 5, generator=generator())
+        monkeypatch.setattr(_clustering, "BLOCK_ENTRIES_CPU", 5 * rows)
+        found = kmeans(x, 5, generator=generator())
+        assert torch.equal(found.assignments, expected.assignments)
+        torch.testing.assert_close(found.centroids, expected.centroids)
+        torch.testing.assert_close(minmax_scale(x)[:3], minmax_scale(x)[:3])
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_dtypes(self, dtype):
+        x, labels = blobs(90, 3)
+        result = kmeans(x.to(dtype), 3, generator=generator(), n_init=2)
+        assert same_partition(result.assignments, labels)
+        assert result.centroids.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+    def test_scale_changes_nothing(self, scale):
+        x = torch.randn(200, 4, dtype=torch.float64)
+        expected = kmeans(x.float(), 5, init=x[:5])
+        found = kmeans((x * scale).float(), 5, init=x[:5] * scale)
+        assert torch.equal(found.assignments, expected.assignments)
+        torch.testing.assert_close(
+            found.centroids.double() / scale, expected.centroids.double(), rtol=0, atol=2e-6
+        )
+
+    def test_a_large_offset_is_harmless(self):
+        x, labels = blobs(90, 3)
+        result = kmeans(x + 1e4, 3, generator=generator(), n_init=2)
+        assert same_partition(result.assignments, labels)
+        exact = kmeans(x.double(), 3, generator=generator(), n_init=2)
+        assert float(result.inertia) == pytest.approx(float(exact.inertia), rel=0.05)
+
+    def test_strided_and_graph_bound_features(self):
+        x = torch.randn(60, 8)
+        expected = kmeans(x[::2, ::2].clone(), 4, generator=generator())
+        found = kmeans(x.requires_grad_()[::2, ::2], 4, generator=generator())
+        assert torch.equal(found.assignments, expected.assignments)
+        assert not found.centroids.requires_grad
+        transposed = kmeans(x.detach()[::2, ::2].T.contiguous().T, 4, generator=generator())
+        assert torch.equal(transposed.assignments, expected.assignments)
+
+    def test_autocast_does_not_take_digits(self):
+        x = torch.randn(300, 16) + 5
+        expected = kmeans(x, 6, generator=generator())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = kmeans(x, 6, generator=generator())
+        assert torch.equal(found.assignments, expected.assignments)
+        assert torch.equal(found.centroids, expected.centroids)
+
+    def test_one_cluster(self):
+        x = torch.randn(50, 3)
+        result = kmeans(x, 1, generator=generator())
+        assert result.assignments.tolist() == [0] * 50
+        torch.testing.assert_close(result.centroids[0], x.mean(0))
+        torch.testing.assert_close(result.inertia, (x - x.mean(0)).square().sum())
+        assert result.iterations <= 2
+
+    @pytest.mark.parametrize("rows", [1, 2, 17, 150])
+    @pytest.mark.parametrize("init", ["k-means++", "random"])
+    def test_as_many_clusters_as_rows(self, rows, init):
+        x = torch.randn(rows, 3)
+        result = kmeans(x, rows, generator=generator(), init=init)
+        assert sorted(result.assignments.tolist()) == list(range(rows))
+        assert float(result.inertia) == pytest.approx(0, abs=1e-9)
+
+    @pytest.mark.parametrize("init", ["k-means++", "random"])
+    def test_fewer_different_rows_than_clusters(self, init):
+        x = torch.randn(3, 4).repeat(20, 1)
+        result = kmeans(x, 7, generator=generator(), init=init)
+        assert same_partition(result.assignments, torch.arange(60) % 3)
+        assert bool(torch.isfinite(result.centroids).all())
+        assert float(result.inertia) == pytest.approx(0, abs=1e-9)
+        assert result.iterations < 10
+
+    @pytest.mark.parametrize("value", [0.0, 0.1, -1e30, 1e-40])
+    def test_equal_rows(self, value):
+        result = kmeans(torch.full((40, 3), value), 4, generator=generator())
+        assert float(result.inertia) == pytest.approx(0)
+        torch.testing.assert_close(result.centroids, torch.full((4, 3), value))
+        assert result.iterations < 10
+
+    def test_one_feature(self):
+        x = torch.tensor([0.0, 0.1, 5.0, 5.1, 9.0])[:, None]
+        result = kmeans(x, 3, generator=generator(), n_init=3)
+        assert same_partition(result.assignments, torch.tensor([0, 0, 1, 1, 2]))
+
+    def test_an_empty_cluster_is_seeded_at_the_farthest_row(self):
+        x = torch.tensor([[0.0], [1.0], [2.0], [50.0]])
+        result = kmeans(x, 3, init=torch.tensor([[0.0], [2.0], [1e6]]))
+        assert len(result.assignments.unique()) == 3
+        assert result.assignments[3] not in result.assignments[:3]
+
+    def test_all_but_one_cluster_empty(self):
+        x, _ = blobs(60, 4)
+        far = torch.full((4, 4), 1e5)
+        far[0] = x.mean(0)
+        assert len(kmeans(x, 4, init=far).assignments.unique()) == 4
+
+    def test_limits_of_the_iteration(self):
+        x = torch.randn(400, 6)
+        result = kmeans(x, 8, generator=generator(), max_iterations=1)
+        assert result.iterations == 1
+        nearest = torch.cdist(x, result.centroids).argmin(1)
+        assert torch.equal(result.assignments, nearest)
+        loose = kmeans(x, 8, generator=generator(), tolerance=0.1).iterations
+        assert loose < kmeans(x, 8, generator=generator(), tolerance=0).iterations
+
+    def test_more_starts_are_never_worse(self):
+        x, _ = blobs(200, 20, spread=1.0)
+        one, many = (
+            torch.stack(
+                [kmeans(x, 20, generator=generator(s), n_init=n, init="random").inertia for s in range(5)]
+            )
+            for n in (1, 8)
+        )
+        assert bool((many <= one).all())
+        assert bool((many < one).any())
+
+    def test_features_are_not_changed(self):
+        x = torch.randn(50, 4)
+        copy, start = x.clone(), x[:3].clone()
+        kmeans(x, 3, init=start)
+        minmax_scale(x)
+        assert torch.equal(x, copy)
+        assert torch.equal(start, copy[:3])
+
+    def test_sums_by_sorting_are_those_of_index_add(self):
+        rows, labels = torch.randn(100, 5, dtype=torch.float64), torch.randint(1, 9, (100,))
+        expected = torch.zeros(12, 5, dtype=torch.float64).index_add_(0, labels, rows)
+        torch.testing.assert_close(_clustering._sum_by_sorting(rows, labels, 12), expected)
+        empty = _clustering._sum_by_sorting(rows[:0], labels[:0], 3)
+        assert torch.equal(empty, torch.zeros(3, 5, dtype=torch.float64))
+
+    @pytest.mark.parametrize(
+        ("features", "options", "match"),
+        [
+            (torch.ones(5), {}, r"`features` should be a floating tensor of shape \(N, D\)"),
+            (torch.ones(5, 0), {}, "`features` should be a floating tensor"),
+            (torch.ones(5, 2, dtype=torch.int64), {}, "`features` should be a floating tensor"),
+            (torch.ones(0, 2), {}, "`features` should be finite with at least one row. Found 0"),
+            (torch.tensor([[1.0], [math.nan], [1.0]]), {}, "`features` should be finite"),
+            (torch.tensor([[1.0], [math.inf], [1.0]]), {}, "`features` should be finite"),
+            (torch.tensor([[1.0], [-math.inf], [1.0]]), {}, "`features` should be finite"),
+            (torch.ones(1, 2), {}, "`features` should have at least `num_clusters = 2` rows. Found 1"),
+            (torch.ones(3, 2), {"num_clusters": 0}, "`num_clusters` should be at least 1. Found 0"),
+            (torch.ones(3, 2), {"max_iterations": 0}, "`max_iterations` should be at least 1"),
+            (torch.ones(3, 2), {"n_init": 0}, "`n_init` should be at least 1"),
+            (torch.ones(3, 2), {"tolerance": -1.0}, "`tolerance` should be non-negative"),
+            (torch.ones(3, 2), {"init": "best"}, "`init` should be 'k-means"),
+            (torch.ones(3, 2), {"init": torch.ones(3, 2)}, r"`init` should have shape \(2, 2\)"),
+        ],
+    )
+    def test_errors(self, features, options, match):
+        with pytest.raises(ValueError, match=match):
+            kmeans(features, **{"num_clusters": 2, **options})
+
+
+class TestMinmaxScale:
+    def test_range(self):
+        found = minmax_scale(torch.randn(100, 5) * torch.tensor([1.0, 1e-30, 1e30, 1e4, 1e-4]))
+        torch.testing.assert_close(found.amin(0), -torch.ones(5))
+        torch.testing.assert_close(found.amax(0), torch.ones(5))
+
+    def test_constant_features_become_minus_one(self):
+        x = torch.tensor([[3.0, 1e30, 0.0, 1.0], [3.0, 1e30, 1e-42, 2.0]])
+        assert minmax_scale(x).tolist() == [[-1, -1, -1, -1], [-1, -1, -1, 1]]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_dtype_and_strides(self, dtype):
+        x = (torch.randn(6, 40) * 1e4).to(dtype).T
+        found = minmax_scale(x)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), minmax_scale(x.double()), atol=1e-2, rtol=0)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_errors(self, bad):
+        with pytest.raises(ValueError, match="`features` should be finite"):
+            minmax_scale(torch.tensor([[1.0, 2.0], [bad, 3.0]]))
+        with pytest.raises(ValueError, match="`features` should be finite"):
+            minmax_scale(torch.ones(0, 2))
+        with pytest.raises(ValueError, match="`features` should be a floating tensor"):
+            minmax_scale(torch.ones(3))
+
+
+class TestPurity:
+    @pytest.mark.parametrize(
+        ("assignments", "labels", "expected"),
+        [
+            ([0, 0, 1, 1], [5, 5, 7, 7], 1.0),
+            ([0, 0, 0, 0], [1, 1, 1, 2], 0.75),
+            ([0, 1, 2, 3], [1, 1, 1, 2], 1.0),
+            ([3, 3, 9, 9], [0, 1, 0, 1], 0.5),
+            ([4], [-100], 1.0),
+            ([-(2**63), 2**63 - 1, -(2**63)], [2**63 - 1, -(2**63), 0], 2 / 3),
+            ([0, 10**12, 0, 10**12], [-(10**12), 3, -(10**12), 4], 0.75),
+        ],
+    )
+    def test_values(self, assignments, labels, expected):
+        found = purity(torch.tensor(assignments), torch.tensor(labels))
+        assert found.shape == ()
+        assert float(found) == pytest.approx(expected)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool])
+    def test_integer_dtypes(self, dtype):
+        labels = torch.tensor([0, 1, 1, 0, 1]).to(dtype)
+        assert float(purity(torch.tensor([0, 0, 0, 1, 1], dtype=torch.int32), labels)) == pytest.approx(0.6)
+
+    def test_table_and_pairs_agree(self, monkeypatch):
+        assignments, labels = torch.randint(30, (500,)), torch.randint(-9, 30, (500,))
+        expected = purity(assignments, labels)
+        monkeypatch.setattr(_clustering, "TABLE_CELLS", 0)
+        assert torch.equal(purity(assignments, labels), expected)
+
+    @pytest.mark.parametrize(
+        ("assignments", "labels", "match"),
+        [
+            (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), "at least one entry"),
+            (torch.tensor([1, 2]), torch.tensor([1]), r"one entry per assignment \(2\). Found 1"),
+            (torch.tensor([1.0]), torch.tensor([1]), "`assignments` should be a vector of integers"),
+            (torch.tensor([1]), torch.tensor([[1]]), "`labels` should be a vector of integers"),
+        ],
+    )
+    def test_errors(self, assignments, labels, match):
+        with pytest.raises(ValueError, match=match):
+            purity(assignments, labels)
+
+
+class TestReinitStrength:
+    def test_values(self):
+        gap = torch.tensor([0.0, 0.1, 1.0])
+        torch.testing.assert_close(reinit_strength(gap, 3.0), torch.tanh(3 * gap))
+        assert reinit_strength(gap, 0.0).tolist() == [0, 0, 0]
+        assert float(reinit_strength(0.1, 3.0)) == pytest.approx(math.tanh(0.3))
+        assert reinit_strength(gap.half(), 3.0).dtype == torch.float16
+
+    @pytest.mark.parametrize("lam", [-1.0, math.nan, math.inf])
+    def test_errors(self, lam):
+        with pytest.raises(ValueError, match="`lam` should be non-negative and finite"):
+            reinit_strength(torch.tensor(0.1), lam)
+
+
+class TestSoftReinit:
+    @pytest.mark.parametrize(
+        "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+    )
+    @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 1.0])
+    def test_interpolates(self, dtype, alpha):
+        current = [torch.randn(5, 3).to(dtype), torch.randn(()).to(dtype), torch.randn(0).to(dtype)]
+        initial = [torch.randn_like(p) for p in current]
+        expected = [
+            (1 - alpha) * p.to(torch.complex128) + alpha * q for p, q in zip(current, initial, strict=True)
+        ]
+        kept = [q.clone() for q in initial]
+        soft_reinit_(current, initial, alpha)
+        for found, wanted in zip(current, expected, strict=True):
+            tolerance = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(found.to(torch.complex128), wanted, rtol=tolerance, atol=2 * tolerance)
+        assert all(torch.equal(a, b) for a, b in zip(initial, kept, strict=True))
+
+    def test_strength_0_changes_no_bit(self):
+        bits = torch.tensor([-0.0, math.nan, math.inf, 1e-45, 1.0])
+        copy = bits.clone()
+        version = bits._version
+        soft_reinit_([bits], [torch.ones(5)], 0.0)
+        soft_reinit_([bits], [torch.ones(5)], torch.tensor(0.0))
+        soft_reinit_([bits], [torch.ones(5)], [0.0])
+        assert torch.equal(bits.view(torch.int32), copy.view(torch.int32))
+        assert bits._version == version
+
+    def test_strength_1_is_the_initial_value_whatever_was_there(self):
+        current = torch.tensor([math.nan, math.inf, 3e38, 1.0, 2.0])
+        initial = torch.tensor([1.0, -3e38, -3e38, -0.0, 0.1])
+        soft_reinit_([current], [initial], 1.0)
+        assert torch.equal(current.view(torch.int32), initial.view(torch.int32))
+
+    @pytest.mark.parametrize(
+        "strength", [0.25, torch.tensor(0.25), [0.25, 0.25, 0.25], torch.full((3,), 0.25)]
+    )
+    def test_forms_of_the_strength(self, strength):
+        params = [torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(1)]
+        soft_reinit_(params, [torch.zeros_like(p) for p in params], strength)
+        assert all(bool((p == 0.75).all()) for p in params)
+
+    def test_one_strength_per_parameter(self):
+        params = [torch.ones(2) for _ in range(4)]
+        soft_reinit_(params, [torch.zeros(2)] * 4, [0.0, 0.5, torch.tensor(1.0), 0.5])
+        assert [float(p[0]) for p in params] == [1.0, 0.5, 0.0, 0.5]
+
+    def test_parameters_keep_storage_gradient_and_state(self):
+        layer = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
+        initial = [p.detach().clone() for p in layer.parameters()]
+        layer(torch.randn(4, 2, 6, 6)).square().mean().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+        places = [(p.data_ptr(), p.requires_grad, p.is_leaf, p.grad) for p in layer.parameters()]
+        soft_reinit_(layer.parameters(), initial, 1.0)
+        for p, q, (place, requires, leaf, grad) in zip(layer.parameters(), initial, places, strict=True):
+            assert torch.equal(p, q)
+            assert (p.data_ptr(), p.requires_grad, p.is_leaf) == (place, requires, leaf)
+            assert p.grad is grad
+
+    def test_strides_dtypes_and_devices_of_the_initial_values(self):
+        current = torch.ones(4, 6).T
+        soft_reinit_([current], [torch.zeros(6, 4, dtype=torch.float64)], 0.5)
+        assert bool((current == 0.5).all())
+
+    def test_nothing_to_do(self):
+        soft_reinit_([], [], 0.5)
+
+    @pytest.mark.parametrize(
+        ("params", "initial", "strength", "match"),
+        [
+            ([torch.ones(2)], [], 0.5, r"`initial` should have one tensor per parameter \(1\). Found 0"),
+            ([torch.ones(2)], [torch.ones(3)], 0.5, "`initial` should have the shapes"),
+            ([torch.ones(2)], [torch.ones(1)], 0.5, "`initial` should have the shapes"),
+            ([torch.ones(2, dtype=torch.int64)], [torch.ones(2)], 0.5, "`params` should be floating tensors"),
+            ([torch.ones(2, dtype=torch.bool)], [torch.ones(2)], 0.5, "`params` should be floating tensors"),
+            ([torch.ones(2)], [torch.ones(2)], -0.1, r"`strength` should lie in \[0, 1\]. Found -0.1"),
+            ([torch.ones(2)], [torch.ones(2)], 1.1, "`strength` should lie in"),
+            ([torch.ones(2)], [torch.ones(2)], torch.tensor(math.nan), "`strength` should lie in"),
+            ([torch.ones(2)], [torch.ones(2)], [0.1, 0.2], "`strength` should be one value, or one per"),
+        ],
+    )
+    def test_errors(self, params, initial, strength, match):
+        before = [p.clone() for p in params]
+        with pytest.raises(ValueError, match=match):
+            soft_reinit_(params, initial, strength)
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+    def test_the_same_tensor_twice(self):
+        weight = torch.ones(2)
+        with pytest.raises(ValueError, match="`params` should hold each tensor once"):
+            soft_reinit_([weight, weight], [torch.zeros(2)] * 2, 0.5)
+
+
+CUTS = [[0, 70, 200], [0, 0, 200], [0, 200, 200]]  # with each rank once without rows
+
+
+def _sharded(rank: int, rendezvous: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    group = dist.group.WORLD
+    x, labels = blobs(200, 6, width=5, spread=6.0)
+    results: list[tuple] = []
+    for cuts in CUTS:
+        rows = slice(cuts[rank], cuts[rank + 1])
+        scaled = minmax_scale(x[rows], group=group)
+        for init in ("k-means++", "random"):
+            # Ranks whose generators differ follow the first.
+            found = kmeans(scaled, 6, generator=generator(rank), init=init, group=group)
+            results.append((found.assignments, found.centroids, found.inertia, found.iterations))
+            results.append((purity(found.assignments, labels[rows], group=group),))
+        far = torch.full((6, 5), 50.0)
+        far[0] = 0
+        found = kmeans(scaled, 6, init=far, group=group)
+        results.append((found.assignments, found.centroids, found.inertia, found.iterations))
+        bad = scaled.clone()
+        if rank == 1:
+            bad[:1] = math.nan
+        if cuts[1] < 200:
+            with pytest.raises(ValueError, match="`features` should be finite"):
+                kmeans(bad, 6, group=group)
+        with pytest.raises(ValueError, match="at least `num_clusters = 201` rows"):
+            kmeans(scaled, 201, group=group)
+        with pytest.raises(ValueError, match="should span at most"):
+            purity(found.assignments, labels[rows] * 10**9, group=group)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_features_spread_over_ranks_give_the_result_of_one_process(tmp_path):
+    spawn(_sharded, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    ranks = [torch.load(f"{tmp_path}/{rank}.pt") for rank in range(2)]
+    x, labels = blobs(200, 6, width=5, spread=6.0)
+    scaled = minmax_scale(x)
+    far = torch.full((6, 5), 50.0)
+    far[0] = 0
+    expected: list[tuple] = []
+    for _ in CUTS:
+        for init in ("k-means++", "random"):
+            found = kmeans(scaled, 6, generator=generator(0), init=init)
+            expected.append((found.assignments, found.centroids, found.inertia, found.iterations))
+            expected.append((purity(found.assignments, labels),))
+        found = kmeans(scaled, 6, init=far)
+        expected.append((found.assignments, found.centroids, found.inertia, found.iterations))
+    for parts, whole in zip(zip(*ranks, strict=True), expected, strict=True):
+        if len(whole) == 1:
+            assert all(torch.equal(part[0], whole[0]) for part in parts)
+            continue
+        assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
+        assert all(torch.equal(part[1], parts[0][1]) for part in parts)
+        torch.testing.assert_close(parts[0][1], whole[1])
+        torch.testing.assert_close(parts[0][2], whole[2])
+        assert {part[3] for part in parts} == {whole[3]}

@@ -8,8 +8,8 @@ import torch
 _CANCELLING = frozenset(
     {
         "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop",
-        "Adafactor", "Muon", "AdaBelief", "AdaBound", "AdaMod", "AdamP", "Adahessian", "Apollo", "DiffGrad", "Lamb",
-        "LARS", "MADGRAD", "NovoGrad", "QHAdam", "Ranger", "RangerQH", "RangerVA", "Shampoo", "Yogi", "Lion",
+        "Adafactor", "Muon", "AdaBelief", "AdaBound", "AdaMod", "AdamP", "DiffGrad", "Lamb",
+        "LARS", "MADGRAD", "NovoGrad", "QHAdam", "Ranger", "RangerQH", "RangerVA", "SWATS", "Shampoo", "Yogi", "Lion",
         "A2GradExp", "A2GradInc", "A2GradUni",
     }
 )  # fmt: skip

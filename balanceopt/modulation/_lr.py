@@ -9,21 +9,34 @@ import torch
 
 from balanceopt.modulation._base import Slot, Undo
 
+# They take a learning rate and never read it.
+_IGNORE_LR = frozenset({"A2GradExp", "A2GradInc", "A2GradUni"})
+
 
 def check_lr(optimizer: torch.optim.Optimizer) -> None:
-    """Raise where the learning rate does not say how far each parameter moves.
+    """Raise where scaling a group's learning rate would not scale how far its parameters move.
 
     Raises:
-        ValueError: for a base without learning rates, or LBFGS, which has a single one.
+        ValueError: saying what is in the way.
     """
+    name, groups = type(optimizer).__name__, optimizer.param_groups
+    numbers = (int, float, torch.Tensor)
+    beside = [
+        key
+        for key, value in vars(optimizer).items()
+        if isinstance(value, list) and value is not groups and len(value) == len(groups)
+    ]
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("`apply_to='lr'` should not be used with LBFGS: it has one learning rate for all.")
-    for group in optimizer.param_groups:
-        lr = group.get("lr")
-        if not isinstance(lr, (int, float, torch.Tensor)):
-            raise ValueError(
-                f"`apply_to='lr'` needs a learning rate. Found lr = {lr!r} in {type(optimizer).__name__}'s groups."
-            )
+        why = "it has one learning rate for all parameters"
+    elif name in _IGNORE_LR or any(group.get("relative_step") for group in groups):
+        why = "it does not use the learning rate of its groups"
+    elif not all(isinstance(group.get("lr"), numbers) for group in groups):
+        why = "its groups have no learning rate"
+    elif beside:
+        why = f"groups are split for the time of a step, and its `{beside[0]}` has an entry for each of them"
+    else:
+        return
+    raise ValueError(f"`apply_to='lr'` does not work with {name}: {why}. Use apply_to='grad'.")
 
 
 def scale_lr(

@@ -1,0 +1,133 @@
+"""Base optimizers that every method is tried on: all of torch.optim and of torch-optimizer that step on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch_optimizer
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Base:
+    """One base optimizer.
+
+    Attributes:
+        name: what a test is called.
+        make: from param groups to the optimizer.
+        closure: its step needs one.
+        create_graph: its step differentiates the gradients.
+        copies: a deep copy of the bare optimizer can step.
+        scales_lr: reads a learning rate for each group, and keeps nothing else for each of them.
+        loads_lr: a learning rate set after load_state_dict still reaches the parameters.
+    """
+
+    name: str
+    make: Callable[[Groups], torch.optim.Optimizer]
+    closure: bool = False
+    create_graph: bool = False
+    copies: bool = True
+    scales_lr: bool = True
+    loads_lr: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _matrices(groups: Groups) -> Groups:
+    return [{**group, "params": [p for p in group["params"] if p.dim() == 2]} for group in groups]
+
+
+def _one_group(groups: Groups) -> list[torch.nn.Parameter]:
+    return [p for group in groups for p in group["params"]]
+
+
+def _lookahead(groups: Groups) -> torch.optim.Optimizer:
+    return torch_optimizer.Lookahead(torch_optimizer.Yogi(groups, lr=0.01))
+
+
+def _torch(name: str, lr: float, *, shown: str = "", **options: Any) -> Base:
+    return Base(shown or name, partial(getattr(torch.optim, name), lr=lr, **options))
+
+
+def _third(name: str, *, options: Mapping[str, Any] = MappingProxyType({}), **facts: Any) -> Base:
+    make = partial(getattr(torch_optimizer, name), lr=0.01, **options)
+    return Base(f"torch_optimizer.{name}", make, **facts)
+
+
+_OWN = [
+    _torch("SGD", 0.1),
+    _torch("SGD", 0.1, momentum=0.9, shown="momentum"),
+    _torch("SGD", 0.1, momentum=0.9, nesterov=True, shown="nesterov"),
+    _torch("SGD", 0.1, momentum=0.9, foreach=True, shown="SGD foreach"),
+    _torch("SGD", 0.1, momentum=0.9, fused=True, shown="SGD fused"),
+    _torch("SGD", 0.1, momentum=0.9, weight_decay=0.01, maximize=True, shown="SGD maximize"),
+    _torch("Adam", 0.01),
+    _torch("Adam", 0.01, amsgrad=True, shown="AMSGrad"),
+    _torch("AdamW", 0.01, foreach=False, shown="AdamW"),
+    _torch("AdamW", 0.01, foreach=True, shown="AdamW foreach"),
+    _torch("AdamW", 0.01, fused=True, shown="AdamW fused"),
+    _torch("Adamax", 0.01),
+    _torch("NAdam", 0.01),
+    _torch("RAdam", 0.01),
+    _torch("RMSprop", 0.01),
+    _torch("Adagrad", 0.01),
+    _torch("Adagrad", 0.01, fused=True, shown="Adagrad fused"),
+    _torch("Adadelta", 1.0),
+    _torch("Rprop", 0.01),
+    _torch("ASGD", 0.1),
+    _torch("Adafactor", 0.01),
+    Base("Muon", lambda groups: torch.optim.Muon(_matrices(groups), lr=0.01)),
+    # Copies lose its list of parameters: torch's own fault. A single learning rate serves all parameters.
+    Base(
+        "LBFGS",
+        lambda groups: torch.optim.LBFGS(_one_group(groups), lr=0.01, max_iter=3),
+        closure=True,
+        copies=False,
+        scales_lr=False,
+    ),
+]
+
+# `copies=False`: options set beside `param_groups`, which Optimizer.__getstate__ leaves out, are missing in a copy.
+_THIRD_PARTY = [
+    _third("A2GradExp", scales_lr=False),  # these three take a learning rate and never read it
+    _third("A2GradInc", scales_lr=False),
+    _third("A2GradUni", scales_lr=False),
+    _third("AccSGD"),
+    _third("AdaBelief", copies=False),
+    _third("AdaBound", copies=False, scales_lr=False),  # keeps a list of each group's first lr
+    _third("AdaMod"),
+    _third("Adafactor", scales_lr=False),  # makes its own learning rate (relative_step)
+    _third("Adahessian", create_graph=True),
+    _third("AdamP"),
+    _third("AggMo"),
+    _third("Apollo"),
+    _third("DiffGrad"),
+    _third("LARS", options={"weight_decay": 1e-4}),  # plain SGD without it
+    _third("Lamb", copies=False),
+    # Never calls Optimizer.__init__: without the wrapper it has neither hooks nor state_dict nor copies. Loading parts
+    # its groups from those of the optimizer inside it.
+    Base("torch_optimizer.Lookahead", _lookahead, copies=False, loads_lr=False),
+    _third("MADGRAD"),
+    _third("NovoGrad"),
+    _third("PID"),
+    _third("QHAdam"),
+    _third("QHM"),
+    _third("RAdam"),
+    _third("Ranger", copies=False),
+    _third("RangerQH", copies=False),
+    _third("RangerVA"),
+    _third("SGDP"),
+    _third("SGDW"),
+    _third("SWATS"),
+    _third("Shampoo"),
+    _third("Yogi"),
+]
+
+BASES = _OWN + _THIRD_PARTY

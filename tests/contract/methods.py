@@ -1,0 +1,41 @@
+"""The methods that every base optimizer is tried with. A new method adds its rows here and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import balanceopt as bo
+
+
+@dataclass(frozen=True)
+class Method:
+    """One modulation.
+
+    Attributes:
+        name: what a test is called.
+        make: the modulation at work.
+        limit: the modulation with the options at which it is the base optimizer, bit for bit.
+        scales_lr: needs a base with a learning rate for each group.
+    """
+
+    name: str
+    make: Callable[[], bo.Modulation]
+    limit: Callable[[], bo.Modulation]
+    scales_lr: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+METHODS = [
+    Method("OGM", partial(bo.OGM, 0.5, noise=False), limit=partial(bo.OGM, 0, noise=False)),
+    Method("OGM-GE", partial(bo.OGM, 0.5), limit=partial(bo.OGM, 0, noise_scale=0)),
+    Method(
+        "OGM lr",
+        partial(bo.OGM, 0.5, noise=False, apply_to="lr"),
+        limit=partial(bo.OGM, 0, noise=False, apply_to="lr"),
+        scales_lr=True,
+    ),
+]

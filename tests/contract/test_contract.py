@@ -1,0 +1,153 @@
+"""What must hold for each method on each base optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterable
+
+import pytest
+import torch
+import torch_optimizer
+from torch import nn
+
+import balanceopt as bo
+from tests.contract.bases import BASES, Base
+from tests.contract.methods import METHODS, Method
+from tests.models import Multimodal, watch
+from tests.training import backward, batch, distance, groups_of, same_bits, small_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LBFGS evaluates its closure several times"),
+    pytest.mark.filterwarnings(
+        "ignore:Using backward\\(\\) with create_graph=True"
+    ),  # Adahessian asks for it
+    pytest.mark.filterwarnings("ignore:This overload of add"),  # torch-optimizer's Ranger
+]
+
+PAIRS = [
+    pytest.param(method, base, id=f"{method}-{base}")
+    for method in METHODS
+    for base in BASES
+    if base.scales_lr or not method.scales_lr
+]
+every_pair = pytest.mark.parametrize(("method", "base"), PAIRS)
+
+
+def build(base: Base, modulation: bo.Modulation) -> tuple[Multimodal, bo.ModulatedOptimizer]:
+    model = small_model()
+    return model, bo.ModulatedOptimizer(base.make(groups_of(model)), watch(model), modulation, seed=3)
+
+
+def advance(
+    model: Multimodal, optimizer: torch.optim.Optimizer, base: Base, numbers: Iterable[int]
+) -> list[float]:
+    """Step on the batches `numbers`; returns each closure's loss."""
+    losses = []
+    for number in numbers:
+        if base.create_graph:
+            torch.manual_seed(number)  # Adahessian draws from the global stream
+
+        def closure(number: int = number) -> torch.Tensor:
+            optimizer.zero_grad()
+            return backward(model, batch(number, model), create_graph=base.create_graph)
+
+        if base.closure:
+            losses.append(float(optimizer.step(closure)))  # type: ignore[arg-type]
+        else:
+            closure()
+            optimizer.step()
+    return losses
+
+
+def finite(model: nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@every_pair
+def test_steps(method: Method, base: Base):
+    model, optimizer = build(base, method.make())
+    start = copy.deepcopy([p.detach() for p in model.parameters()])
+    losses = advance(model, optimizer, base, range(3))
+    assert finite(model)
+    moved = [not torch.equal(p, before) for p, before in zip(model.parameters(), start, strict=True)]
+    assert all(moved if base.name != "Muon" else moved[::2])  # Muon was given the matrices only
+    assert optimizer.stats()["modulated"] >= 3
+    assert optimizer.param_groups[0]["balanceopt_step"] == 3
+    assert len(losses) == (3 if base.closure else 0)
+
+
+@every_pair
+def test_at_its_limit_it_is_the_base_bit_for_bit(method: Method, base: Base):
+    model, optimizer = build(base, method.limit())
+    twin = small_model()
+    bare = base.make(groups_of(twin))
+    losses = advance(model, optimizer, base, range(4))
+    assert losses == advance(twin, bare, base, range(4))
+    assert same_bits(model, twin)
+
+
+@every_pair
+def test_schedulers_reach_the_base(method: Method, base: Base):
+    rates: list[list[list[float]]] = []
+    twin = small_model()
+    model, optimizer = build(base, method.make())
+    for one, stepped in ((model, optimizer), (twin, base.make(groups_of(twin)))):
+        scheduler = torch.optim.lr_scheduler.StepLR(stepped, 2, 0.1)
+        rates.append([])
+        for number in range(5):
+            advance(one, stepped, base, [number])
+            scheduler.step()
+            rates[-1].append([group["lr"] for group in stepped.param_groups])
+    assert rates[0] == rates[1]
+
+
+@every_pair
+def test_resumes_bit_for_bit(method: Method, base: Base):
+    if method.scales_lr and not base.loads_lr:
+        pytest.skip("after a load the bare optimizer no longer sees its learning rates")
+    model, optimizer = build(base, method.make())
+    advance(model, optimizer, base, range(2))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    advance(model, optimizer, base, range(2, 4))
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed, again = build(base, method.make())
+    resumed.load_state_dict(saved["model"])
+    again.load_state_dict(saved["optimizer"])
+    advance(resumed, again, base, range(2, 4))
+    assert same_bits(model, resumed)
+
+
+@every_pair
+def test_a_copy_steps_its_own_parameters(method: Method, base: Base):
+    if not base.copies:
+        pytest.skip("the bare optimizer's copies can't step")
+    model, optimizer = build(base, method.make())
+    torch.optim.lr_scheduler.StepLR(optimizer, 2)  # patches `step` on the instance
+    advance(model, optimizer, base, range(2))
+    twin, copied = copy.deepcopy((model, optimizer))
+    advance(twin, copied, base, range(2, 4))
+    assert distance(model, twin) > 0
+    advance(model, optimizer, base, range(2, 4))
+    assert same_bits(model, twin)
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if not base.scales_lr], ids=str)
+def test_lr_mode_refuses_bases_without_an_lr_of_their_own_for_each_group(base: Base):
+    with pytest.raises(ValueError, match="apply_to='lr'"):
+        build(base, bo.OGM(apply_to="lr"))
+
+
+def classes_of(module: object) -> set[str]:
+    found = {name for name, value in vars(module).items() if isinstance(value, type)}
+    return {n for n in found if issubclass(getattr(module, n), torch.optim.Optimizer)} - {"Optimizer"}
+
+
+def test_no_base_is_left_out():
+    tried = {type(base.make(groups_of(small_model()))).__qualname__ for base in BASES}
+    # SparseAdam takes sparse gradients only: tests/unit/modulation/test_ogm.py has it.
+    assert classes_of(torch.optim) - tried == {"SparseAdam"}
+    assert classes_of(torch_optimizer) <= tried

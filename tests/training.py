@@ -1,0 +1,91 @@
+"""Training runs that the tests of optimizers share: a small model, batches that depend on nothing but their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import balanceopt as bo
+from tests.models import Concat, Multimodal, watch
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+Batch = tuple[list[Tensor], Tensor]
+
+
+def batch(number: int, model: Multimodal, size: int = 8) -> Batch:
+    """The `number`-th batch: the first modality alone shows the class."""
+    generator = torch.Generator().manual_seed(1000 + number)
+    classes = int(model.get_parameter("head.weight").shape[0])
+    labels = torch.randint(classes, (size,), generator=generator)
+    widths = [next(e.parameters()).shape[-1] for e in model.modalities.values()]
+    inputs = [torch.randn(size, n, generator=generator) for n in widths]
+    inputs[0] = inputs[0] + 3 * F.one_hot(labels, inputs[0].shape[1]).float()
+    return inputs, labels
+
+
+def batches(model: Multimodal, count: int, first: int = 0) -> list[Batch]:
+    return [batch(first + i, model) for i in range(count)]
+
+
+def small_model(modalities: int = 2, seed: int = 0, **options: Any) -> Concat:
+    """The same one each time; leaves the global random stream alone."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return Concat(modalities, **options)
+
+
+def groups_of(model: Multimodal) -> list[dict[str, Any]]:
+    return bo.modality_groups(model, model.modalities)
+
+
+def sgd(groups: Any, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(groups, **{"lr": 0.1, **options})
+
+
+def modulated(
+    modulation: Any = None, make: MakeOptimizer = sgd, *, seed: int = 7, **options: Any
+) -> tuple[Concat, bo.ModulatedOptimizer]:
+    """A small model and its wrapped optimizer; noiseless OGM on SGD by default."""
+    model = small_model(**options)
+    modulation = bo.OGM(0.5, noise=False) if modulation is None else modulation
+    return model, bo.ModulatedOptimizer(make(groups_of(model)), watch(model), modulation, seed=seed)
+
+
+def bare(make: MakeOptimizer = sgd, **options: Any) -> tuple[Concat, torch.optim.Optimizer]:
+    model = small_model(**options)
+    return model, make(groups_of(model))
+
+
+def backward(model: nn.Module, given: Batch, *, create_graph: bool = False) -> Tensor:
+    inputs, labels = given
+    loss = F.cross_entropy(model(*inputs), labels)
+    loss.backward(create_graph=create_graph)
+    return loss.detach()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, given: Iterable[Batch]) -> None:
+    """The user's own loop."""
+    for one in given:
+        optimizer.zero_grad()
+        backward(model, one)
+        optimizer.step()
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes, so that NaN equals itself and -0.0 differs from 0.0."""
+    return x.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def same_bits(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(bits(x), bits(y)) for x, y in pairs)
+
+
+def distance(a: nn.Module, b: nn.Module) -> float:
+    """The largest difference of any two parameters."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((x - y).detach().abs().max()) for x, y in pairs)

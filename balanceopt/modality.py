@@ -39,7 +39,9 @@ def find_module(model: nn.Module, module: nn.Module | str, role: str) -> nn.Modu
                 f"{role} should name a module of {type(inner).__name__}. Found {module!r}; its children are {names}."
             ) from error
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{role} should be a module or the dotted name of one. Found {type(module).__name__}.")
+        raise TypeError(
+            f"{role} should be a module or the dotted name of one. Found {type(module).__name__}."
+        )
     if all(module is not own for own in model.modules()):
         raise ValueError(
             f"{role} should be a module of {type(inner).__name__}. Found a {type(module).__name__} outside of it."
@@ -60,6 +62,11 @@ def resolve_encoders(model: nn.Module, encoders: Encoders) -> dict[str, nn.Modul
             f"Found {encoders!r}."
         )
     found = {name: find_module(model, module, f"encoders[{name!r}]") for name, module in encoders.items()}
+    for name, encoder in found.items():
+        if unwrap(encoder) is unwrap(model):
+            raise ValueError(
+                f"encoders[{name!r}] should be a part of {type(unwrap(model)).__name__}. Found the model itself."
+            )
     for first, a in found.items():
         for second, b in found.items():
             if first != second and any(b is part for part in a.modules()):
@@ -80,7 +87,9 @@ def modality_parameters(model: nn.Module, encoders: Encoders) -> dict[str, list[
     """
     result: dict[str, list[nn.Parameter]] = {}
     for name, encoder in resolve_encoders(model, encoders).items():
-        elsewhere = {id(p) for part in _modules_outside(model, encoder) for p in part.parameters(recurse=False)}
+        elsewhere = {
+            id(p) for part in _modules_outside(model, encoder) for p in part.parameters(recurse=False)
+        }
         result[name] = [p for p in encoder.parameters() if id(p) not in elsewhere]
         if not result[name]:
             shared = any(True for _ in encoder.parameters())

@@ -329,6 +329,11 @@ def watch(model: Multimodal, **options: Any) -> bo.ModalityMonitor:
     return bo.ModalityMonitor(model, model.modalities, **options)
 
 
+def compiled(module: nn.Module, **options: Any) -> Any:
+    """What `torch.compile` returns, with the backend that needs no compiler."""
+    return torch.compile(module, backend="eager", **options)
+
+
 def train_step(model: nn.Module, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Forward, cross-entropy, backward; returns the joint logits, detached."""
     logits = model(*inputs)

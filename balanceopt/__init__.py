@@ -5,6 +5,7 @@ from balanceopt.modality import modality_groups
 from balanceopt.modulation import AMSS, OGM, MaskUnits, Modulation, OptimizerHint, attention_heads
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
+from balanceopt.prediction import PredictionModulator
 from balanceopt.recording import Recorder
 from balanceopt.relearn import Diagnosis, ReLearnScheduler, diagnose
 
@@ -18,6 +19,7 @@ __all__ = [
     "ModulatedOptimizer",
     "Modulation",
     "OptimizerHint",
+    "PredictionModulator",
     "ReLearnScheduler",
     "Recorder",
     "attach",

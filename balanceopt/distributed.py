@@ -42,3 +42,11 @@ def shared_seed(group: Group, seed: int | None = None) -> int:
     box = [own]
     dist.broadcast_object_list(box, src=dist.get_global_rank(found, 0), group=found)
     return int(box[0])
+
+
+def rank_in(group: Group) -> int:
+    """This process's rank in `group`, in the default group where it does not communicate; 0 when alone."""
+    found = active_group(group)
+    if found is not None:
+        return dist.get_rank(found)
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

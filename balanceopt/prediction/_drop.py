@@ -1,0 +1,219 @@
+"""Which samples lose which modality's features in one forward, and how the rest is rescaled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from balanceopt._deferred import on_host
+from balanceopt._random import generator_for, mixed
+from balanceopt.monitor._outputs import map_tensors
+
+Rescale = Literal["none", "official", "per_modality"]
+
+
+# Streams of their own, apart from each other and from the noise of the optimizers that share the seed.
+_MASKS, _GATES = 0x4F504D, 0x47415445
+
+
+def mask_generator(seed: int, number: int, rank: int, device: torch.device) -> torch.Generator:
+    """Where a forward's masks come from: nothing else than the seed, its number and the rank."""
+    return generator_for(mixed(seed, _MASKS), number, rank, device)
+
+
+def is_executed(p_exe: float, seed: int, number: int) -> bool:
+    """Whether a forward drops at all, which is so with probability `p_exe`; the same on every rank."""
+    return mixed(seed, _GATES, number) < p_exe * 2**64
+
+
+@torch.no_grad()
+def sample_kept(q: Tensor, samples: int, generator: torch.Generator, present: Tensor | None = None) -> Tensor:
+    r"""Draw which modalities each sample keeps: \(r^m_i \sim \text{Bernoulli}(1 - q^m)\), never none of them.
+
+    Args:
+        q: `(M,)` drop probabilities.
+        samples: B.
+        generator: on the device of `q`.
+        present: bool `(M, B)`, the modalities that each sample has; None for all.
+
+    Returns:
+        bool `(M, B)`. A sample that would lose all that it has keeps the one with the smallest q.
+
+    Example:
+        >>> sample_kept(torch.tensor([1.0, 0.0]), 3, torch.Generator())
+        tensor([[False, False, False],
+                [ True,  True,  True]])
+
+    Reference:
+        Wei et al., TPAMI 2024, Section on on-the-fly prediction modulation.
+    """
+    uniform = torch.rand(len(q), samples, generator=generator, dtype=torch.float32, device=q.device)
+    kept = uniform >= q.unsqueeze(1)
+    here = torch.ones_like(kept) if present is None else present.to(q.device)
+    lost = ~(kept & here).any(0)
+    last = torch.where(here, q.unsqueeze(1), torch.inf).argmin(0)
+    return kept | (lost & (torch.arange(len(q), device=q.device).unsqueeze(1) == last))
+
+
+@torch.no_grad()
+def rescale_factors(q: Tensor, rescale: Rescale, widths: Tensor | None = None) -> Tensor | None:
+    r"""What features are multiplied by after the drop.
+
+    `"official"`: \(1 / (1 - \theta)\) for all modalities, \(\theta = \sum_m d_m q_m / \sum_m d_m\);
+    `"per_modality"`: \(1 / (1 - q^m)\), as in inverted dropout; `"none"`: nothing. A denominator of 0 gives 1.
+
+    Args:
+        q: `(M,)` drop probabilities.
+        rescale: which of them.
+        widths: `(M,)` numbers of features \(d_m\), for `"official"`; None for equal ones.
+
+    Returns:
+        `(M,)`, or None for `"none"`.
+
+    Example:
+        >>> rescale_factors(torch.tensor([0.5, 0.0]), "official", torch.tensor([1.0, 1.0]))
+        tensor([1.3333, 1.3333])
+
+    Reference:
+        "official" as in the published code of TPAMI 2024.
+    """
+    if rescale == "none":
+        return None
+    if rescale == "official":
+        d = torch.ones_like(q) if widths is None else widths
+        lost = ((d * q).sum() / d.sum()).expand_as(q)
+    else:
+        lost = q
+    return torch.where(lost < 1, 1 / (1 - lost), 1)
+
+
+def is_feature(x: Tensor, batch_dim: int) -> bool:
+    """Whether a tensor of an encoder's output is dropped from: not masks, indices, lengths or single numbers."""
+    return (x.is_floating_point() or x.is_complex()) and x.dim() > batch_dim
+
+
+@dataclass(eq=False)
+class Drop:
+    """What is done to the encoders' outputs in one forward, the same when it is run again.
+
+    Attributes:
+        modalities: names, in the order of `q`.
+        generator: makes the mask's generator on a device.
+        batch_dim: of each modality's outputs.
+        repeats: rows that each modality's encoder returns for a sample; learnt on the way.
+        present: bool `(B,)` by modality, the samples that have it, as far as that is known before the forward.
+        q: `(M,)`, None while nothing is dropped.
+        factors: `(M,)`, what features are multiplied by; None for nothing.
+        training: by modality, whether its encoder was in training mode when it first ran.
+        rows: by modality, how many rows its encoder returned.
+        decided: what is dropped is known.
+        waiting: by modality, the outputs that wait for that.
+    """
+
+    modalities: Sequence[str]
+    generator: Callable[[torch.device], torch.Generator]
+    batch_dim: Mapping[str, int]
+    repeats: dict[str, int]
+    present: Mapping[str, Tensor] = field(default_factory=dict)
+    q: Tensor | None = None
+    factors: Tensor | None = None
+    training: dict[str, bool] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    decided: bool = True
+    waiting: dict[str, list[Any]] = field(default_factory=dict)
+    _dropped: Tensor | None = None
+
+    def note(self, name: str, output: Any, training: bool) -> None:
+        """Remember an encoder's first output: its mode, and how many rows it has for a sample.
+
+        Raises:
+            TypeError: if there is no tensor in it.
+        """
+        if name in self.training:
+            return
+        self.training[name] = training
+        self.rows[name] = self._rows_of(name, output)
+        fewest = min(self.rows.values())
+        if len(self.rows) == len(self.modalities) and fewest > 0:
+            self.repeats.update({m: rows // fewest for m, rows in self.rows.items() if rows % fewest == 0})
+
+    def apply(self, name: str, output: Any, *, in_place: bool = False) -> Any:
+        """The output with its dropped samples zero; the output itself where there is nothing to do.
+
+        Raises:
+            ValueError: if its rows are not those of the samples.
+        """
+        if not self.applies_to(name):
+            return output
+        return map_tensors(lambda x: self._changed(name, x, in_place), output)
+
+    def applies_to(self, name: str) -> bool:
+        """Whether the modality's features may change in this pass, as far as the host knows."""
+        if self.q is None or not self.training.get(name, False):
+            return False
+        known = on_host(self.q)
+        return self.factors is not None or known is None or bool(known[self.modalities.index(name)] > 0)
+
+    def mask_for(self, name: str, x: Tensor) -> Tensor:
+        """bool, broadcastable to the modality's tensor `x`: what is dropped of it.
+
+        Raises:
+            ValueError: if its rows are not those of the samples.
+        """
+        dropped = self._draw(name)[self.modalities.index(name)]
+        dim = self.batch_dim[name]
+        samples, rows = len(dropped), x.shape[dim]
+        if rows != samples and (samples == 0 or rows == 0 or rows % samples):
+            raise ValueError(
+                f"the encoder of {name!r} returned a tensor of shape {tuple(x.shape)} for {samples} samples, with "
+                f"{rows} rows along dimension {dim}. Pass `batch_dim=`, or let the encoder return its features alone."
+            )
+        mask = dropped.to(x.device)
+        if rows != samples:  # several rows for a sample, one after the other: frames of a clip
+            mask = mask.unsqueeze(1).expand(-1, rows // samples).reshape(-1)
+        return mask.view([-1 if d == dim else 1 for d in range(x.dim())])
+
+    def _draw(self, name: str) -> Tensor:
+        """bool `(M, B)`, drawn when the first encoder, `name`, has returned."""
+        if self._dropped is None:
+            assert self.q is not None
+            rows, repeat = self.rows[name], self.repeats.get(name, 1)
+            samples = rows // repeat if rows % repeat == 0 else rows
+            present = torch.ones(len(self.q), samples, dtype=torch.bool, device=self.q.device)
+            for position, modality in enumerate(self.modalities):
+                known = self.present.get(modality)
+                if known is not None and known.shape == (samples,):
+                    present[position] = known.to(present)
+            self._dropped = ~sample_kept(self.q, samples, self.generator(self.q.device), present)
+        return self._dropped
+
+    def _changed(self, name: str, x: Tensor, in_place: bool) -> Tensor:
+        if not is_feature(x, self.batch_dim[name]):
+            return x
+        mask = self.mask_for(name, x)
+        x = x.masked_fill_(mask, 0) if in_place else x.masked_fill(mask, 0)
+        if self.factors is not None:
+            factor = self.factors[self.modalities.index(name)].to(x.device, x.dtype)
+            x = x.mul_(factor) if in_place else x * factor
+        return x
+
+    def _rows_of(self, name: str, output: Any) -> int:
+        dim = self.batch_dim[name]
+        sizes: list[int] = []
+
+        def look(x: Tensor) -> Tensor:
+            if is_feature(x, dim):
+                sizes.append(x.shape[dim])
+            return x
+
+        map_tensors(look, output)
+        if not sizes:
+            raise TypeError(
+                f"the encoder of {name!r} should return a tensor of features, or something that holds one, with more "
+                f"than {dim} dimensions. Found {type(output).__name__}."
+            )
+        return sizes[0]

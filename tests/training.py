@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import balanceopt as bo
-from tests.models import Concat, Multimodal, watch
+from tests.models import INPUTS, Concat, Multimodal, watch
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 Batch = tuple[list[Tensor], Tensor]
@@ -21,9 +21,8 @@ def batch(number: int, model: Multimodal, size: int = 8) -> Batch:
     generator = torch.Generator().manual_seed(1000 + number)
     classes = int(model.get_parameter("head.weight").shape[0])
     labels = torch.randint(classes, (size,), generator=generator)
-    widths = [next(e.parameters()).shape[-1] for e in model.modalities.values()]
-    inputs = [torch.randn(size, n, generator=generator) for n in widths]
-    inputs[0] = inputs[0] + 3 * F.one_hot(labels, inputs[0].shape[1]).float()
+    inputs = [torch.randn(size, n, generator=generator) for n in INPUTS[: len(model.modalities)]]
+    inputs[0] = inputs[0] + 3 * F.one_hot(labels, INPUTS[0])
     return inputs, labels
 
 
@@ -75,6 +74,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, given: Iterable[Ba
         optimizer.step()
 
 
+def grad_of(parameter: Tensor) -> Tensor:
+    """Its gradient, which is there."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def bits(x: Tensor) -> Tensor:
     """The bytes, so that NaN equals itself and -0.0 differs from 0.0."""
     return x.detach().contiguous().view(-1).view(torch.uint8)
@@ -89,3 +94,19 @@ def distance(a: nn.Module, b: nn.Module) -> float:
     """The largest difference of any two parameters."""
     pairs = zip(a.parameters(), b.parameters(), strict=True)
     return max(float((x - y).detach().abs().max()) for x, y in pairs)
+
+
+def answering(*certainty: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """For `scores=`: uni-modal logits that give class 0 the probability `certainty[m]`, whatever the features."""
+
+    def logits(features: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = [torch.tensor([p, 1 - p, 0.0, 0.0, 0.0]).log() for p in certainty]
+        return {name: row.expand(len(features[name]), -1) for name, row in zip(features, rows, strict=True)}
+
+    return logits
+
+
+def class_zero(model: Multimodal, number: int = 0) -> Batch:
+    """A batch of class 0 alone, as `answering` expects it."""
+    inputs, labels = batch(number, model)
+    return inputs, torch.zeros_like(labels)

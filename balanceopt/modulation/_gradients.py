@@ -17,10 +17,9 @@ def scale_grads_(slots: Sequence[Slot], coefficient: Tensor) -> Tensor:
     """Multiply the gradients by a 0-d `coefficient`; returns how many were not finite and left alone, 0-d."""
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
-        grads = [slot.grad for slot in own]
-        finite = torch.stack([_all_finite(grad) for grad in grads])
-        _scale_where(grads, coefficient.to(device), finite)
+        finite = torch.stack([_all_finite(slot.grad) for slot in own])
         left += (~finite).sum().to(left.device)
+        _scale_([own[i].grad for i in _to_touch(finite)], coefficient.to(device), finite)
     return left
 
 
@@ -34,23 +33,33 @@ def scale_and_add_noise_(
     """
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
-        grads = [slot.grad for slot in own]
-        sigma = torch.stack([_std(grad) for grad in grads])
+        sigma = torch.stack([_std(slot.grad) for slot in own])
         finite = torch.isfinite(sigma)
-        _scale_where(grads, coefficient.to(device), finite)
-        scales = torch.where(finite, noise_scale.to(device) * sigma, 0)
-        add_gaussians_(grads, scales, seed, step, [slot.index for slot in own])
         left += (~finite).sum().to(left.device)
+        touched = _to_touch(finite)
+        if not touched:
+            continue
+        grads = [own[i].grad for i in touched]
+        _scale_(grads, coefficient.to(device), finite)
+        scales = torch.where(finite, noise_scale.to(device) * sigma, 0).unbind()
+        indices = [own[i].index for i in touched]
+        add_gaussians_(grads, torch.stack([scales[i] for i in touched]), seed, step, indices)
     return left
 
 
-def _scale_where(grads: list[Tensor], coefficient: Tensor, finite: Tensor) -> None:
+def _to_touch(finite: Tensor) -> list[int]:
+    """Places of the finite ones; all places where that can't be read without waiting."""
     host = on_host(finite)
-    if host is not None and host.all():
-        torch._foreach_mul_(grads, coefficient)
-    else:
+    return [i for i in range(len(finite)) if host is None or host[i]]
+
+
+def _scale_(grads: list[Tensor], coefficient: Tensor, finite: Tensor) -> None:
+    """Multiply those of `_to_touch`."""
+    if on_host(finite) is None:
         for grad, own in zip(grads, torch.where(finite, coefficient, 1), strict=True):
             grad.mul_(own)
+    elif grads:
+        torch._foreach_mul_(grads, coefficient)
 
 
 def _by_device(slots: Sequence[Slot]) -> dict[torch.device, list[Slot]]:
@@ -67,7 +76,7 @@ def _std(grad: Tensor) -> Tensor:
 
 
 def _all_finite(grad: Tensor) -> Tensor:
-    """Whether all elements are finite, 0-d: a sum is, unless one of its terms is not."""
+    """Whether all elements are finite, 0-d: a sum is, unless a term is not (or the terms are beyond use)."""
     values = grad.coalesce().values() if grad.is_sparse else grad
     return torch.isfinite(_local(values.sum(dtype=torch.promote_types(values.dtype, torch.float32))))
 

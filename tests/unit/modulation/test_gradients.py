@@ -1,0 +1,169 @@
+"""Scaling gradients and adding noise, tensor by tensor, against plain versions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from balanceopt._random import gaussian_like
+from balanceopt.modulation import Slot
+from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
+from tests.training import bits
+
+HALF = torch.tensor(0.5)
+ONE = torch.tensor(1.0)
+INF, NAN = float("inf"), float("nan")
+
+
+def slots(*grads: Tensor) -> list[Slot]:
+    found = []
+    for index, grad in enumerate(grads):
+        parameter = nn.Parameter(torch.zeros_like(grad))
+        parameter.grad = grad
+        found.append(Slot(index, parameter))
+    return found
+
+
+def several() -> list[Tensor]:
+    """Shapes and layouts that gradients have."""
+    return [
+        torch.randn(3, 4),
+        torch.randn(5),
+        torch.randn(()),
+        torch.randn(1),
+        torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.randn(6, 4).t(),
+        torch.randn(200, 200),
+        torch.zeros(2, 2),
+        torch.randn(3, 3, dtype=torch.float64),
+        torch.randn(3, 3).bfloat16(),
+    ]
+
+
+def test_scale_is_a_product_in_place():
+    grads = several()
+    expected = [g * HALF for g in grads]
+    places = [g.data_ptr() for g in grads]
+    left = scale_grads_(slots(*grads), HALF)
+    assert left == 0
+    assert [g.data_ptr() for g in grads] == places
+    for grad, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, want, rtol=0, atol=0)
+        assert grad.dtype == want.dtype
+
+
+def test_noise_is_the_documented_rule():
+    grads = several()
+    given = [g.clone() for g in grads]
+    scale_and_add_noise_(slots(*grads), HALF, torch.tensor(2.0), seed=3, step=5)
+    for index, (grad, g) in enumerate(zip(grads, given, strict=True)):
+        h = 2 * g.float().std(correction=0) * gaussian_like(g, 3, 5, index).float()
+        want = (0.5 * g.double() + h).to(g.dtype)
+        tolerance = {torch.bfloat16: 2e-2}.get(g.dtype, 1e-6)
+        torch.testing.assert_close(grad, want, rtol=tolerance, atol=tolerance)
+
+
+def test_noise_has_the_spread_of_the_unscaled_gradient():
+    gradient = 3 * torch.randn(300, 300) + 10
+    noisy = gradient.clone()
+    scale_and_add_noise_(slots(noisy), torch.tensor(0.0), ONE, seed=0, step=0)
+    assert float(noisy.std()) == pytest.approx(float(gradient.std(correction=0)), rel=0.02)
+    assert abs(float(noisy.mean())) < 0.05
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_gradient_that_is_not_finite_is_left_bit_for_bit(bad: float, noise: bool):
+    broken = torch.tensor([[1.0, -0.0], [bad, 2.0]])
+    whole = torch.randn(2, 2)
+    before, given = bits(broken).clone(), whole.clone()
+    both = slots(broken, whole)
+    left = scale_and_add_noise_(both, HALF, ONE, 0, 0) if noise else scale_grads_(both, HALF)
+    assert left == 1
+    assert torch.equal(bits(broken), before)
+    assert not torch.equal(whole, given)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_nothing_finite(noise: bool):
+    own = slots(torch.full((2, 2), NAN))
+    assert (scale_and_add_noise_(own, HALF, ONE, 0, 0) if noise else scale_grads_(own, HALF)) == 1
+
+
+@pytest.mark.parametrize("size", [(), (1,), (1, 1)])
+def test_one_element_gets_no_noise(size: tuple[int, ...]):
+    grad = torch.full(size, 4.0)
+    scale_and_add_noise_(slots(grad), HALF, ONE, 0, 0)
+    assert grad.item() == 2
+
+
+def test_zero_gradients_get_no_noise():
+    grad = torch.zeros(50, 50)
+    scale_and_add_noise_(slots(grad), HALF, ONE, 0, 0)
+    assert not grad.any()
+
+
+def test_sparse_gradients_are_scaled():
+    index = torch.tensor([[0, 2, 0]])
+    grad = torch.sparse_coo_tensor(index, torch.arange(6.0).view(3, 2), (4, 2), check_invariants=True)
+    dense = grad.to_dense()
+    assert scale_grads_(slots(grad), HALF) == 0
+    assert torch.equal(grad.to_dense(), dense / 2)
+    broken = torch.sparse_coo_tensor(index, torch.full((3, 2), NAN), (4, 2), check_invariants=True)
+    assert scale_grads_(slots(broken), HALF) == 1
+
+
+def test_gradients_with_a_graph_of_their_own():
+    # As backward(create_graph=True) leaves them; large enough for several threads.
+    torch.set_num_threads(2)
+    try:
+        w = torch.randn(600, 600, requires_grad=True)
+        (g,) = torch.autograd.grad((w**3).sum(), w, create_graph=True)
+        parameter = nn.Parameter(torch.zeros_like(g))
+        parameter.grad = g
+        scale_and_add_noise_([Slot(0, parameter)], HALF, ONE, 0, 0)
+    finally:
+        torch.set_num_threads(1)
+    assert g.requires_grad
+
+
+# -- randomness --------------------------------------------------------------------------------------------------
+
+
+def noise(seed: int = 0, step: int = 0, index: int = 0, size: int = 40_000) -> Tensor:
+    return gaussian_like(torch.empty(size), seed, step, index)
+
+
+def test_noise_is_a_function_of_seed_step_and_index():
+    assert torch.equal(noise(1, 2, 3), noise(1, 2, 3))
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}, {"index": 1}, {"seed": 2**40}, {"seed": -1}])
+def test_noise_differs_and_does_not_correlate(other: dict[str, int]):
+    a, b = noise(), noise(**other)
+    assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 4 / a.numel() ** 0.5
+
+
+def test_noise_over_steps_is_independent():
+    steps = torch.stack([noise(step=s, size=1000) for s in range(200)])
+    off_diagonal = torch.corrcoef(steps).triu(1)
+    assert float(off_diagonal.abs().max()) < 5.5 / 1000**0.5
+    assert float(steps.sum(0).var()) == pytest.approx(200, rel=0.2)
+
+
+@pytest.mark.parametrize(("moment", "expected"), [(1, 0), (2, 1), (3, 0), (4, 3)])
+def test_moments(moment: int, expected: float):
+    n = 10**6
+    spread = {1: 1, 2: 2, 3: 15, 4: 96}[moment] ** 0.5  # of z^moment under a standard normal
+    found = float(noise(size=n).double().pow(moment).mean())
+    assert abs(found - expected) < 4 * spread / n**0.5
+
+
+def test_the_global_stream_is_left_alone():
+    before = torch.get_rng_state()
+    scale_and_add_noise_(slots(*several()), HALF, ONE, 0, 0)
+    state = torch.get_rng_state()
+    torch.set_rng_state(before)
+    several()  # what the test itself drew
+    assert torch.equal(state, torch.get_rng_state())

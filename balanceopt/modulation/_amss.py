@@ -16,10 +16,10 @@ from balanceopt.functional import keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHint, Step, Undo
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._draw import Batch, Design, Sampling, Scale, batches_of, draw
-from balanceopt.modulation._frozen import freeze
+from balanceopt.modulation._frozen import Scratch, freeze
 from balanceopt.modulation._head import head_parts
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.modulation._parts import Part, shard_of, unit_norms
+from balanceopt.modulation._parts import Part, masked_rows, shard_of, unit_norms
 from balanceopt.modulation._units import UnitRule, find_units
 
 Importance = Literal["norm2", "norm"]
@@ -105,6 +105,7 @@ class AMSS(Modulation):
         self.max_weight = max_weight
         self.mask_head = mask_head
         self._plans: dict[Any, _Plan] = {}
+        self._scratch = Scratch()
         self._check_options()
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
@@ -138,11 +139,21 @@ class AMSS(Modulation):
         active = step.sums.present & usable
         masks = draw(plan.parts, plan.batches, importance, ratio, active, design, step.seed, step.number)
         step.count("nonfinite_gradients", masks.nonfinite)
-        undo = freeze(plan.parts, masks.kept, step.optimizer) if self.masked == "frozen" else None
-        with torch.no_grad():
-            for part, weight in zip(plan.parts, masks.weights, strict=True):
-                part.of(part.slot.grad).mul_(part.spread(weight))
+        rows = [masked_rows(part, kept) for part, kept in zip(plan.parts, masks.kept, strict=True)]
+        undo = None
+        if self.masked == "frozen":
+            undo = freeze(plan.parts, masks.kept, rows, step.optimizer, self._scratch)
+        self._apply(plan.parts, masks.weights, rows)
         return undo
+
+    @torch.no_grad()
+    def _apply(self, parts: Sequence[Part], weights: Sequence[Tensor], rows: Sequence[Tensor | None]) -> None:
+        for part, weight, masked in zip(parts, weights, rows, strict=True):
+            gradient = part.of(part.slot.grad)
+            if masked is not None and part.rows is not None and self.scale == "none":
+                gradient.index_fill_(part.rows, masked, 0)
+            else:
+                gradient.mul_(part.spread(weight))
 
     def ratios(self, step: Step) -> tuple[Tensor, Tensor]:
         """The step's `(M,)` keep ratios, and whether its scores can be used at all, 0-d bool."""

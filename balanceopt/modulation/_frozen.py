@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanceopt._deferred import on_host
 from balanceopt.modulation._base import Undo
 from balanceopt.modulation._parts import Part
 
@@ -21,17 +20,56 @@ _COPIES_OF_PARAMETER = frozenset(
 _SET_BY_OPTION = frozenset({"step_size"})  # Rprop: a zero gradient leaves it what it was made as
 
 
+class Scratch:
+    """Memory that is used again in every step: on the CPU new memory costs more than what is written to it."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._blocks: dict[torch.dtype, Tensor] = {}
+        self._used: dict[torch.dtype, int] = {}
+
+    def clear(self) -> None:
+        """Everything taken may be given again."""
+        self._used.clear()
+
+    def take(self, size: int, dtype: torch.dtype) -> Tensor:
+        """`size` numbers of the CPU's memory that nothing else uses until `clear`."""
+        start = self._used.get(dtype, 0)
+        self._used[dtype] = start + size
+        block = self._blocks.get(dtype)
+        if block is None or block.numel() < start + size:
+            # What was taken from the old block keeps it alive until it is put back.
+            self._blocks[dtype] = block = torch.empty(2 * (start + size), dtype=dtype)
+        return block[start : start + size]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_blocks": {}, "_used": {}}
+
+
 @torch.no_grad()
-def freeze(parts: Sequence[Part], kept: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Undo:
+def freeze(
+    parts: Sequence[Part],
+    kept: Sequence[Tensor],
+    masked_rows: Sequence[Tensor | None],
+    optimizer: torch.optim.Optimizer,
+    scratch: Scratch,
+) -> Undo:
     """Remember the units that are not kept; returns what puts them back after the step.
 
     Args:
         parts: what is masked.
         kept: bool `(n,)` by part.
+        masked_rows: by part, the units that are not kept, or None where only the device knows how many there are.
         optimizer: the base.
+        scratch: memory to remember them in.
     """
+    scratch.clear()
     states = _states(optimizer)
-    restores = [_freeze_part(part, own, states) for part, own in zip(parts, kept, strict=True)]
+    restores = [
+        _freeze_part(part, own, rows, states, scratch)
+        for part, own, rows in zip(parts, kept, masked_rows, strict=True)
+        if rows is None or rows.numel() > 0
+    ]
 
     def put_back() -> None:
         with torch.no_grad():
@@ -41,19 +79,12 @@ def freeze(parts: Sequence[Part], kept: Sequence[Tensor], optimizer: torch.optim
     return put_back
 
 
-def _states(optimizer: Any) -> list[Any]:
-    """The state of the optimizer, and of those that it wraps in turn."""
-    found: list[Any] = []
-    while isinstance(optimizer, torch.optim.Optimizer):
-        if all(optimizer.state is not other for other in found):
-            found.append(optimizer.state)
-        optimizer = getattr(optimizer, "optimizer", None)
-    return found
-
-
-def _freeze_part(part: Part, kept: Tensor, states: list[Any]) -> Undo:
+def _freeze_part(part: Part, kept: Tensor, rows: Tensor | None, states: list[Any], scratch: Scratch) -> Undo:
     parameter = part.slot.parameter
-    keep = _keeper(part, kept)
+
+    def keep(tensor: Tensor) -> Restore:
+        return _keep_all(part, kept, tensor) if rows is None else _keep_rows(part, rows, tensor, scratch)
+
     own = keep(parameter)
     before = [{key: keep(value) for key, value in _shaped(state, parameter)} for state in states]
 
@@ -71,36 +102,44 @@ def _freeze_part(part: Part, kept: Tensor, states: list[Any]) -> Undo:
     return put_back
 
 
+def _keep_rows(part: Part, rows: Tensor, tensor: Tensor, scratch: Scratch) -> Restore:
+    """What puts some units of a tensor back as they are now."""
+    dim = part.rows
+    assert dim is not None
+    view = part.of(tensor)
+    shape = [*view.shape[:dim], rows.numel(), *view.shape[dim + 1 :]]
+    size = view.numel() // view.shape[dim] * rows.numel()
+    saved = torch.index_select(view, dim, rows, out=scratch.take(size, tensor.dtype).view(shape))
+
+    def restore(now: Tensor) -> None:
+        part.of(now).index_copy_(dim, rows, saved)
+
+    return restore
+
+
+def _keep_all(part: Part, kept: Tensor, tensor: Tensor) -> Restore:
+    """The same where an index would have a size that only the device knows."""
+    saved = part.of(tensor).clone()
+    keeps = part.spread(kept)
+
+    def restore(now: Tensor) -> None:
+        view = part.of(now)
+        view.copy_(torch.where(keeps, view, saved))
+
+    return restore
+
+
+def _states(optimizer: Any) -> list[Any]:
+    """The state of the optimizer, and of those that it wraps in turn."""
+    found: list[Any] = []
+    while isinstance(optimizer, torch.optim.Optimizer):
+        if all(optimizer.state is not other for other in found):
+            found.append(optimizer.state)
+        optimizer = getattr(optimizer, "optimizer", None)
+    return found
+
+
 def _shaped(state: Any, parameter: Tensor) -> list[tuple[str, Tensor]]:
     """What the state holds for each element of the parameter."""
     own = state.get(parameter, {})
     return [(k, v) for k, v in own.items() if isinstance(v, Tensor) and v.shape == parameter.shape]
-
-
-def _keeper(part: Part, kept: Tensor) -> Callable[[Tensor], Restore]:
-    """From a tensor to what puts its masked units back as they are now."""
-    dim = part.rows
-    if dim is not None and on_host(kept) is not None:
-        masked = (~kept).nonzero().squeeze(1)
-
-        def keep_rows(tensor: Tensor) -> Restore:
-            saved = part.of(tensor).index_select(dim, masked)
-
-            def restore_rows(now: Tensor) -> None:
-                part.of(now).index_copy_(dim, masked, saved)
-
-            return restore_rows
-
-        return keep_rows
-    keeps = part.spread(kept)  # an index would have a size that only the device knows
-
-    def keep_all(tensor: Tensor) -> Restore:
-        saved = part.of(tensor).clone()
-
-        def restore(now: Tensor) -> None:
-            view = part.of(now)
-            view.copy_(torch.where(keeps, view, saved))
-
-        return restore
-
-    return keep_all

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balanceopt._deferred import on_host
 from balanceopt.modulation._base import Slot
 from balanceopt.modulation._units import UnitView
 
@@ -112,6 +113,12 @@ def shard_of(part: Part) -> ShardedPart:
         numbers.expand(room).contiguous(), p.device_mesh, placements, src_data_rank=None
     )
     return ShardedPart(part.slot, part.modality, part.units, part.columns, local.to_local())
+
+
+def masked_rows(part: Part, kept: Tensor) -> Tensor | None:
+    """The units that are not kept, as indices along `part.rows`; None where reading them would wait for a device."""
+    known = part.rows is not None and on_host(kept) is not None
+    return (~kept).nonzero().squeeze(1) if known else None
 
 
 def unit_norms(parts: Sequence[Part]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from math import prod
 from typing import Any, Literal
@@ -87,12 +88,12 @@ class UnitView:
     splits: tuple[tuple[int, ...], ...]
     kept: tuple[int, ...]
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The shape as it is read."""
         return tuple(chain.from_iterable(self.splits))
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Number of units."""
         return prod(self.sizes[d] for d in self.kept)

@@ -80,11 +80,13 @@ class TestKMeans:
             assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.02)
             assert min(ours) == pytest.approx(min(theirs), rel=0.02)
 
-    def test_large_features_of_many_clusters_start_from_a_subset(self, monkeypatch):
-        x, labels = blobs(3000, 120, width=32)
-        whole = kmeans(x, 120, generator=generator(), n_init=2)
-        monkeypatch.setattr(_clustering, "ROWS_PER_START", 12)
-        subset = kmeans(x, 120, generator=generator(), n_init=2)
+    def test_many_rows_start_from_a_subset(self, monkeypatch):
+        x, labels = blobs(3000, 20, width=16)
+        whole = kmeans(x, 20, generator=generator(), n_init=3)
+        monkeypatch.setattr(_clustering, "START_ROWS", 300)
+        monkeypatch.setattr(_clustering, "START_ROWS_PER_CLUSTER", 2)
+        subset = kmeans(x, 20, generator=generator(), n_init=3)
+        assert not torch.equal(whole.assignments, subset.assignments)
         assert float(purity(whole.assignments, labels)) > 0.95
         assert float(purity(subset.assignments, labels)) > 0.95
 
@@ -450,6 +452,8 @@ def _sharded(rank: int, rendezvous: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     group = dist.group.WORLD
+    _clustering.START_ROWS = 60
+    _clustering.START_ROWS_PER_CLUSTER = 1
     x, labels = blobs(200, 6, width=5, spread=6.0)
     results: list[tuple] = []
     for cuts in CUTS:
@@ -479,7 +483,9 @@ def _sharded(rank: int, rendezvous: str, folder: str) -> None:
 
 
 @pytest.mark.distributed
-def test_features_spread_over_ranks_give_the_result_of_one_process(tmp_path):
+def test_features_spread_over_ranks_give_the_result_of_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(_clustering, "START_ROWS", 60)
+    monkeypatch.setattr(_clustering, "START_ROWS_PER_CLUSTER", 1)
     spawn(_sharded, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
     ranks = [torch.load(f"{tmp_path}/{rank}.pt") for rank in range(2)]
     x, labels = blobs(200, 6, width=5, spread=6.0)

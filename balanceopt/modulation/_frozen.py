@@ -17,6 +17,10 @@ Restore = Callable[[Tensor], None]
 _COPIES_OF_PARAMETER = frozenset(
     {"ax", "slow_buffer", "slow_param", "x0", "z"}
 )  # ASGD, Ranger, Lookahead, MADGRAD
+_OF_A_DIMENSION = (
+    "precond",
+    "inv_precond",
+)  # Shampoo: one matrix for each dimension, of a square parameter's shape
 _SET_BY_OPTION = frozenset({"step_size"})  # Rprop: a zero gradient leaves it what it was made as
 
 
@@ -141,5 +145,10 @@ def _states(optimizer: Any) -> list[Any]:
 
 def _shaped(state: Any, parameter: Tensor) -> list[tuple[str, Tensor]]:
     """What the state holds for each element of the parameter."""
-    own = state.get(parameter, {})
-    return [(k, v) for k, v in own.items() if isinstance(v, Tensor) and v.shape == parameter.shape]
+    return [
+        (key, value)
+        for key, value in state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+        and value.shape == parameter.shape
+        and not str(key).startswith(_OF_A_DIMENSION)
+    ]

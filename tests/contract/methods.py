@@ -18,12 +18,14 @@ class Method:
         make: the modulation at work.
         limit: the modulation with the options at which it is the base optimizer, bit for bit.
         scales_lr: needs a base with a learning rate for each group.
+        frozen: keeps units where they are, which a base that moves everything along one line can't.
     """
 
     name: str
     make: Callable[[], bo.Modulation]
     limit: Callable[[], bo.Modulation]
     scales_lr: bool = False
+    frozen: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -37,5 +39,18 @@ METHODS = [
         partial(bo.OGM, 0.5, noise=False, apply_to="lr"),
         limit=partial(bo.OGM, 0, noise=False, apply_to="lr"),
         scales_lr=True,
+    ),
+    # All units are kept where the ratios are clamped to 1; the offset makes every significance positive.
+    Method("AMSS", bo.AMSS, limit=partial(bo.AMSS, clamp=(1, 1), offset=100)),
+    Method(
+        "AMSS+",
+        partial(bo.AMSS, scale="unbiased"),
+        limit=partial(bo.AMSS, scale="unbiased", clamp=(1, 1), offset=100),
+    ),
+    Method(
+        "AMSS frozen",
+        partial(bo.AMSS, masked="frozen", mask_head=True),
+        limit=partial(bo.AMSS, masked="frozen", mask_head=True, clamp=(1, 1), offset=100),
+        frozen=True,
     ),
 ]

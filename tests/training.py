@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,11 +31,23 @@ def batches(model: Multimodal, count: int, first: int = 0) -> list[Batch]:
     return [batch(first + i, model) for i in range(count)]
 
 
-def small_model(modalities: int = 2, seed: int = 0, **options: Any) -> Concat:
-    """The same one each time; leaves the global random stream alone."""
+def small_model(modalities: int = 2, **options: Any) -> Concat:
+    """The same one each time, trained until the first modality dominates; leaves the global random stream alone."""
     with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        return Concat(modalities, **options)
+        torch.manual_seed(0)
+        model = Concat(modalities, **options)
+    if not options:
+        model.load_state_dict(_trained(modalities))
+    return model
+
+
+@cache
+def _trained(modalities: int) -> dict[str, Tensor]:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = Concat(modalities)
+    train(model, sgd(model.parameters()), batches(model, 60, first=1000))
+    return model.state_dict()
 
 
 def groups_of(model: Multimodal) -> list[dict[str, Any]]:

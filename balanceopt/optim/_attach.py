@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ class AttachedModulation:
         """Hook `engine` onto `optimizer`."""
         self.optimizer = optimizer
         self._engine = engine
+        self._step: FrameType | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(lambda *_: engine.undo()),
+            optimizer.register_step_post_hook(self._after),
             optimizer.register_state_dict_pre_hook(lambda _: engine.before_save()),
             optimizer.register_load_state_dict_post_hook(lambda _: engine.after_load()),
         ]
@@ -33,14 +35,19 @@ class AttachedModulation:
         self._replaced = {name: value for name, value in vars(optimizer).items() if name in self._own}
         vars(optimizer).update(self._own)
 
-    def remove(self) -> None:
-        """Leave the optimizer as it was. May be called twice."""
+    def remove(self, *, keep_state: bool = False) -> None:
+        """Leave the optimizer as it was. May be called twice.
+
+        Args:
+            keep_state: leave the step counter and the seed in its `param_groups`, so that a checkpoint written later
+                still resumes.
+        """
         if not self._handles:
             return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._engine.detach()
+        self._engine.detach(keep_state=keep_state)
         attributes = vars(self.optimizer)
         for name, value in self._own.items():
             if attributes.get(name) == value:  # else someone replaced it after us
@@ -65,6 +72,12 @@ class AttachedModulation:
     def _before(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        caller = sys._getframe(1)
+        if _encloses(
+            self._step, caller
+        ):  # a subclass's step that calls its parent's: torch calls the hooks of both
+            return None
+        self._step = caller
         # Torch hands over step's own arguments, the optimizer first.
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -75,6 +88,11 @@ class AttachedModulation:
             tuple(wrapped if value is closure else value for value in args),
             {key: wrapped if value is closure else value for key, value in kwargs.items()},
         )
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not _encloses(self._step, sys._getframe(1)):
+            self._step = None
+            self._engine.undo()
 
     def _discarding_zero_grad(self, set_to_none: bool = True) -> None:
         if self._handles:
@@ -88,6 +106,14 @@ class AttachedModulation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _encloses(outer: FrameType | None, frame: FrameType) -> bool:
+    """Whether `frame` was called, however deeply, by `outer`."""
+    above = frame.f_back
+    while above is not None and above is not outer:
+        above = above.f_back
+    return outer is not None and above is outer
 
 
 def attach(

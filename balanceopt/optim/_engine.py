@@ -61,7 +61,7 @@ class Engine:
         # Nothing was changed until here, and nothing raises from here on.
         self.accumulator = monitor.accumulator(needs_entropy=any(m.needs_entropy for m in chosen))
         self._kept = Kept(optimizer, monitor, self.accumulator, seed)
-        self._kept.fill()
+        self._kept.begin()
         self._number = self._kept.number
         self._undo: list[Undo] = []
         self._silent = 0
@@ -136,11 +136,14 @@ class Engine:
         self.discard()
         self._silent = 0
 
-    def detach(self) -> None:
-        """Leave the base optimizer and the monitor as they were."""
+    def detach(self, *, keep_state: bool = False) -> None:
+        """Leave the base optimizer and the monitor as they were, but for the numbers in its groups if they are kept."""
         self.undo()
+        if keep_state:
+            self._kept.save()
+        else:
+            self._kept.clear()
         self.monitor.drop_accumulator(self.accumulator)
-        self._kept.clear()
 
     def stats(self) -> dict[str, int]:
         """Steps modulated, left to the base for want of scores, outside the window; and oddities met."""

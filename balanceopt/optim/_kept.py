@@ -14,6 +14,11 @@ STEP, SEED, EPOCH, HELD, WINDOW = (
     f"balanceopt_{name}" for name in ("step", "seed", "epoch", "held_scores", "window")
 )
 
+BARE_STATE = (
+    "the checkpoint holds a bare optimizer's state: it is loaded, and balanceopt's step counter and seed "
+    "start anew."
+)
+
 
 class Kept:
     """The step counter, the seed, the epoch and the scores that `every=` holds; plain numbers, equal in every group.
@@ -61,6 +66,13 @@ class Kept:
         """Count in epochs from now on."""
         self._set(EPOCH, int(epoch))
 
+    def begin(self) -> None:
+        """Start from what a checkpoint put into the groups before there was a modulation, or anew."""
+        if STEP in self._first:
+            self.load()
+        else:
+            self.fill()
+
     def fill(self) -> None:
         """Give groups that are new what the first one has."""
         # All keys are there from the start: a flattened checkpoint is read by the keys that the optimizer has.
@@ -81,10 +93,7 @@ class Kept:
     def load(self) -> None:
         """Take over what a checkpoint put there."""
         if STEP not in self._first:
-            warn_user(
-                "the checkpoint holds a bare optimizer's state: it is loaded, and balanceopt's step counter and seed "
-                "start anew."
-            )
+            warn_user(BARE_STATE)
         self.fill()
         if self._monitor.every > 1:
             flat = torch.tensor(self._first[HELD], device=device_of(self._optimizer))

@@ -14,12 +14,11 @@ Encoders = Mapping[str, nn.Module | str]
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
+        parallel = isinstance(model, (DistributedDataParallel, DataParallel))
+        inner = getattr(model, "module" if parallel else "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def find_module(model: nn.Module, module: nn.Module | str, role: str) -> nn.Module:
@@ -75,6 +74,30 @@ def resolve_encoders(model: nn.Module, encoders: Encoders) -> dict[str, nn.Modul
                     f"{'the same module as' if a is b else 'inside'} that of {first!r}."
                 )
     return found
+
+
+def resolve_head(
+    model: nn.Module,
+    encoders: Mapping[str, nn.Module],
+    head: nn.Module | str | Mapping[str, nn.Module | str] | None,
+) -> nn.Module | dict[str, nn.Module] | None:
+    """The head as a module of `model`, or each modality's own.
+
+    Raises:
+        ValueError: for an unknown name, a module outside the model, or own heads for other modalities.
+        TypeError: if a head is neither a module nor a name.
+    """
+    if head is None:
+        return None
+    if isinstance(head, Mapping):
+        if head.keys() != encoders.keys():
+            raise ValueError(
+                f"`head` should have one head for each of {sorted(encoders)}. Found {sorted(head)}."
+            )
+        return {name: find_module(model, head[name], f"head[{name!r}]") for name in encoders}
+    if isinstance(head, nn.Module) and unwrap(head) is unwrap(model):
+        return unwrap(model)
+    return find_module(model, head, "`head`")
 
 
 def modality_parameters(model: nn.Module, encoders: Encoders) -> dict[str, list[nn.Parameter]]:

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._per_head import PerHead
 from balanceopt.monitor._settle import settle
+from balanceopt.monitor._split import SplitHead
 from balanceopt.monitor._sums import ModalitySums
-from balanceopt.monitor._unimodal import PerHead, SplitHead, UnimodalLogits, UserFunction, ZeroOut
+from balanceopt.monitor._unimodal import UnimodalLogits, UserFunction
+from balanceopt.monitor._zero_out import ZeroOut
 
 
 def can_score_early(scores: UnimodalLogits | None, modalities: Sequence[str]) -> bool:

@@ -3,12 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from balanceopt.monitor._pass import Pass
+
+LabelSource = Literal["auto", "observe", "loss", "model", "gradient"]
 
 _KEYS = ("labels", "label")
+
+
+class Labels:
+    """Gives each pass its labels, from the most trusted of the sources that the user allows."""
+
+    def __init__(self, allowed: LabelSource) -> None:
+        """Take them from `allowed` only; `"auto"` is all of them."""
+        self.allowed: LabelSource = allowed
+        self._next: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def allows(self, source: LabelSource) -> bool:
+        """Whether labels may come from there."""
+        return self.allowed in ("auto", source)
+
+    def observe(self, latest: Pass | None, labels: Tensor, present: dict[str, Tensor]) -> None:
+        """Take the user's own: for the latest pass if it has none, else for the next one."""
+        if latest is not None and not latest.closed and latest.label_source != "observe":
+            self._give(latest, labels, present)
+        else:
+            self._next = labels, present
+
+    def begin(self, current: Pass) -> None:
+        """Give a new pass what was observed before it."""
+        if self._next is not None:
+            self._give(current, *self._next)
+            self._next = None
+
+    def from_call(self, current: Pass, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take those that the model itself was given."""
+        if current.labels is None and self.allows("model"):
+            labels = labels_of_call(args, kwargs)
+            if labels is not None:
+                current.labels, current.label_source = labels, "model"
+
+    def from_loss(
+        self,
+        current: Pass | None,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        reduce: str | None,
+    ) -> None:
+        """Take those that a loss module was called with, and its `ignore_index`."""
+        if current is None or current.closed or not self.allows("loss"):
+            return
+        if current.label_source in ("gradient", "model"):
+            labels = labels_of_loss(args, kwargs, reduce)
+            if labels is not None:
+                current.labels, current.label_source = labels, "loss"
+            current.ignore_index = getattr(module, "ignore_index", None)
+
+    def forget(self) -> None:
+        """Forget those that no pass has got."""
+        self._next = None
+
+    def _give(self, current: Pass, labels: Tensor, present: dict[str, Tensor]) -> None:
+        if self.allows("observe"):
+            current.labels, current.label_source = labels, "observe"
+            current.present.update(present)
 
 
 def labels_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

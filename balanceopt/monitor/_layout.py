@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from balanceopt.monitor._matching import Projection, projection_number, projection_numbered
-from balanceopt.monitor._unimodal import Automatic, PerHead, SplitHead, UnimodalLogits
+from balanceopt.monitor._per_head import PerHead
+from balanceopt.monitor._split import SplitHead
+from balanceopt.monitor._unimodal import Automatic, UnimodalLogits
 
 
 def layout_of(scores: UnimodalLogits | None) -> dict[str, Any]:

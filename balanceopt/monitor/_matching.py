@@ -83,6 +83,20 @@ def projection_numbered(number: int) -> Projection | None:
     return None if number < 0 else _PROJECTIONS[number]
 
 
+def projected(name: str, project: Projection | None, features: Tensor) -> Tensor:
+    """Features as the head gets them.
+
+    Raises:
+        RuntimeError: if it is not known how.
+    """
+    if project is None:
+        raise RuntimeError(
+            f"it is not known how the output of encoder {name!r} becomes its head's input: no training pass has shown "
+            "it, or something unknown lies between. Pass `select=` with a function from one to the other."
+        )
+    return project(features)
+
+
 def _applied(project: Projection, features: Tensor, room: torch.Size) -> Tensor | None:
     """`features` projected to `(B, D_m)` float32, or None where that can't stand in a head's input of shape `room`."""
     try:

@@ -48,10 +48,11 @@ def _pick(output: Any, names: tuple[str, ...]) -> Tensor | None:
         named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(named, Tensor):
             return named
-    return _first(output)
+    return first_tensor(output)
 
 
-def _first(value: Any) -> Tensor | None:
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in a value of any structure; None where there is none."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -62,4 +63,4 @@ def _first(value: Any) -> Tensor | None:
         items = [getattr(value, f.name) for f in dataclasses.fields(value)]
     else:
         return None
-    return next((t for t in map(_first, items) if t is not None), None)
+    return next((t for t in map(first_tensor, items) if t is not None), None)

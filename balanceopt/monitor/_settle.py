@@ -62,7 +62,10 @@ def _given(done: Pass, ignore_index: int) -> Targets:
     rows, classes = done.logits.shape
     labels = done.labels.to(done.logits.device)
     if classes == 1:
-        labels, classes = labels.long(), 2  # a single logit: binary labels, often kept as floats for BCEWithLogitsLoss
+        labels, classes = (
+            labels.long(),
+            2,
+        )  # a single logit: binary labels, often kept as floats for BCEWithLogitsLoss
     per_row = labels if labels.is_floating_point() and labels.dim() == 2 else labels.flatten()
     if per_row.shape[0] != rows:
         raise ValueError(
@@ -102,7 +105,8 @@ def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> ModalitySu
     log_score = targets.pick(log_p)
     score = targets.pick(log_p.exp()) if targets.index is None else log_score.exp()
     parts = torch.stack([score, torch.ones_like(score), -log_score, entropy])
-    return ModalitySums(*torch.where(valid, parts, 0).sum(-1), targets.class_counts())
+    sums = torch.where(valid, parts, 0).sum(-1)
+    return ModalitySums(sums[0], sums[1], sums[2], sums[3], targets.class_counts())
 
 
 def _by_row(per_sample: Tensor, rows: int, like: Tensor) -> Tensor:

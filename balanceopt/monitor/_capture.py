@@ -1,0 +1,292 @@
+"""Hooks on a model, its encoders and heads: which calls belong to one training pass, and what they showed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from balanceopt.monitor._labels import Labels
+from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors
+from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._rows import as_rows
+from balanceopt.monitor._scorer import Scorer
+from balanceopt.monitor._supported import in_backward, next_node, outside_graphs, running_node
+
+Head = nn.Module | Mapping[str, nn.Module] | None
+Select = Mapping[str, Callable[[Any], Tensor]]
+Transform = Callable[[str, Pass, Any], Any]
+Tap = Callable[[str, Any, Pass | None], None]
+GradientListener = Callable[[Pass, Tensor], None]
+
+# Forwards before one backward whose heads only reentrant activation checkpointing will make part of a graph.
+_UNHEARD = 32
+
+
+class Capture:
+    """What the hooks see, sorted into passes.
+
+    Attributes:
+        transforms: change encoders' outputs on their way into the fusion.
+        taps: are shown every encoder output.
+        gradient_listeners: are told the gradient at the joint logits.
+        latest: the latest forward in training.
+    """
+
+    latest: Pass | None
+    _current: Pass | None
+    _parts_only: Pass | None
+    _backward: Pass | None
+    _passes: WeakSet[Pass]
+    _unheard: deque[Pass]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        head: Head,
+        *,
+        labels: Labels,
+        scorer: Scorer,
+        train_only: bool,
+        select: Select,
+    ) -> None:
+        """Register the hooks; give passes their labels by `labels` and hand them to `scorer`."""
+        self.model = model
+        self.encoders = dict(encoders)
+        self.head = head
+        self.train_only = train_only
+        self.transforms: list[Transform] = []
+        self.taps: list[Tap] = []
+        self.gradient_listeners: list[GradientListener] = []
+        self._labels = labels
+        self._scorer = scorer
+        self._select = dict(select)
+        self._forget_passes()
+        self.handles = self._register()
+
+    def watch_loss(self, module: nn.Module, reduce: str | None) -> RemovableHandle:
+        """Take labels from the calls of a loss module."""
+        handle = module.register_forward_hook(partial(self._on_loss, reduce), with_kwargs=True)
+        self.handles.append(handle)
+        return handle
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self._forget_passes()
+
+    def features(self, name: str, output: Any) -> Tensor:
+        """The feature tensor of an encoder's output, attached to its graph.
+
+        Raises:
+            TypeError: if the output holds no tensor.
+        """
+        select = self._select.get(name)
+        features = features_of(output) if select is None else select(output)
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"the encoder of {name!r} should return a tensor, or something that holds one. Found "
+                f"{type(output).__name__}; pass `select={{{name!r}: function}}` to pick its features."
+            )
+        return features
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _register(self) -> list[RemovableHandle]:
+        handles = [
+            self.model.register_forward_pre_hook(self._on_start, with_kwargs=True),
+            self.model.register_forward_hook(self._on_end, with_kwargs=True),
+        ]
+        for name, encoder in self.encoders.items():
+            # The first hook of an encoder: what it sees is what the encoder made, before any other hook changes it.
+            handles.append(encoder.register_forward_hook(partial(self._on_encoder, name), prepend=True))
+        if isinstance(self.head, Mapping):
+            for name, head in self.head.items():
+                handles.append(head.register_forward_hook(partial(self._on_head, name), with_kwargs=True))
+        elif self.head is not None and self.head is not self.model:
+            handles.append(self.head.register_forward_hook(partial(self._on_head, None), with_kwargs=True))
+        return handles
+
+    @outside_graphs
+    def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if in_backward():
+            return
+        self._parts_only = None
+        self._running = True
+        self._current = self._backward = None
+        if self._is_training(module):
+            self._current = self._new_pass()
+            self._current.inputs = (args, kwargs)
+            self._labels.from_call(self._current, args, kwargs)
+
+    @outside_graphs
+    def _on_encoder(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        again = in_backward()
+        current = self._recomputed() if again else self._pass_of(name, module)
+        for tap in self.taps:
+            tap(name, output, current)
+        if current is None:
+            return None
+        if not again:
+            features = self.features(name, output).detach()
+            current.outputs.setdefault(name, []).append(map_tensors(Tensor.detach, output))
+            current.features[name] = current.sent_features[name] = features
+        sent = output
+        for transform in self.transforms:
+            sent = transform(name, current, sent)
+        if not again and sent is not output:
+            current.sent_features[name] = self.features(name, sent).detach()
+        return None if sent is output else sent
+
+    @outside_graphs
+    def _on_head(
+        self, name: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The joint head answered, or (by `name`) a modality's own."""
+        logits = logits_of(output)
+        if logits is None:
+            return
+        if in_backward():
+            self._listen_again(logits)
+            return
+        current = self._current or self._parts_only
+        if current is None:
+            return
+        x = first_tensor((args, kwargs))
+        current.head_inputs[name] = torch.empty(0, 0) if x is None else x.detach()
+        self._take_logits(name, current, logits)
+        if current is self._parts_only and (name is None or len(current.head_outputs) == len(self.encoders)):
+            self._end_forward(current)
+
+    @outside_graphs
+    def _on_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if in_backward():
+            return
+        current, self._current, self._running = self._current, None, False
+        if current is None:
+            return
+        logits = logits_of(output)
+        if logits is not None and self.head is self.model:
+            self._take_logits(None, current, logits)
+        self._end_forward(current)
+
+    def _on_loss(
+        self,
+        reduce: str | None,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        # A pass in eval mode between a forward and its backward calls the loss too: its result has no graph.
+        if isinstance(output, Tensor) and output.requires_grad:
+            self._labels.from_loss(self.latest, module, args, kwargs, reduce)
+
+    @outside_graphs
+    def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
+        self._backward = current
+        if current.unimodal is None:  # the loop called parts of the model, and not all of them
+            self._end_forward(current)
+        rows = as_rows(gradient.detach())
+        self._scorer.backward_reached(current, rows)
+        for listener in self.gradient_listeners:
+            listener(current, rows)
+
+    # -- steps of a pass -----------------------------------------------------------------------------------------
+
+    def _is_training(self, module: nn.Module) -> bool:
+        return torch.is_grad_enabled() and (module.training or not self.train_only)
+
+    def _pass_of(self, name: str, module: nn.Module) -> Pass | None:
+        """The pass that an encoder's call belongs to; a loop may call the parts and never the model."""
+        if self._running:
+            return self._current
+        if not self._is_training(module):
+            return None
+        known = self._parts_only
+        if known is None or known.unimodal is not None or name in known.outputs:
+            self._parts_only = self._new_pass()
+        return self._parts_only
+
+    def _new_pass(self) -> Pass:
+        current = Pass(held_back=self._scorer.holds_back(), first_node=next_node())
+        self._scorer.seen["forwards"] += 1
+        if self.latest is not None and self.latest.end_node is None:  # its forward broke off
+            self.latest.end_node = current.first_node
+        self.latest = current
+        self._passes.add(current)
+        self._labels.begin(current)
+        return current
+
+    def _take_logits(self, name: str | None, current: Pass, logits: Tensor) -> None:
+        """Keep the joint logits, or add a modality's own to them, and listen for their gradient."""
+        self._scorer.seen["heads"] += 1
+        if name is None or not current.head_outputs:
+            self._listen(current, logits)
+        own = logits.detach()
+        if name is None:
+            current.logits = as_rows(own)
+        else:
+            current.head_outputs[name] = own
+            current.logits = as_rows(torch.stack(list(current.head_outputs.values())).sum(0))
+
+    def _listen(self, current: Pass, logits: Tensor) -> None:
+        """Note when backward reaches the logits."""
+        if current.has_hook:
+            return
+        if logits.requires_grad:
+            current.has_hook = True
+            logits.register_hook(partial(self._on_gradient, current))
+        elif current not in self._unheard:
+            self._unheard.append(current)
+
+    def _listen_again(self, logits: Tensor) -> None:
+        """Under reentrant activation checkpointing only the second run of a head is part of a graph."""
+        current = self._recomputed()
+        if current is not None and current in self._unheard and logits.requires_grad:
+            self._unheard.remove(current)
+            self._listen(current, logits)
+
+    def _recomputed(self) -> Pass | None:
+        """The pass that activation checkpointing runs again.
+
+        Several forwards may come before one backward, so it is not the one whose gradient came last. It is the one
+        that made the node whose backward is running; a checkpoint inside a checkpoint makes new nodes, and belongs to
+        the pass around it.
+        """
+        node = running_node()
+        made = [current for current in self._passes if current.made(node)]
+        if made:
+            self._backward = max(made, key=lambda current: current.first_node)
+        return self._backward
+
+    def _end_forward(self, current: Pass) -> None:
+        current.end_node = next_node()
+        self._scorer.end_forward(current)
+
+    def _forget_passes(self) -> None:
+        """No pass under way."""
+        self.latest = self._current = self._parts_only = self._backward = None
+        self._passes = WeakSet()
+        self._unheard = deque(maxlen=_UNHEARD)
+        self._running = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Passes hold tensors of a graph, which can neither be copied nor pickled; who listens from outside (a
+        # scheduler with its loaders) is no part of the model.
+        gone = ("latest", "_current", "_parts_only", "_backward", "_passes", "_unheard", "_running")
+        kept = {name: value for name, value in self.__dict__.items() if name not in gone}
+        return {**kept, "taps": [], "gradient_listeners": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_passes()

@@ -1,0 +1,64 @@
+"""Uni-modal logits of late fusion: each modality has a head of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from balanceopt.monitor._matching import Projection, projected, projection_onto
+from balanceopt.monitor._outputs import logits_of
+from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._replay import quiet
+from balanceopt.monitor._rows import as_rows
+
+
+class PerHead:
+    """Each modality's own head answers for it, with its own bias."""
+
+    name = "per-head"
+
+    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+        """Take the outputs of `heads`, one for each modality."""
+        self.heads = dict(heads)
+        self.projections: dict[str, Projection | None] = {}
+
+    def __call__(self, current: Pass) -> dict[str, Tensor]:
+        found = {}
+        for name, output in current.head_outputs.items():
+            dropped = current.was_dropped(name)
+            if not dropped:
+                self._learn(name, current)
+            found[name] = as_rows(self._without_drop(name, current) if dropped else output).float()
+        return found
+
+    def live(self, name: str, features: Tensor) -> Tensor:
+        """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
+        # Not called as a module: this is not the pass's own call, which hooks wait for.
+        logits = logits_of(self.heads[name].forward(projected(name, self.projections.get(name), features)))
+        assert logits is not None
+        return logits
+
+    def _learn(self, name: str, current: Pass) -> None:
+        if name not in self.projections and name in current.features:
+            self.projections[name] = projection_onto(
+                current.sent_features[name], as_rows(current.head_inputs[name])
+            )
+
+    def clean(self, name: str, features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The modality's logits `(N, C)` from clean features, `dtype` as its head gets them."""
+        head = self.heads[name]
+        x = projected(name, self.projections[name], features)
+        with quiet(list(head.modules()), x.device):
+            logits = logits_of(head.forward(x.to(x.dtype if dtype is None else dtype)))
+        assert logits is not None
+        return as_rows(logits).float()
+
+    def _without_drop(self, name: str, current: Pass) -> Tensor:
+        if self.projections.get(name) is None:
+            raise RuntimeError(
+                f"the features of {name!r} were dropped, and what its head gets can't be made from its encoder's "
+                "output. Pass `select=` with a function that turns that output into the head's input."
+            )
+        return self.clean(name, current.features[name], current.head_inputs[name].dtype)

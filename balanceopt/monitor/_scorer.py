@@ -1,0 +1,146 @@
+"""From a forward in training to its scores: when they are due, how they are made, who takes them."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from balanceopt._deferred import DeferredCounts
+from balanceopt.functional import feature_entropy
+from balanceopt.monitor._accumulator import Accumulator
+from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._settle import settle
+from balanceopt.monitor._sums import ModalitySums
+from balanceopt.monitor._unimodal import UnimodalLogits
+
+# Under plain cross-entropy no row has two negative gradients; this many may come from rounding.
+_AMBIGUOUS_PART = 0.01
+_FEWEST_CLASSES_FOR_LINE = 4
+
+
+class Scorer:
+    """Score passes, each once, and hand the sums to the accumulators.
+
+    Attributes:
+        unimodal: how uni-modal logits are made; None for features only.
+        classes: C, once a pass was seen.
+        seen: how often what happened, for `stats()`.
+        accumulators: one for each consumer.
+        window: how many steps' passes were begun: the phase of `every`.
+        fresh: no pass has begun since the last step ended.
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        unimodal: UnimodalLogits | None,
+        *,
+        every: int,
+        ignore_index: int,
+        strict: bool,
+        recovers: bool,
+    ) -> None:
+        """Score by `unimodal`, on every `every`-th step; `recovers` allows labels read from gradients."""
+        self.modalities = tuple(modalities)
+        self.unimodal = unimodal
+        self.every = every
+        self.ignore_index = ignore_index
+        self.strict = strict
+        self.recovers = recovers
+        self.classes: int | None = None
+        self.seen: Counter[str] = Counter()
+        self.accumulators: list[Accumulator] = []
+        self.recovered = DeferredCounts(("rows", "ambiguous"), self._judge_recovery)
+        self.window = 0
+        self.fresh = True
+        self._warned = False
+
+    def accumulator(self, *, needs_entropy: bool, steps: bool) -> Accumulator:
+        """A new consumer's view of the passes."""
+        accumulator = Accumulator(self.settled, self._on_take, needs_entropy=needs_entropy, steps=steps)
+        self.accumulators.append(accumulator)
+        return accumulator
+
+    def drop_accumulator(self, accumulator: Accumulator) -> None:
+        """Stop filling it."""
+        self.accumulators = [a for a in self.accumulators if a is not accumulator]
+
+    def holds_back(self) -> bool:
+        """Whether the pass that begins now goes without scores."""
+        if self.fresh:
+            self.window += 1
+            self.fresh = False
+        return self.every > 1 and (self.window - 1) % self.every != 0
+
+    def end_forward(self, current: Pass) -> None:
+        """Make the uni-modal logits while the features are at hand, then let the features go."""
+        for name in self.modalities:
+            self.seen[f"missing:{name}"] += name not in current.features
+        if current.logits is not None and self.unimodal is not None:
+            self.classes = current.logits.shape[-1]
+            current.unimodal = {}
+            if not current.held_back and current.logits.shape[0] > 0:
+                current.unimodal = current.early or self.unimodal(current)
+                if any(accumulator.needs_entropy for accumulator in self.accumulators):
+                    with torch.no_grad():
+                        current.entropies = {
+                            name: feature_entropy(current.vectors.get(name, z))
+                            for name, z in current.features.items()
+                        }
+        current.end_forward()
+
+    def backward_reached(self, current: Pass, gradient: Tensor) -> None:
+        """Take the gradient `(N, C)` at the joint logits; the first one makes the pass count."""
+        if not current.gradients:
+            self.seen["passes"] += 1
+            for accumulator in self.accumulators:
+                accumulator.add(current)
+        current.gradients.append(gradient)
+
+    def settled(self, done: Pass) -> ModalitySums | None:
+        """The pass's sums, made once for all consumers."""
+        if not done.settled:
+            done.closed = done.settled = True
+            if done.labels is None and not self.recovers:
+                done.gradients.clear()
+            ignore = self.ignore_index if done.ignore_index is None else done.ignore_index
+            result = settle(done, self.modalities, ignore)
+            if result is not None:
+                done.sums = result.sums
+                self.seen[f"labels:{done.label_source}"] += 1
+                if result.ambiguous is not None:
+                    self.recovered.add(torch.tensor(result.rows), result.ambiguous)
+            elif not done.held_back:
+                self.seen["unscored"] += 1
+            done.unimodal, done.logits = None, None
+            done.gradients.clear()
+        return done.sums
+
+    def clear(self) -> None:
+        """Forget all scores; no step has begun."""
+        for accumulator in self.accumulators:
+            accumulator.discard()
+        self.window, self.fresh = 0, True
+
+    def _on_take(self, accumulator: Accumulator) -> None:
+        """Notice that a step ended, for `every`: by those who step, or where nobody does by anyone."""
+        if accumulator.steps or not any(a.steps for a in self.accumulators):
+            self.fresh = True
+
+    def _judge_recovery(self, counts: dict[str, int]) -> None:
+        if counts["ambiguous"] <= _AMBIGUOUS_PART * counts["rows"]:
+            return
+        message = (
+            f"{counts['ambiguous']} of {counts['rows']} rows have several negative gradients at the logits: soft "
+            "targets, label smoothing or an auxiliary loss on the logits. Labels recovered from them may be wrong: "
+            "pass labels via monitor.observe(labels) or monitor.watch_loss(loss)."
+        )
+        if self.strict or (self.classes or 2) < _FEWEST_CLASSES_FOR_LINE:
+            raise RuntimeError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)

@@ -1,0 +1,243 @@
+"""What the rest of the package asks of a monitor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from balanceopt.distributed import Group
+from balanceopt.modality import modality_parameters, unwrap
+from balanceopt.monitor._accumulator import Accumulator
+from balanceopt.monitor._capture import Capture, GradientListener, Head, Tap, Transform
+from balanceopt.monitor._early import can_score_early, early_sums
+from balanceopt.monitor._layout import lay_out, layout_of
+from balanceopt.monitor._matching import Projection
+from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._per_head import PerHead
+from balanceopt.monitor._scorer import Scorer
+from balanceopt.monitor._split import SplitHead
+from balanceopt.monitor._sums import ModalitySums
+from balanceopt.monitor._unimodal import UnimodalLogits
+
+
+class Services:
+    """The side of `ModalityMonitor` that methods use: passes, their sums, features on their way.
+
+    Attributes:
+        model: the user's own module, without wrappers.
+        encoders: each modality's, as a module.
+        modalities: names, in the order of all sums.
+        head: module, modules by modality, the model itself, or None.
+        group: process group over which scores are summed.
+    """
+
+    model: nn.Module
+    encoders: dict[str, nn.Module]
+    modalities: tuple[str, ...]
+    head: Head
+    group: Group
+    _capture: Capture
+    _scorer: Scorer
+
+    def accumulator(self, *, needs_entropy: bool = False, steps: bool = True) -> Accumulator:
+        """A new consumer's own view of the passes; `steps` where it takes them once an optimizer step."""
+        return self._scorer.accumulator(needs_entropy=needs_entropy, steps=steps)
+
+    def drop_accumulator(self, accumulator: Accumulator) -> None:
+        """Stop filling a consumer's view."""
+        self._scorer.drop_accumulator(accumulator)
+
+    def add_transform(self, transform: Transform) -> None:
+        """Let `transform(modality, pass, output)` change encoders' outputs on their way into the fusion.
+
+        It is called again with the same pass when activation checkpointing runs an encoder a second time.
+        """
+        self._transforms.append(transform)
+
+    def drop_transform(self, transform: Transform) -> None:
+        """Stop calling `transform`."""
+        _drop(self._transforms, transform)
+
+    def add_tap(self, tap: Tap) -> None:
+        """Show `tap(modality, output, pass)` every clean output of an encoder, attached to its graph.
+
+        It is called in every mode; `pass` is None outside training. It is called again, with the same pass, when
+        activation checkpointing runs an encoder a second time.
+        """
+        self._taps.append(tap)
+
+    def drop_tap(self, tap: Tap) -> None:
+        """Stop calling `tap`."""
+        _drop(self._taps, tap)
+
+    def add_gradient_listener(self, listener: GradientListener) -> None:
+        """Tell `listener(pass, gradient)` the gradient `(N, C)` at the joint logits, before it goes on to the head."""
+        self._capture.gradient_listeners.append(listener)
+
+    def drop_gradient_listener(self, listener: GradientListener) -> None:
+        """Stop telling `listener`."""
+        _drop(self._capture.gradient_listeners, listener)
+
+    @property
+    def latest(self) -> Pass | None:
+        """The latest forward in training."""
+        return self._capture.latest
+
+    def features(self, name: str, output: Any) -> Tensor:
+        """The feature tensor of an encoder's output, attached to its graph.
+
+        Raises:
+            TypeError: if the output holds no tensor.
+        """
+        return self._capture.features(name, output)
+
+    def projection(self, name: str) -> Projection | None:
+        """How the encoder's features become what the head gets, once a pass has shown it."""
+        found: Projection | None = getattr(self._chosen, "projections", {}).get(name)
+        return found
+
+    def live_logits(self, name: str, features: Tensor) -> Tensor:
+        """The shared head's uni-modal logits `(B, C)` of clean features, attached to the graphs of both.
+
+        Raises:
+            ValueError: if the uni-modal logits are neither "split" nor "per-head".
+            RuntimeError: if no pass has shown how the features become the head's input.
+        """
+        chosen = self._chosen
+        if not isinstance(chosen, (SplitHead, PerHead)):
+            found = "no head" if chosen is None else repr(chosen.name)
+            raise ValueError(
+                "the shared head's own answer to one modality needs a linear head on concatenated features "
+                f"(scores='split') or a head for each modality ('per-head'). Found {found}."
+            )
+        return chosen.live(name, features)
+
+    def expect_scores(self, who: str) -> None:
+        """Refuse to serve a method that needs scores when there is no head.
+
+        Raises:
+            ValueError: naming what is missing.
+        """
+        if self._scorer.unimodal is None:
+            raise ValueError(
+                f"{who} needs uni-modal scores. Build the monitor with `head=`: the module that makes the logits, a "
+                "mapping from modality to its own head, or the model itself."
+            )
+
+    @property
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Each modality's own parameters, as they are now (`fully_shard` and lazy modules replace them)."""
+        return modality_parameters(self.model, self.encoders)
+
+    @property
+    def head_columns(self) -> dict[str, slice]:
+        """Each modality's columns of a linear head's weight, once a pass showed them; empty for other heads."""
+        chosen = self._chosen
+        return dict(chosen.columns) if isinstance(chosen, SplitHead) else {}
+
+    @property
+    def active(self) -> bool:
+        """Whether its hooks are on."""
+        return bool(self._capture.handles)
+
+    @property
+    def train_only(self) -> bool:
+        """Whether only passes in training mode are watched."""
+        return self._capture.train_only
+
+    @property
+    def every(self) -> int:
+        """Scores are due on every n-th step."""
+        return self._scorer.every
+
+    @property
+    def ignore_index(self) -> int:
+        """Label of samples that do not count."""
+        return self._scorer.ignore_index
+
+    @property
+    def window(self) -> int:
+        """How many steps' passes were begun: the phase of `every`."""
+        return self._scorer.window
+
+    @window.setter
+    def window(self, window: int) -> None:
+        self._scorer.window, self._scorer.fresh = window, True
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What passes have shown of the way from encoders to head, as plain numbers; may be set after a resume."""
+        return layout_of(self._scorer.unimodal)
+
+    @layout.setter
+    def layout(self, layout: dict[str, Any]) -> None:
+        lay_out(self._scorer.unimodal, layout)
+
+    @property
+    def can_score_early(self) -> bool:
+        """Whether `early_sums` is to be had: for split and per-head once a pass has shown the way to the head."""
+        return can_score_early(self._chosen, self.modalities)
+
+    def early_sums(self, current: Pass) -> ModalitySums | None:
+        """The sums of a pass whose encoders have run, before its fusion does; None without labels."""
+        return early_sums(self._chosen, current, self.modalities, self.ignore_index)
+
+    @property
+    def num_classes(self) -> int | None:
+        """C, once a pass was seen."""
+        return self._scorer.classes
+
+    def empty_sums(self, device: torch.device) -> ModalitySums:
+        """Sums over no sample, of the shape that other ranks have."""
+        head = unwrap(self.head) if isinstance(self.head, nn.Module) else None
+        outputs = self._scorer.classes or getattr(head, "out_features", None) or 1
+        return ModalitySums.zeros(len(self.modalities), max(outputs, 2), device)
+
+    def silence(self) -> str:
+        """Why no score may have come, in words for the user."""
+        if not self.active:
+            return "the monitor's hooks were removed"
+        seen = self._scorer.seen
+        reasons = []
+        if any("_compiled_call_impl" in m.__dict__ and m._compiled_call_impl for m in self.model.modules()):
+            reasons.append(
+                "the model was compiled: build the monitor before the first call of the compiled model, or call "
+                "torch._dynamo.reset()"
+            )
+        if seen["forwards"] and not seen["heads"]:
+            reasons.append(
+                "the head's hook did not fire: the head was replaced, or only its weights are used"
+            )
+        elif not seen["forwards"]:
+            reasons.append(
+                "no forward of the model in training mode was seen (fine-tuning in eval mode: train_only=False)"
+            )
+        elif not seen["passes"]:
+            reasons.append("no backward reached the head's output (frozen model, or no loss on it)")
+        elif seen["unscored"]:
+            reasons.append("no labels or no features came with the pass: call monitor.observe(labels)")
+        reasons.append(
+            "otherwise: model compiled before the monitor was built, wrong or replaced head, head used functionally, "
+            "frozen model"
+        )
+        return "; ".join(reasons)
+
+    @property
+    def _chosen(self) -> UnimodalLogits | None:
+        unimodal = self._scorer.unimodal
+        chosen: UnimodalLogits | None = getattr(unimodal, "chosen", unimodal)
+        return chosen
+
+    @property
+    def _transforms(self) -> list[Transform]:
+        return self._capture.transforms
+
+    @property
+    def _taps(self) -> list[Tap]:
+        return self._capture.taps
+
+
+def _drop(listeners: list[Any], listener: object) -> None:
+    listeners[:] = [other for other in listeners if other != listener]

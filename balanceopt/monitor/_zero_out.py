@@ -1,0 +1,93 @@
+"""Uni-modal logits of any fusion: run it again with the other modalities' features zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from balanceopt.monitor._outputs import logits_of, map_tensors
+from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._replay import forwards, quiet
+from balanceopt.monitor._rows import as_rows
+
+
+class ZeroOut:
+    """The fusion runs once more for each modality, with the others' encoder outputs replaced by zeros."""
+
+    name = "zero-out"
+
+    def __init__(self, model: nn.Module, encoders: Mapping[str, nn.Module], head: nn.Module) -> None:
+        """Replay `model` from the outputs of `encoders` up to the output of `head`."""
+        self.model = model
+        self.encoders = dict(encoders)
+        self.head = head
+        inner = {id(part) for encoder in encoders.values() for part in encoder.modules()}
+        inner -= {id(encoder) for encoder in encoders.values()}
+        self.fusion = [part for part in model.modules() if id(part) not in inner]
+
+    def __call__(self, current: Pass) -> dict[str, Tensor]:
+        if current.inputs is None:
+            raise RuntimeError(
+                "`scores='zero-out'` runs the model's forward again, but the model itself was not called, only its "
+                "parts. Call the model, or pass `scores=` with a function from features to uni-modal logits."
+            )
+        return {name: self._alone(name, current) for name in current.outputs}
+
+    def _alone(self, kept: str, current: Pass) -> Tensor:
+        stubs: list[tuple[nn.Module, Callable[..., Any]]] = [
+            (self.encoders[name], _Cached(outputs if name == kept else map_tensors(_zeros, outputs)))
+            for name, outputs in current.outputs.items()
+        ]
+        assert current.inputs is not None
+        args, kwargs = current.inputs
+        if self.head is not self.model:
+            stubs.append((self.head, _stop_after(self.head.forward)))
+        device = next(iter(current.features.values())).device
+        with quiet(self.fusion, device), forwards(stubs):
+            try:
+                output = self.model.forward(*args, **kwargs)
+            except _Reached as reached:
+                output = reached.output
+            except Exception as error:
+                raise RuntimeError(
+                    "`scores='zero-out'` could not run the model again with some features zero. "
+                    "Pass `scores=` with a function from features to uni-modal logits."
+                ) from error
+        logits = logits_of(output)
+        assert logits is not None
+        return as_rows(logits).float()
+
+
+class _Reached(BaseException):
+    """The head answered: nothing after it is needed. Not an Exception, which the user's forward might catch."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+def _stop_after(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise _Reached(forward(*args, **kwargs))
+
+    return stop
+
+
+class _Cached:
+    """An encoder's outputs, given again in the order of its calls."""
+
+    def __init__(self, outputs: Sequence[Any]) -> None:
+        self.outputs = outputs
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.outputs[self.calls % len(self.outputs)]
+        self.calls += 1
+        return output
+
+
+def _zeros(x: Tensor) -> Tensor:
+    """Zeros for features; masks and indices among an encoder's outputs stay."""
+    return torch.zeros_like(x) if x.is_floating_point() else x

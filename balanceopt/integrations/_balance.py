@@ -1,0 +1,159 @@
+"""What the frameworks' callbacks have in common: a monitor and hooks that last as long as one training run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from balanceopt.modality import Encoders, find_module, unwrap
+from balanceopt.modulation import OGM, Modulation
+from balanceopt.monitor import ModalityMonitor
+from balanceopt.monitor._monitor import LabelSource
+from balanceopt.optim import AttachedModulation, attach
+from balanceopt.optim._engine import Listener
+
+Head = nn.Module | str | Mapping[str, nn.Module | str] | None
+WhichEncoders = Encoders | Callable[[Any], Encoders] | ModalityMonitor
+WhichHead = Head | Callable[[Any], Head]
+Methods = Modulation | Sequence[Modulation] | None
+
+
+class Balance:
+    """Build the monitor when a run starts, attach to its optimizers, take everything off when it ends.
+
+    The callbacks are this, and a framework's callback whose hooks call it. It can be recorded: `Recorder(callback)`.
+
+    Args:
+        encoders: modules or dotted names by modality; a function from the model to them; or a monitor, which stays.
+        head: as `ModalityMonitor` takes it, or a function from the model to that.
+        modulation: the method, or several to act in order.
+        seed: of all randomness, as in `attach`.
+        strict: of the monitor and of `attach`; None for each one's own default.
+        count_epochs: count the modulations' `start` and `end` in epochs.
+        options: further ones of the monitor.
+
+    Raises:
+        ValueError: if a monitor is given together with what it was built from.
+    """
+
+    def __init__(
+        self,
+        encoders: WhichEncoders,
+        head: WhichHead,
+        modulation: Methods,
+        *,
+        seed: int | None,
+        strict: bool | None,
+        count_epochs: bool,
+        options: dict[str, Any],
+    ) -> None:
+        given = isinstance(encoders, ModalityMonitor)
+        if given and (head is not None or options):
+            raise ValueError(
+                "a ModalityMonitor knows its head and its options: give them to it, not to the callback. "
+                f"Found {['head'] if head is not None else []} and {sorted(options)}."
+            )
+        self.modulation = OGM() if modulation is None else modulation
+        self.seed = seed
+        self.strict = strict
+        self.count_epochs = count_epochs
+        self.monitor: ModalityMonitor | None = encoders if isinstance(encoders, ModalityMonitor) else None
+        self.handles: list[AttachedModulation] = []
+        self.listeners: list[Listener] = []
+        self._owns_monitor = not given
+        self._encoders = encoders
+        self._head = head
+        self._options = options
+        self._optimizers: list[torch.optim.Optimizer] = []
+
+    def remove(self) -> None:
+        """Take every hook off, as the end of training does. What a checkpoint needs stays in the param groups."""
+        for handle in self.handles:
+            handle.remove(keep_state=True)
+        if self._owns_monitor and self.monitor is not None:
+            self.monitor.remove()  # its stats() can still be read
+        self._optimizers = []
+
+    def stats(self) -> dict[str, int]:
+        """Steps modulated, left to the base optimizer, and oddities met, over all optimizers; of the latest run."""
+        total: dict[str, int] = {}
+        for handle in self.handles:
+            for name, count in handle.stats().items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    def set_epoch(self, epoch: int) -> None:
+        """Count the modulations' `start` and `end` in epochs from now on."""
+        for handle in self.handles:
+            handle.set_epoch(epoch)
+
+    def _watch(self, model: nn.Module, watched: Callable[[nn.Module, list[nn.Module]], nn.Module]) -> None:
+        """Build the monitor on the part of `model` that `watched(model, encoders and heads)` says."""
+        if not self._owns_monitor:
+            return
+        encoders = _asked(self._encoders, model)
+        if isinstance(encoders, Mapping):
+            encoders = {
+                name: find_module(model, part, f"encoders[{name!r}]") for name, part in encoders.items()
+            }
+        head = _asked(self._head, model)
+        if isinstance(head, Mapping):
+            head = {name: find_module(model, part, f"head[{name!r}]") for name, part in head.items()}
+        elif head is not None:
+            head = find_module(model, head, "`head`")
+        options = dict(self._options)
+        labels = options.get("labels")
+        if isinstance(labels, str) and labels not in get_args(LabelSource):
+            options["labels"] = find_module(model, labels, "`labels`")
+        if self.strict is not None:
+            options["strict"] = self.strict
+        parts = [*(encoders if isinstance(encoders, Mapping) else {}).values()]
+        parts += head.values() if isinstance(head, Mapping) else [] if head is None else [head]
+        self.monitor = ModalityMonitor(watched(model, parts), encoders, head, **options)
+
+    def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Attach to those that train an encoder; nothing to do where they are the same as before."""
+        same = len(optimizers) == len(self._optimizers) and all(map(is_, optimizers, self._optimizers))
+        if self.monitor is None or same:
+            return
+        for handle in self.handles:
+            handle.remove(keep_state=True)
+        own = {id(p) for parameters in self.monitor.parameters.values() for p in parameters}
+        chosen = [o for o in optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
+        # Encoders may be frozen for now and join an optimizer later.
+        chosen = chosen or list(optimizers)
+        self.handles = []
+        for place, optimizer in enumerate(chosen):
+            # Parameters count from 0 in each optimizer: with one seed they would get the same noise.
+            seed = self.seed
+            if place:
+                seed = place + (torch.initial_seed() if seed is None else seed)
+            strict = {} if self.strict is None else {"strict": self.strict}
+            handle = attach(optimizer, self.monitor, self.modulation, seed=seed, **strict)
+            handle.listeners.append(self._hear)
+            self.handles.append(handle)
+        self._optimizers = list(optimizers)
+
+    def _hear(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
+        for listener in self.listeners:
+            listener(step, quantity, modalities, values)
+
+
+def smallest_holder(model: nn.Module, parts: Sequence[nn.Module], bare: Sequence[object]) -> nn.Module:
+    """The smallest module that holds all `parts` and has a forward of its own: none of `bare`; else `model`."""
+    wanted = {id(part) for part in parts}
+    found = model
+    for module in model.modules():  # outer ones come first
+        has_forward = getattr(type(module), "forward", None) not in bare
+        if has_forward and wanted <= {id(inner) for inner in module.modules()}:
+            found = module
+    return unwrap(found)
+
+
+def _asked(value: Any, model: nn.Module) -> Any:
+    """What a function of the model returns; anything else as it is."""
+    return value(model) if callable(value) and not isinstance(value, nn.Module) else value

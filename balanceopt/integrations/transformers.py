@@ -1,0 +1,118 @@
+"""A Transformers callback that needs nothing else: `Trainer(..., callbacks=[BalanceCallback(encoders, head)])`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from balanceopt._warnings import warn_user
+from balanceopt.integrations._balance import Balance, Methods, WhichEncoders, WhichHead
+from balanceopt.optim._kept import BARE_STATE, STEP
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "balanceopt.integrations.transformers needs Transformers and Accelerate. Install them with: "
+        "pip install 'balanceopt[transformers]'"
+    ) from error
+
+__all__ = ["BalanceCallback"]
+
+
+class BalanceCallback(Balance, TrainerCallback):
+    """Balance modalities in a `Trainer.train`, with the Trainer's own optimizer or yours.
+
+    From the start of training to its end a monitor watches the model, and the modulation is attached to the
+    optimizer inside Accelerate's wrapper. It acts once an optimizer step, after gradient clipping. Parameters
+    belong to the encoder that holds them, whatever groups the optimizer has. The step counter and the seed are in
+    its param groups, and so in every checkpoint's `optimizer.pt`.
+
+    The Trainer tells callbacks nothing of an exception: after one call `remove()`, or train again.
+
+    Args:
+        encoders: each modality's encoder: a module of the model or its dotted name; a function from the model to such a
+            mapping; or a `ModalityMonitor` that you built yourself.
+        head: what makes the logits, as `ModalityMonitor` takes it, or a function from the model to it.
+        modulation: the method, `OGM()` by default, or several to act in order. The default optimizer is AdamW, under
+            which `OGM(apply_to="lr")` does more.
+        seed: of all randomness; None for `torch.initial_seed()`, which `TrainingArguments(seed=)` sets.
+        strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
+            labels and to raise after ten steps in a row without scores.
+        count_epochs: count the modulation's `start` and `end` in epochs, not in optimizer steps.
+        **monitor_options: further ones of `ModalityMonitor`; `labels` may be the dotted name of a loss module.
+
+    Raises:
+        ValueError, KeyError, NotImplementedError: when training starts, as `ModalityMonitor` and `attach`.
+
+    Example:
+        >>> BalanceCallback({"audio": "audio", "visual": "visual"}, "head", seed=0).stats()
+        {}
+
+    Reference:
+        docs/integrations.md.
+    """
+
+    def __init__(
+        self,
+        encoders: WhichEncoders,
+        head: WhichHead = None,
+        modulation: Methods = None,
+        *,
+        seed: int | None = None,
+        strict: bool | None = None,
+        count_epochs: bool = False,
+        **monitor_options: Any,
+    ) -> None:
+        super().__init__(
+            encoders,
+            head,
+            modulation,
+            seed=seed,
+            strict=strict,
+            count_epochs=count_epochs,
+            options=monitor_options,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin: model and optimizer are prepared, a checkpoint's state is loaded into them."""
+        self.remove()  # what an interrupted run left
+        if args.n_gpu > 1:
+            raise NotImplementedError(
+                "DataParallel is not supported: its replicas' hooks run in threads. Start one process for each GPU "
+                "(torchrun, accelerate launch), or let the Trainer see one GPU."
+            )
+        optimizer = _base_of(kwargs["optimizer"])
+        if state.global_step and STEP not in optimizer.param_groups[0]:
+            warn_user(BARE_STATE)
+        self._watch(kwargs["model"], lambda model, parts: model)
+        self._attach([optimizer])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the modulation which epoch begins, if it counts in epochs."""
+        if self.count_epochs:
+            self.set_epoch(int(state.epoch or 0))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take everything off."""
+        self.remove()
+
+
+def _base_of(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside Accelerate's wrapper.
+
+    Raises:
+        NotImplementedError: for DeepSpeed.
+    """
+    if any(kind.__name__.startswith("DeepSpeed") for kind in type(optimizer).__mro__):
+        raise NotImplementedError(
+            "DeepSpeed is not supported: it keeps gradients in buffers of its own. "
+            "Use DistributedDataParallel or torch.distributed.fsdp.fully_shard."
+        )
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    base: torch.optim.Optimizer = (
+        optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    )
+    return base

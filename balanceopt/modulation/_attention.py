@@ -73,18 +73,18 @@ def _of_attention(module: nn.Module, holder: nn.Module) -> dict[nn.Module, MaskU
     if not projections:
         return {}
     heads = _number_of_heads(module)
-    units = {
+    output = {
         layer: MaskUnits(heads, dim=1 - _output_dim(layer)) for layer in _projections(holder, _OUTPUT)[:1]
     }
     if not separate:
         layer = projections[0]
         # The heads of GPT-NeoX, BLOOM and Falcon each have their query, key and value side by side.
         parts = 1 if layer is getattr(module, "query_key_value", None) else 3
-        return {layer: MaskUnits(heads, dim=_output_dim(layer), parts=parts), **units}
+        return {layer: MaskUnits(heads, dim=_output_dim(layer), parts=parts), **output}
     width = _outputs(projections[0]) // heads
-    for layer in projections:  # keys and values have fewer heads in grouped-query attention
-        units[layer] = MaskUnits(_outputs(layer) // width, dim=_output_dim(layer))
-    return dict(reversed(units.items()))
+    # Keys and values have fewer heads in grouped-query attention.
+    own = {layer: MaskUnits(_outputs(layer) // width, dim=_output_dim(layer)) for layer in projections}
+    return {**own, **output}
 
 
 def _number_of_heads(module: nn.Module) -> int:

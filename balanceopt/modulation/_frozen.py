@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,17 +90,17 @@ def _freeze_part(part: Part, kept: Tensor, rows: Tensor | None, states: list[Any
         return _keep_all(part, kept, tensor) if rows is None else _keep_rows(part, rows, tensor, scratch)
 
     own = keep(parameter)
-    before = [{key: keep(value) for key, value in _shaped(state, parameter)} for state in states]
+    before = [{keys: keep(value) for keys, value in _shaped(state, parameter)} for state in states]
 
     def put_back() -> None:
         own(parameter)
         for state, saved in zip(states, before, strict=True):
-            for key, value in _shaped(state, parameter):
-                if key in saved:
-                    saved[key](value)
-                elif key in _COPIES_OF_PARAMETER:
+            for keys, value in _shaped(state, parameter):
+                if keys in saved:
+                    saved[keys](value)
+                elif keys[0] in _COPIES_OF_PARAMETER:
                     own(value)
-                elif key not in _SET_BY_OPTION:
+                elif keys[0] not in _SET_BY_OPTION:
                     part.of(value).masked_fill_(part.spread(~kept), 0)
 
     return put_back
@@ -143,12 +143,20 @@ def _states(optimizer: Any) -> list[Any]:
     return found
 
 
-def _shaped(state: Any, parameter: Tensor) -> list[tuple[str, Tensor]]:
-    """What the state holds for each element of the parameter."""
+def _shaped(state: Any, parameter: Tensor) -> list[tuple[tuple[str, ...], Tensor]]:
+    """What the state holds for each element of the parameter, with the keys that lead there."""
     return [
-        (key, value)
-        for key, value in state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-        and value.shape == parameter.shape
-        and not str(key).startswith(_OF_A_DIMENSION)
+        (keys, value)
+        for keys, value in _tensors(state.get(parameter, {}))
+        if value.shape == parameter.shape and not keys[0].startswith(_OF_A_DIMENSION)
     ]
+
+
+def _tensors(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor in nested containers (AggMo keeps several momenta)."""
+    if isinstance(value, Tensor):
+        yield keys, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from _tensors(inner, (*keys, str(key)))

@@ -155,6 +155,7 @@ def modality_groups(model: nn.Module, encoders: Encoders, **defaults: Any) -> li
             parameters of its own, or an option named `params` or `modality`.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3), "b": torch.nn.Linear(2, 3)})
         >>> [(g["modality"], len(g["params"])) for g in modality_groups(model, {"a": model["a"]}, lr=0.1)]
         [('a', 2), (None, 2)]

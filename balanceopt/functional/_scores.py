@@ -79,9 +79,7 @@ def discrepancy_ratio(
     if scores.dim() != 1 or scores.numel() == 0:
         raise ValueError(f"`scores` should have shape (M,), M >= 1. Found {tuple(scores.shape)}.")
     if reduction not in ("mean_of_ratios", "ratio_of_means"):
-        raise ValueError(
-            f"`reduction` should be 'mean_of_ratios' or 'ratio_of_means'. Found {reduction!r}."
-        )
+        raise ValueError(f"`reduction` should be 'mean_of_ratios' or 'ratio_of_means'. Found {reduction!r}.")
     size = scores.shape[0]
     if size == 1:
         return torch.ones_like(scores)
@@ -173,15 +171,17 @@ def significance_from_sums(
         As `modal_significance`.
     """
     frequency = label_counts / label_counts.sum()
-    label_entropy = torch.special.entr(frequency).sum()
+    label_entropy: Tensor = torch.special.entr(frequency).sum()
     information = label_entropy - cross_entropy / count + offset
     return information / (feature_entropy / count)
 
 
+@torch.no_grad()
 def feature_entropy(features: Tensor) -> Tensor:
     """Entropy in nats of softmax over each sample's features, `(B, ...)` to `(B,)`."""
     flat = features.flatten(1) if features.dim() > 1 else features.unsqueeze(1)
-    return torch.special.entr(flat.to(_wide(flat)).softmax(-1)).sum(-1)
+    entropy: Tensor = torch.special.entr(flat.to(_wide(flat)).softmax(-1)).sum(-1)
+    return entropy
 
 
 def _wide(x: Tensor) -> torch.dtype:

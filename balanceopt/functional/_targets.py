@@ -25,7 +25,7 @@ class Targets:
     num_classes: int
 
     def pick(self, values: Tensor) -> Tensor:
-        """`values` `(..., B, C)` at each row's label (or their mean under soft labels), `(..., B)`, 0 where not valid."""
+        """`values` `(..., B, C)` at each row's label (their mean under soft labels): `(..., B)`, 0 where not valid."""
         if self.index is not None:
             index = self.index.expand(values.shape[:-1]).unsqueeze(-1)
             picked = values.gather(-1, index).squeeze(-1)

@@ -52,6 +52,11 @@ class Accumulator:
         self._on_take(self)
         return sums
 
+    def peek(self) -> ModalitySums | None:
+        """The sums that the next take would give, as far as they are of passes since the last one; they stay."""
+        self._fold()
+        return self._sums
+
     def discard(self) -> None:
         """Forget what was not taken."""
         if self._latest is not None:

@@ -167,6 +167,15 @@ class Services:
         self._scorer.window, self._scorer.fresh = window, True
 
     @property
+    def phase(self) -> tuple[int, bool]:
+        """`window`, and whether a step ended since its first pass; may be set after a resume."""
+        return self._scorer.window, self._scorer.fresh
+
+    @phase.setter
+    def phase(self, phase: tuple[int, bool]) -> None:
+        self._scorer.window, self._scorer.fresh = phase
+
+    @property
     def layout(self) -> dict[str, Any]:
         """What passes have shown of the way from encoders to head, as plain numbers; may be set after a resume."""
         return layout_of(self._scorer.unimodal)

@@ -148,18 +148,17 @@ class PredictionModulator:
         The last pass's scores are this rank's own. With several ranks call `update()` on all of them first: then one
         rank's state is everyone's.
         """
-        probabilities = self._probabilities
-        probabilities.pending = probabilities.fetch()
+        waiting = self._probabilities.waiting()
         return {
             "modalities": list(self.monitor.modalities),
-            "q": probabilities.value.cpu().clone(),
-            "pending": None if probabilities.pending is None else probabilities.pending.cpu(),
+            "q": self._probabilities.value.cpu().clone(),
+            "pending": None if waiting is None else waiting.cpu(),
             "forwards": self._forwards,
             "seed": self._seed,
             "epoch": self._epoch,
             "repeats": dict(self._repeats),
             "widths": dict(self._widths.seen),
-            "window": self.monitor.window,
+            "phase": list(self.monitor.phase),
             "layout": self.monitor.layout,
         }
 
@@ -179,7 +178,8 @@ class PredictionModulator:
         self._latest = None
         self.monitor.layout = state["layout"]
         if self.monitor.every > 1:
-            self.monitor.window = state["window"]
+            window, fresh = state["phase"]
+            self.monitor.phase = window, fresh
 
     def remove(self) -> None:
         """Drop nothing any more. The monitor stays. May be called twice."""
@@ -233,7 +233,7 @@ class PredictionModulator:
             self._watch.stop()
         if self._latest is not None:
             self._lost.look(self._latest)
-        if number and self._same_batch is None and number % self.options.update_every == 0:
+        if self._same_batch is None and number % self.options.update_every == 0:
             self.update()
         self._forwards += 1
         drop = self._latest = Drop(

@@ -82,6 +82,13 @@ class DropProbabilities:
             self.pending = None
         return own
 
+    def waiting(self) -> Tensor | None:
+        """What the next `fetch` would give; it stays."""
+        sums = None if self._accumulator is None else self._accumulator.peek()
+        if sums is None or self.pending is None:
+            return self.pending if sums is None else scores_and_counts(sums)
+        return scores_and_counts(sums) + self.pending.to(sums.score.device)
+
     def load(self, value: Tensor, pending: Tensor | None) -> None:
         """Go on from a checkpoint."""
         self.value = value.detach().clone()

@@ -1,0 +1,165 @@
+"""Options, hooks that come and go, copies, records, and what is said when nothing can be done."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import balanceopt as bo
+from tests.dropping import dropping, fused, kept, step, warm
+from tests.models import watch
+from tests.training import backward, class_zero, small_model
+
+Q = 0.5 * (1 + 0.5 * math.tanh(4 - 1))
+
+
+def backward_often(model, times):
+    for number in range(times):
+        backward(model, class_zero(model, number))
+
+
+def test_remove_leaves_nothing_behind():
+    model = small_model()
+    monitor = watch(model)
+    hooks = {name: len(m._forward_hooks) for name, m in model.named_modules()}
+    parameter = next(model.parameters())
+    with pytest.raises(KeyError), bo.PredictionModulator(monitor) as modulator:
+        raise KeyError
+    modulator.remove()
+    assert {name: len(m._forward_hooks) for name, m in model.named_modules()} == hooks
+    assert not parameter._post_accumulate_grad_hooks
+    assert not monitor._transforms
+    assert not monitor._scorer.accumulators
+
+
+def test_a_second_modulator_on_one_monitor_is_refused():
+    _, modulator = dropping()
+    with pytest.raises(ValueError, match="serves a PredictionModulator already"):
+        bo.PredictionModulator(modulator.monitor)
+    modulator.remove()
+    bo.PredictionModulator(modulator.monitor)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"q_base": 1.1}, r"`q_base` should lie in \[0, 1\]"),
+        ({"q_base": float("nan")}, "`q_base` should lie in"),
+        ({"p_exe": -0.1}, "`p_exe` should lie in"),
+        ({"lam": -1}, "`lam` should be non-negative"),
+        ({"rescale": "half"}, "`rescale` should be one of"),
+        ({"ratio": "max"}, "`ratio` should be one of"),
+        ({"warmup": -1}, "`warmup` and `end` should satisfy"),
+        ({"warmup": 3, "end": 2}, "`warmup` and `end` should satisfy"),
+        ({"update_every": 0}, "`update_every` should be at least 1"),
+        ({"update_every": 2, "same_batch": True}, "`update_every` should be 1 with"),
+        ({"batch_dim": -1}, "`batch_dim` should be non-negative"),
+        ({"batch_dim": {"smell": 1}}, "`batch_dim` should be given for"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_before_anything_is_hooked(options, message):
+    monitor = watch(small_model())
+    with pytest.raises(ValueError, match=message):
+        bo.PredictionModulator(monitor, **options)
+    assert not monitor._scorer.accumulators
+    assert not monitor._transforms
+
+
+def test_what_is_no_monitor_or_has_no_head_is_refused():
+    model = small_model()
+    with pytest.raises(TypeError, match="`monitor` should be a ModalityMonitor"):
+        bo.PredictionModulator(model)
+    with pytest.raises(ValueError, match="PredictionModulator needs uni-modal scores"):
+        bo.PredictionModulator(watch(model, head=None))
+
+
+def test_one_modality_is_left_alone_with_a_warning():
+    model = small_model(1)
+    with pytest.warns(UserWarning, match="there is nothing to balance"):
+        modulator = bo.PredictionModulator(watch(model), q_base=1)
+    backward_often(model, 3)
+    assert kept(fused(model)).all()
+    assert modulator.stats()["forwards"] == 0
+
+
+def test_repr_shows_the_options():
+    _, modulator = dropping(q_base=0.4, rescale="official")
+    text = repr(modulator)
+    assert text.startswith("PredictionModulator(q_base=0.4, lam=0.5, p_exe=1.0, rescale='official'")
+    assert text.endswith("seed=3)")
+
+
+def test_a_recorder_hears_ratio_and_drop_probability():
+    model, modulator = dropping(warmup=2)
+    with bo.Recorder(modulator) as recorder:
+        for number in range(4):
+            step(model, number)
+    steps, ratios = recorder.series("ratio")["audio"]
+    assert steps == [0, 1, 2]
+    assert ratios == pytest.approx([4.0] * 3)
+    steps, probabilities = recorder.series("drop_probability")["audio"]
+    assert steps == [0, 1, 2, 3]
+    assert probabilities == pytest.approx([0, 0, Q, Q])
+
+
+def test_copies_of_the_model_carry_their_own():
+    model, modulator = warm()
+    fused(model)
+    twin = copy.deepcopy(model)
+    assert not kept(fused(twin)).all()
+    assert modulator.stats()["forwards"] == 2
+
+
+def test_it_survives_pickling_with_the_model():
+    model = small_model()
+    modulator = bo.PredictionModulator(watch(model), seed=1)
+    backward(model, class_zero(model))
+    loaded_model, loaded = pickle.loads(pickle.dumps((model, modulator)))
+    backward(loaded_model, class_zero(loaded_model))
+    assert loaded.stats()["forwards"] == 2
+
+
+def test_parts_called_one_by_one_are_dropped_too():
+    model, modulator = dropping()
+    for number in range(2):
+        inputs, labels = class_zero(model, number)
+        features = model.encode(*inputs)
+        F.cross_entropy(model.fuse(features), labels).backward()
+    assert modulator.stats()["dropping"] == 1
+    assert not kept(torch.cat(features, 1)).all()
+
+
+def test_no_scores_is_said_once():
+    model = small_model()
+    modulator = bo.PredictionModulator(watch(model, labels="observe"), seed=0)
+    with pytest.warns(UserWarning, match=r"no scores in 10 training forwards.*monitor\.observe"):
+        backward_often(model, 11)
+    backward_often(model, 1)
+    assert not modulator.q.any()
+
+
+def test_forwards_that_no_hook_sees_are_said():
+    model, _ = dropping()
+    model.eval()  # fine-tuning in eval mode, and the monitor was not told
+    with pytest.warns(UserWarning, match=r"10 backwards without a training forward.*train_only=False"):
+        backward_often(model, 10)
+    assert not next(model.parameters())._post_accumulate_grad_hooks
+
+
+def test_an_encoder_that_never_ran_is_said_unless_presence_was_told():
+    model, modulator = warm(q_base=1)
+    fused(model)
+    inputs, labels = class_zero(model)
+    audio = model.encoders["audio"]
+    modulator.monitor.latest.closed = True  # as a step of an optimizer does
+    modulator.monitor.observe(labels, present={"visual": torch.zeros(8, dtype=torch.bool)})
+    assert kept(audio(inputs[0])).all()
+    assert not kept(audio(inputs[0])).any()
+    with pytest.warns(UserWarning, match="encoder of 'visual' was not called"):
+        audio(inputs[0])

@@ -1,24 +1,14 @@
 """The papers' update rules as pure functions: tensors in, tensors out."""
 
-from balanceopt.functional._clustering import (
-    KMeansResult,
-    kmeans,
-    minmax_scale,
-    purity,
-    reinit_strength,
-    soft_reinit_,
-)
 from balanceopt.functional._coefficients import drop_probability, modulation_coefficient
+from balanceopt.functional._kmeans import KMeansResult, kmeans
 from balanceopt.functional._labels import recover_labels
 from balanceopt.functional._logits import linear_logits
-from balanceopt.functional._masks import (
-    inclusion_probabilities,
-    keep_ratio,
-    kept_units,
-    sample_units,
-    systematic_sample,
-    unit_importance,
-)
+from balanceopt.functional._masks import keep_ratio, kept_units, unit_importance
+from balanceopt.functional._purity import purity
+from balanceopt.functional._reinit import reinit_strength, soft_reinit_
+from balanceopt.functional._sampling import inclusion_probabilities, sample_units, systematic_sample
+from balanceopt.functional._scaling import minmax_scale
 from balanceopt.functional._scores import (
     discrepancy_ratio,
     feature_entropy,

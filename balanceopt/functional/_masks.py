@@ -1,9 +1,4 @@
-"""Subnetwork masks: how much of a modality is updated, which units, and with what probability.
-
-Each rule has a form for one tensor's units, which is public, and a padded form `..._padded` for many tensors
-at once: one row per tensor, filled up with zeros, no Python loop and no wait for the device. The public form
-is the padded one with a single row, so both give the same masks from the same uniform numbers.
-"""
+"""How many units of a layer to update, and how much each matters."""
 
 from __future__ import annotations
 
@@ -13,36 +8,18 @@ from typing import overload
 import torch
 from torch import Tensor
 
-# Log importance of a unit without importance: below every float64 logarithm, so that it comes last, yet
-# finite, so that such units are still drawn at random among themselves.
-LOG_OF_NOTHING = -1e4
-
-# Distance from an integer up to which a sum of probabilities counts as that integer.
-INTEGER_SUM_TOLERANCE = 1e-5
-
 
 def _wide(values: Tensor) -> Tensor:
     """At least float32, for arithmetic that half precision would spoil."""
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _check_vector(name: str, values: Tensor) -> None:
+def check_vector(name: str, values: Tensor) -> None:
+    """Raise for anything but a real vector."""
     if values.dim() != 1 or values.is_complex():
         raise ValueError(
             f"`{name}` should be a real vector. Found shape {tuple(values.shape)}, dtype {values.dtype}."
         )
-
-
-def _check_non_negative(name: str, values: Tensor) -> None:
-    _check_vector(name, values)
-    if not bool((torch.isfinite(values) & (values >= 0)).all()):
-        raise ValueError(f"`{name}` should be finite and non-negative. Found {values}.")
-
-
-def _uniforms(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """`count` float64 numbers in [0, 1) from one draw, on the generator's device first."""
-    source = device if generator is None else generator.device
-    return torch.rand(count, generator=generator, dtype=torch.float64, device=source).to(device)
 
 
 @torch.no_grad()
@@ -82,7 +59,7 @@ def keep_ratio(
         AMSS, adaptive mask subnetworks considering modal significance: the authors' published code
         (`AMSS/train_test.py`), with (M - 1) / M in place of its 0.5 for M > 2.
     """
-    _check_vector("significance", significance)
+    check_vector("significance", significance)
     if significance.numel() == 0:
         raise ValueError("`significance` should hold one value per modality. Found none.")
     if not (math.isfinite(temperature) and temperature > 0):
@@ -179,204 +156,3 @@ def unit_importance(grad: Tensor, unit_dim: int = 0) -> Tensor:
         values = values.to(wide)
     norms: Tensor = torch.linalg.vector_norm(values, dim=others, dtype=wide)
     return norms.square_()
-
-
-@torch.no_grad()
-def sample_units(importance: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    r"""Draw k units without replacement, each draw proportional to the importance of what is left.
-
-    An exponential race: unit j finishes at $-\log(1 - U_j) / s_j$ with $U_j$ uniform, and the first k win.
-    The order of arrival is that of successive draws with probability $s_j / \sum s$ of the units left.
-
-    Args:
-        importance: `(n,)`, non-negative and finite, of any scale and dtype.
-        k: number of units; n are drawn when it is larger.
-        generator: source of the one draw of n float64 uniform numbers; torch's own for None. A generator on
-            another device than `importance` gives the same mask as it would there.
-
-    Returns:
-        bool `(n,)` with exactly min(k, n) units; units of importance 0 come last, at random.
-
-    Raises:
-        ValueError: if `importance` is not a vector, is negative or not finite somewhere, or `k` is negative.
-
-    Example:
-        >>> sample_units(torch.tensor([0.0, 1.0, 0.0, 5.0]), 2)
-        tensor([False,  True, False,  True])
-
-    Reference:
-        AMSS, adaptive mask subnetworks considering modal significance: the authors' published code
-        (`torch.multinomial` without replacement); the race is that of Efraimidis and Spirakis, Weighted random
-        sampling with a reservoir, 2006.
-    """
-    _check_non_negative("importance", importance)
-    if k < 0:
-        raise ValueError(f"`k` should be non-negative. Found {k}.")
-    n, device = importance.numel(), importance.device
-    uniforms = _uniforms(n, device, generator)
-    size = torch.full((1,), n, device=device)
-    count = torch.full((1,), k, device=device)
-    return sample_units_padded(importance[None], size, count, uniforms[None])[0]
-
-
-def sample_units_padded(importance: Tensor, sizes: Tensor, k: Tensor, uniforms: Tensor) -> Tensor:
-    """`sample_units` for U tensors at once, by one sort.
-
-    Args:
-        importance: `(U, n_max)`, row u holds `sizes[u]` units, then anything.
-        sizes: `(U,)`, integers.
-        k: `(U,)`, integers.
-        uniforms: `(U, n_max)`, float64 in [0, 1), one number per unit, in the units' order.
-
-    Returns:
-        bool `(U, n_max)`, min(k, size) units in each row, none in the padding. A row with negative or
-        non-finite importance still gets a mask of that size; the caller decides what such a row means.
-    """
-    places = torch.arange(importance.shape[1], device=importance.device)
-    log_importance = torch.where(importance > 0, importance.double().log(), LOG_OF_NOTHING)
-    # A uniform number of 0 would finish at time 0 whatever the importance: as late as the smallest other.
-    times = (-torch.log1p(-uniforms.double())).clamp_min(2.0**-54).log() - log_importance
-    times = torch.where(places < sizes[:, None], times, math.inf)
-    order = times.sort(dim=1, stable=True).indices
-    winners = places < torch.minimum(k, sizes)[:, None]
-    return torch.zeros_like(winners).scatter(1, order, winners)
-
-
-@torch.no_grad()
-def inclusion_probabilities(importance: Tensor, budget: float) -> Tensor:
-    r"""Inclusion probabilities proportional to importance, capped at 1, that sum to a budget.
-
-    $$\pi_j = \min(1, c s_j), \quad \textstyle\sum_j \pi_j = b$$
-
-    With `n * ratio` for the budget and the root of `unit_importance` for the importance, keeping unit j with
-    probability $\pi_j$ and weight $1 / \pi_j$ is the unbiased subnetwork of least variance.
-
-    Args:
-        importance: `(n,)`, non-negative and finite.
-        budget: b >= 0, the expected number of units. From the number of non-zero importances on, those units
-            all get probability 1.
-
-    Returns:
-        `(n,)`, in the dtype of `importance` (computed in float64); 0 where the importance is 0.
-
-    Raises:
-        ValueError: if `importance` is not a vector, is negative or not finite somewhere, or `budget` is
-            negative or not finite.
-
-    Example:
-        >>> inclusion_probabilities(torch.tensor([6.0, 1.0, 1.0, 0.0]), 2.0)
-        tensor([1.0000, 0.5000, 0.5000, 0.0000])
-
-    Reference:
-        Horvitz and Thompson, A generalization of sampling without replacement from a finite universe, 1952.
-    """
-    _check_non_negative("importance", importance)
-    if not (math.isfinite(budget) and budget >= 0):
-        raise ValueError(f"`budget` should be non-negative and finite. Found {budget}.")
-    row_budget = torch.full((1,), float(budget), dtype=torch.float64, device=importance.device)
-    probabilities = inclusion_probabilities_padded(importance[None], row_budget)[0]
-    return probabilities.to(importance.dtype) if importance.is_floating_point() else probabilities.float()
-
-
-def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor:
-    """`inclusion_probabilities` for U tensors at once, by one sort.
-
-    Args:
-        importance: `(U, n_max)`, padded with zeros.
-        budget: `(U,)`.
-
-    Returns:
-        float64 `(U, n_max)`, 0 in the padding. Rows with negative or non-finite importance are meaningless.
-    """
-    s = importance.double()
-    if s.shape[1] == 0:
-        return s
-    b = budget.double()[:, None]
-    # Sums stay finite at any scale; the smallest normal number stands in for the largest of an all-zero row.
-    s = s / s.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    ranked, order = s.sort(dim=1, descending=True, stable=True)
-    places = torch.arange(s.shape[1], device=s.device)
-    # With the a largest capped, c = (b - a) / (sum of the others); unit a + 1 is capped too while c s >= 1.
-    # Once false it stays false, so the capped units are a prefix.
-    tails = _suffix_sums(ranked)
-    capped = (((b - places) * ranked >= tails) & (ranked > 0)).int().cummin(dim=1).values.bool()
-    count = capped.sum(1, keepdim=True)
-    rest = torch.cat([tails, tails.new_zeros(len(tails), 1)], 1).gather(1, count)
-    scale = torch.where(rest > 0, (b - count) / rest, 0.0)
-    shares = torch.where(capped, 1.0, (ranked * scale).clamp(0, 1))
-    shares = torch.zeros_like(s).scatter(1, order, shares)
-    positive = importance > 0
-    return torch.where(b >= positive.sum(1, keepdim=True), positive.double(), shares)
-
-
-def _suffix_sums(values: Tensor) -> Tensor:
-    """Sums from each column to the last, by doubling.
-
-    Not `cumsum`, whose order of addition depends on the device and the length (and which a GPU refuses under
-    `torch.use_deterministic_algorithms`): here a row's sums do not depend on its padding.
-    """
-    sums, step = values, 1
-    while step < values.shape[1]:
-        sums = sums + torch.nn.functional.pad(sums[:, step:], (0, step))
-        step *= 2
-    return sums
-
-
-@torch.no_grad()
-def systematic_sample(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    r"""Draw units with exactly the given inclusion probabilities and a fixed number of them.
-
-    The units stand in random order on a line, unit j taking the length $\pi_j$; those that hold one of the
-    points $u, u + 1, u + 2, \dots$ are taken, with one uniform $u$.
-
-    Args:
-        probabilities: `(n,)`, finite, at least 0; units with 1 or more are always taken, those with 0 never.
-        generator: source of the one draw of n + 1 float64 uniform numbers; torch's own for None.
-
-    Returns:
-        bool `(n,)`. Its size is the sum of the probabilities rounded down or up, and exactly that sum where
-        it is an integer within 1e-5.
-
-    Raises:
-        ValueError: if `probabilities` is not a vector, or is negative or not finite somewhere.
-
-    Example:
-        >>> int(systematic_sample(torch.tensor([1.0, 0.25, 0.25, 0.5])).sum())
-        2
-
-    Reference:
-        Madow, On the theory of systematic sampling II, 1949, on a random order of the units.
-    """
-    _check_non_negative("probabilities", probabilities)
-    draws = _uniforms(probabilities.numel() + 1, probabilities.device, generator)
-    return systematic_sample_padded(probabilities[None], draws[:1], draws[None, 1:])[0]
-
-
-def systematic_sample_padded(probabilities: Tensor, start: Tensor, uniforms: Tensor) -> Tensor:
-    """`systematic_sample` for U tensors at once, by one sort.
-
-    Args:
-        probabilities: `(U, n_max)`, padded with zeros.
-        start: `(U,)`, float64 uniform numbers: the points on the line.
-        uniforms: `(U, n_max)`, float64 uniform numbers: the order of the units.
-
-    Returns:
-        bool `(U, n_max)`, False in the padding.
-    """
-    certain = probabilities >= 1
-    # On a line of 2^bits steps per unit every sum is exact: the same on each device and with any padding.
-    bits = min(40, 61 - probabilities.shape[1].bit_length())
-    one = 2**bits
-    lengths = torch.where(certain, 0.0, probabilities.double()).mul(one).round().long()
-    order = uniforms.sort(dim=1, stable=True).indices
-    ends = lengths.gather(1, order).cumsum(1)
-    total = lengths.sum(1, keepdim=True)
-    # Where the total is almost an integer, only starts that give that many points: (0, 1] cut at one side.
-    excess = (total + one // 2) % one - one // 2
-    excess = torch.where(excess.abs() <= round(INTEGER_SUM_TOLERANCE * one), excess, 0)
-    room = one - excess.abs()
-    first = excess.clamp_min(0) + (start.double()[:, None] * room).long().clamp(max=room - 1)
-    # Points before an end: those of first, first + one, ... that are smaller than it.
-    points = (ends - first + one - 1).div(one, rounding_mode="floor")
-    before = torch.nn.functional.pad(points[:, :-1], (1, 0))
-    return certain | torch.zeros_like(certain).scatter(1, order, points > before)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from balanceopt._random import generator_for
 from balanceopt.functional import kept_units
-from balanceopt.functional._masks import (
+from balanceopt.functional._sampling import (
     inclusion_probabilities_padded,
     sample_units_padded,
     systematic_sample_padded,

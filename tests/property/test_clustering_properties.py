@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balanceopt.functional._clustering import kmeans, minmax_scale, purity, reinit_strength, soft_reinit_
+from balanceopt.functional import kmeans, minmax_scale, purity, reinit_strength, soft_reinit_
 
 SEEDS = st.integers(0, 2**31)
 PAIRS = st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=1, max_size=60)

@@ -8,16 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balanceopt.functional._masks import (
+from balanceopt.functional import (
     inclusion_probabilities,
-    inclusion_probabilities_padded,
     keep_ratio,
     kept_units,
     sample_units,
-    sample_units_padded,
     systematic_sample,
-    systematic_sample_padded,
     unit_importance,
+)
+from balanceopt.functional._sampling import (
+    inclusion_probabilities_padded,
+    sample_units_padded,
+    systematic_sample_padded,
 )
 
 # Ties, zeros and sixty orders of magnitude.

@@ -8,7 +8,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.preprocessing import MinMaxScaler
 
-from balanceopt.functional._clustering import kmeans, minmax_scale, purity, reinit_strength, soft_reinit_
+from balanceopt.functional import kmeans, minmax_scale, purity, reinit_strength, soft_reinit_
 from tests.reference import relearn
 
 

@@ -13,9 +13,12 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from torch.multiprocessing.spawn import spawn
 
-from balanceopt.functional import _clustering
-from balanceopt.functional._clustering import (
+from balanceopt.functional import (
     KMeansResult,
+    _kmeans,
+    _kmeans_start,
+    _purity,
+    _rows,
     kmeans,
     minmax_scale,
     purity,
@@ -83,8 +86,8 @@ class TestKMeans:
     def test_many_rows_start_from_a_subset(self, monkeypatch):
         x, labels = blobs(3000, 20, width=16)
         whole = kmeans(x, 20, generator=generator(), n_init=3)
-        monkeypatch.setattr(_clustering, "START_ROWS", 300)
-        monkeypatch.setattr(_clustering, "START_ROWS_PER_CLUSTER", 2)
+        monkeypatch.setattr(_kmeans_start, "START_ROWS", 300)
+        monkeypatch.setattr(_kmeans_start, "START_ROWS_PER_CLUSTER", 2)
         subset = kmeans(x, 20, generator=generator(), n_init=3)
         assert not torch.equal(whole.assignments, subset.assignments)
         assert float(purity(whole.assignments, labels)) > 0.95
@@ -113,7 +116,7 @@ class TestKMeans:
     def test_blocks_change_nothing(self, rows, monkeypatch):
         x, _ = blobs(150, 5, spread=3.0)
         expected = kmeans(x, 5, generator=generator())
-        monkeypatch.setattr(_clustering, "BLOCK_ENTRIES_CPU", 5 * rows)
+        monkeypatch.setattr(_rows, "BLOCK_ENTRIES_CPU", 5 * rows)
         found = kmeans(x, 5, generator=generator())
         assert torch.equal(found.assignments, expected.assignments)
         torch.testing.assert_close(found.centroids, expected.centroids)
@@ -240,8 +243,8 @@ class TestKMeans:
     def test_sums_by_sorting_are_those_of_index_add(self):
         rows, labels = torch.randn(100, 5, dtype=torch.float64), torch.randint(1, 9, (100,))
         expected = torch.zeros(12, 5, dtype=torch.float64).index_add_(0, labels, rows)
-        torch.testing.assert_close(_clustering._sum_by_sorting(rows, labels, 12), expected)
-        empty = _clustering._sum_by_sorting(rows[:0], labels[:0], 3)
+        torch.testing.assert_close(_kmeans._sum_by_sorting(rows, labels, 12), expected)
+        empty = _kmeans._sum_by_sorting(rows[:0], labels[:0], 3)
         assert torch.equal(empty, torch.zeros(3, 5, dtype=torch.float64))
 
     @pytest.mark.parametrize(
@@ -321,7 +324,7 @@ class TestPurity:
     def test_table_and_pairs_agree(self, monkeypatch):
         assignments, labels = torch.randint(30, (500,)), torch.randint(-9, 30, (500,))
         expected = purity(assignments, labels)
-        monkeypatch.setattr(_clustering, "TABLE_CELLS", 0)
+        monkeypatch.setattr(_purity, "TABLE_CELLS", 0)
         assert torch.equal(purity(assignments, labels), expected)
 
     @pytest.mark.parametrize(
@@ -452,8 +455,8 @@ def _sharded(rank: int, rendezvous: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     group = dist.group.WORLD
-    _clustering.START_ROWS = 60
-    _clustering.START_ROWS_PER_CLUSTER = 1
+    _kmeans_start.START_ROWS = 60
+    _kmeans_start.START_ROWS_PER_CLUSTER = 1
     x, labels = blobs(200, 6, width=5, spread=6.0)
     results: list[tuple] = []
     for cuts in CUTS:
@@ -484,8 +487,8 @@ def _sharded(rank: int, rendezvous: str, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_features_spread_over_ranks_give_the_result_of_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(_clustering, "START_ROWS", 60)
-    monkeypatch.setattr(_clustering, "START_ROWS_PER_CLUSTER", 1)
+    monkeypatch.setattr(_kmeans_start, "START_ROWS", 60)
+    monkeypatch.setattr(_kmeans_start, "START_ROWS_PER_CLUSTER", 1)
     spawn(_sharded, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
     ranks = [torch.load(f"{tmp_path}/{rank}.pt") for rank in range(2)]
     x, labels = blobs(200, 6, width=5, spread=6.0)

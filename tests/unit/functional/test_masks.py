@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from balanceopt.functional._masks import (
+from balanceopt.functional import (
     inclusion_probabilities,
-    inclusion_probabilities_padded,
     keep_ratio,
     kept_units,
     sample_units,
-    sample_units_padded,
     systematic_sample,
-    systematic_sample_padded,
     unit_importance,
+)
+from balanceopt.functional._sampling import (
+    inclusion_probabilities_padded,
+    sample_units_padded,
+    systematic_sample_padded,
 )
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -171,13 +171,14 @@ class InitialWeights:
 
     def _warn_of_shared(self) -> None:
         own = {id(p) for parameters in self.monitor.parameters.values() for p in parameters}
-        for modality, encoder in self.monitor.encoders.items():
-            shared = sum(id(p) not in own for p in encoder.parameters())
-            if shared:
-                warn_user(
-                    f"{shared} parameters of the encoder of {modality!r} are shared with other modules: no single "
-                    "strength would be right for them, and re-learning leaves them as they are."
-                )
+        encoders = self.monitor.encoders.items()
+        shared = {m: sum(id(p) not in own for p in encoder.parameters()) for m, encoder in encoders}
+        if any(shared.values()):
+            found = ", ".join(f"{modality}: {count}" for modality, count in shared.items() if count)
+            warn_user(
+                f"some of the encoders' parameters are shared with other modules ({found}): no single strength would "
+                "be right for them, and re-learning leaves them as they are."
+            )
 
 
 def _check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:

@@ -108,8 +108,11 @@ def diagnose_samples(
     for name in modalities:
         if name not in skipped:
             both = (train.get(name), val.get(name))
-            parts = (_on_this_rank(own, found[name].width, both) for own in both)
-            first, second = (_purity(part, clusters, chosen, ranks) for part in parts)
+            totals = (found[name].train, found[name].val)
+            parts = [_on_this_rank(own, found[name].width, both) for own in both]
+            first, second = (
+                _purity(part, n, clusters, chosen, ranks) for part, n in zip(parts, totals, strict=True)
+            )
             purities[name] = (first, second)
     counts = {name: (f.train, f.val) for name, f in found.items()}
     return assemble(modalities, purities, counts, skipped, lambda gap: _strength(gap, chosen), clusters)
@@ -179,7 +182,9 @@ def _on_this_rank(own: Samples | None, width: int, both: Sequence[Samples | None
     return Samples(like.new_empty(0, width), torch.empty(0, dtype=torch.int64))
 
 
-def _purity(samples: Samples, clusters: int, chosen: Options, ranks: dist.ProcessGroup | None) -> float:
+def _purity(
+    samples: Samples, total: int, clusters: int, chosen: Options, ranks: dist.ProcessGroup | None
+) -> float:
     features: Tensor = samples.features
     if features.dtype != torch.float64:
         features = features.float()  # half precision would be too coarse for the scaling too
@@ -191,7 +196,8 @@ def _purity(samples: Samples, clusters: int, chosen: Options, ranks: dist.Proces
         features, clusters, generator=generator, init=chosen.init, n_init=chosen.n_init, group=ranks
     )
     labels = samples.labels.to(features.device)
-    return float(purity(result.assignments, labels, group=ranks))
+    share = float(purity(result.assignments, labels, group=ranks))
+    return round(share * total) / total  # of integers: without float32's rounding
 
 
 def _strength(gap: float, chosen: Options) -> float:

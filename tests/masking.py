@@ -1,0 +1,88 @@
+"""Steps of AMSS with chosen significances and gradients, without a forward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import balanceopt as bo
+from balanceopt.modulation import Slot, Step
+from balanceopt.monitor import ModalitySums
+from tests.training import grad_of
+
+CLASSES = 5
+
+
+class Encoders(nn.Module):
+    """Modules side by side with a linear head; only ever given gradients."""
+
+    def __init__(self, **encoders: nn.Module) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict(encoders)
+        self.head = nn.Linear(2 * len(encoders), CLASSES)
+
+    @property
+    def modalities(self) -> dict[str, nn.Module]:
+        return dict(self.encoders.items())
+
+
+def sums(*significance: float, count: float = 10) -> ModalitySums:
+    """Sums whose significance is the one asked for; a modality that is None was absent."""
+    here = torch.tensor([u is not None for u in significance])
+    u = torch.tensor([u or 0.0 for u in significance])
+    cross_entropy = count * (math.log(CLASSES) + 0.5 - u)
+    return ModalitySums(
+        score=torch.where(here, 0.3 * count, 0),
+        count=torch.where(here, count, 0.0),
+        cross_entropy=torch.where(here, cross_entropy, 0),
+        feature_entropy=torch.where(here, count, 0.0),
+        label_counts=torch.full((CLASSES,), count / CLASSES),
+    )
+
+
+def fill_gradients(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Random gradients, of different size from unit to unit; returns copies by name."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, p in model.named_parameters():
+        scale = torch.rand(p.shape[:1] + (1,) * (p.dim() - 1), generator=generator)
+        p.grad = (torch.randn(p.shape, generator=generator) * scale**3).to(p)
+        found[name] = p.grad.clone()
+    return found
+
+
+def step_of(
+    model: Any, given: ModalitySums, *, number: int = 0, seed: int = 7, optimizer: Any = None, **options: Any
+) -> Step:
+    """A step as the engine would make it."""
+    groups = bo.modality_groups(model, model.modalities)
+    base = torch.optim.SGD(groups, lr=0.1) if optimizer is None else optimizer
+    held = [p for group in base.param_groups for p in group["params"]]
+    slots = {
+        name: [Slot(i, p) for i, p in enumerate(held) if any(p is q for q in encoder.parameters())]
+        for name, encoder in model.modalities.items()
+    }
+    monitor = bo.ModalityMonitor(model, model.modalities, head=model.head, scores="split", **options)
+    return Step(given, monitor.modalities, slots, base, seed, number, monitor=monitor)
+
+
+def mask(modulation: bo.AMSS, model: Any, *significance: float, **options: Any) -> dict[str, Tensor]:
+    """Fill gradients, mask them, and return by what each was multiplied."""
+    before = fill_gradients(model)
+    modulation.modulate(step_of(model, sums(*significance), **options))
+    return factors(model, before)
+
+
+def factors(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By what each gradient was multiplied, element by element."""
+    return {name: grad_of(p) / before[name] for name, p in model.named_parameters()}
+
+
+def kept(factor: Tensor, dim: int = 0) -> int:
+    """How many slices along a dimension were not masked, each as a whole."""
+    flat = factor.movedim(dim, 0).flatten(1) != 0
+    assert torch.equal(flat.all(1), flat.any(1))
+    return int(flat.all(1).sum())

@@ -1,0 +1,82 @@
+"""AMSS draws all tensors' masks together; here each is made by itself, by the naive rule and the same numbers."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import balanceopt as bo
+from balanceopt._random import generator_for
+from balanceopt.functional import keep_ratio, kept_units, sample_units, unit_importance
+from balanceopt.modulation._draw import _SALT
+from tests.masking import Encoders, factors, fill_gradients, step_of, sums
+from tests.reference import amss_step
+
+SIGNIFICANCE = (0.34, 0.08, 0.2)
+DESIGNS = [
+    {"scale": scale, "sampling": sampling, "importance": importance}
+    for scale, sampling, importance in itertools.product(
+        ("none", "official", "unbiased", "ratio"), ("importance", "uniform", "topk"), ("norm2", "norm")
+    )
+    if sampling != "topk" or scale in ("none", "official")
+]
+
+
+def model() -> Encoders:
+    torch.manual_seed(0)
+    return Encoders(
+        audio=nn.Sequential(nn.Linear(3, 40), nn.Conv2d(2, 11, 3), nn.Linear(5, 1)),
+        visual=nn.Sequential(nn.Conv1d(2, 300, 3), nn.BatchNorm1d(8), nn.Embedding(70, 4)),
+        text=nn.Sequential(nn.Linear(4, 2), nn.Linear(4, 4)),
+    )
+
+
+def expected(
+    net: Encoders, before: dict[str, torch.Tensor], seed: int, number: int, design: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    ratio = keep_ratio(torch.tensor(SIGNIFICANCE)).tolist()
+    places = {id(p): i for i, p in enumerate(net.parameters())}  # encoders come first in the optimizer, too
+    found = {}
+    for name, p in net.named_parameters():
+        found[name] = torch.ones_like(p)
+        if p.dim() < 2 or name.startswith("head"):
+            continue
+        modality = list(net.modalities).index(name.split(".")[1])
+        rows = before[name].double().flatten(1).tolist()
+        count = len(rows) + (design["scale"] in ("unbiased", "ratio"))
+        generator = generator_for(seed ^ _SALT, number, places[id(p)], torch.device("cpu"))
+        uniforms = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+        weights = amss_step.weights(rows, ratio[modality], uniforms, **design)
+        found[name] *= torch.tensor(weights).view(-1, *[1] * (p.dim() - 1))
+    return found
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=lambda d: "-".join(d.values()))
+def test_a_step_is_the_naive_loop(design):
+    net = model()
+    before = fill_gradients(net)
+    for number, seed in ((0, 1), (5, 12345678901234567)):
+        for name, p in net.named_parameters():
+            p.grad = before[name].clone()
+        bo.AMSS(**design).modulate(step_of(net, sums(*SIGNIFICANCE), number=number, seed=seed))
+        found = factors(net, before)
+        for name, weight in expected(net, before, seed, number, design).items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_is_that_of_the_public_functions():
+    net = Encoders(audio=nn.Linear(3, 40), visual=nn.Linear(3, 7))
+    before = fill_gradients(net)
+    bo.AMSS().modulate(step_of(net, sums(0.34, 0.08), seed=3, number=2))
+    ratio = keep_ratio(torch.tensor([0.34, 0.08]))
+    for index, (name, r) in enumerate(zip(("audio", "visual"), ratio, strict=True)):
+        gradient = before[f"encoders.{name}.weight"]
+        k = int(kept_units(len(gradient), r))
+        generator = generator_for(3 ^ _SALT, 2, 2 * index, torch.device("cpu"))
+        mask = sample_units(unit_importance(gradient), k, generator)
+        masked = net.get_parameter(f"encoders.{name}.weight").grad
+        assert torch.equal(masked, gradient * mask[:, None])

@@ -103,16 +103,20 @@ def _base_of(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside Accelerate's wrapper.
 
     Raises:
-        NotImplementedError: for DeepSpeed.
+        NotImplementedError: for DeepSpeed, and for optimizers that step inside backward.
     """
+    from accelerate.optimizer import AcceleratedOptimizer
+
     if any(kind.__name__.startswith("DeepSpeed") for kind in type(optimizer).__mro__):
         raise NotImplementedError(
             "DeepSpeed is not supported: it keeps gradients in buffers of its own. "
             "Use DistributedDataParallel or torch.distributed.fsdp.fully_shard."
         )
-    from accelerate.optimizer import AcceleratedOptimizer
-
     base: torch.optim.Optimizer = (
         optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     )
+    if type(base).__name__ in ("Lomo", "AdaLomo"):
+        raise NotImplementedError(
+            f"{type(base).__name__} steps inside backward and leaves no gradients to modulate. Use another `optim`."
+        )
     return base

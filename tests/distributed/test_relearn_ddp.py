@@ -1,0 +1,189 @@
+"""Re-learning over ranks: each clusters its own shard, the result is that of one process on all samples."""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+
+import balanceopt as bo
+from tests.models import Concat, batch_norm, watch
+from tests.relearning import move_away, samples, train_epoch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+
+RANKS = 2
+# How the training and the validation samples are cut over the ranks: unevenly.
+CUTS = ((40, 20), (13, 27))
+
+
+def start(rank, folder):
+    faulthandler.dump_traceback_later(100, exit=True)  # no worker outlives its test
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+
+def spawned(worker, folder, *args):
+    spawn(worker, (str(folder), *args), nprocs=RANKS)
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def untrained():
+    torch.manual_seed(0)
+    model = Concat(encoder=batch_norm)
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    move_away(model)
+    return model, initial
+
+
+def cut(data, sizes, rank):
+    first = sum(sizes[:rank])
+    return Subset(data, range(first, first + sizes[rank]))
+
+
+def data():
+    return samples(60, seed=1), samples(40, seed=2)
+
+
+def scheduler_of(model, initial, train, val, **settings):
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    monitor = bo.ModalityMonitor(model, inner.modalities, head=inner.head)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    settings = {"every": 1, "lam": 20.0, "seed": 0, "initial": initial, **settings}
+    return bo.ReLearnScheduler(optimizer, monitor, train, val, **settings)
+
+
+SETTINGS = ({}, {"init": "random", "n_init": 2}, {"normalize": "none", "seed": None})
+
+
+def in_ddp(rank, folder):
+    start(rank, folder)
+    results = []
+    for settings in SETTINGS:
+        model, initial = untrained()
+        torch.manual_seed(100 + rank)  # what seed=None reads, on the first rank
+        wrapped = DistributedDataParallel(model)
+        shards = [cut(part, sizes, rank) for part, sizes in zip(data(), CUTS, strict=True)]
+        batch_sizes = (7, 3) if rank else (16, 16)  # not the same number of batches either
+        loaders = [DataLoader(s, n) for s, n in zip(shards, batch_sizes, strict=True)]
+        scheduler = scheduler_of(wrapped, initial, *loaders, **settings)
+        results.append((scheduler.step(), model.state_dict(), scheduler.relearns))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_equals_one_process_on_all_samples(tmp_path):
+    ranks = spawned(in_ddp, tmp_path)
+    for settings, *results in zip(SETTINGS, *ranks, strict=True):
+        model, initial = untrained()
+        torch.manual_seed(100)
+        loaders = [DataLoader(part, 16) for part in data()]
+        expected = scheduler_of(model, initial, *loaders, **settings).step()
+        for found, state, relearns in results:
+            assert found == expected
+            assert relearns == 1
+            for name, value in state.items():
+                assert torch.equal(value, results[0][1][name]), name
+                torch.testing.assert_close(value, model.state_dict()[name])
+
+
+def with_gaps(rank, folder):
+    """One rank has no training batch; the other never sees a modality; a third case has one class."""
+    start(rank, folder)
+    model, initial = untrained()
+    train, val = data()
+    batches = [tuple(x[None] for x in part[0]) for part in (train, val)]
+    results = []
+    empty = scheduler_of(model, initial, DataLoader(train, 16) if rank else [], DataLoader(val, 16))
+    results.append(empty.step())
+    gone = scheduler_of(model, initial, [], DataLoader(val, 16))
+    one_class = scheduler_of(model, initial, [batches[0]], [batches[0]])
+    for scheduler in (gone, one_class):
+        with pytest.raises(ValueError, match=r"no training features|two classes or more") as error:
+            scheduler.step()
+        results.append(str(error.value))
+    labels = torch.arange(20) % 5
+    features = {"audio": torch.randn(20, 3)} if rank else {"audio": torch.randn(20, 3), "visual": torch.randn(20, 2)}
+    results.append(bo.diagnose((features, labels), (features, labels), monitor=empty.monitor, seed=0))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_agree_where_one_has_nothing(tmp_path):
+    first, second = spawned(with_gaps, tmp_path)
+    assert first == second
+    assert first[0].train_count == {"audio": 60, "visual": 60}
+    assert first[0].val_count == {"audio": 80, "visual": 80}
+    assert first[3].train_count == {"audio": 40, "visual": 20}
+    assert not first[3].skipped
+
+
+def go_back_sharded(rank, mesh, what):
+    model, initial = untrained()
+    early = None
+    if what == "encoders":
+        for encoder in model.modalities.values():
+            fully_shard(encoder, mesh=mesh)
+    if what == "later":  # the scheduler's copies are whole, the parameters become shards
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        early = bo.ReLearnScheduler(optimizer, watch(model), [], [], every=1, initial=initial)
+    fully_shard(model, mesh=mesh)
+    shards = [DataLoader(cut(part, (len(part) // 2,) * 2, rank), 16) for part in data()]
+    if early is None:
+        scheduler = scheduler_of(model, initial, *shards, optimizer_state="scale")
+        train_epoch(model, scheduler.optimizer, shards[0])
+    else:
+        scheduler = scheduler_of(model, early.state_dict()["initial"], *shards)
+    before = {n: p.full_tensor() for n, p in model.named_parameters()}
+    parts = {n: p.to_local().data_ptr() for n, p in model.named_parameters()}
+    found = scheduler.step()
+    assert {n: p.to_local().data_ptr() for n, p in model.named_parameters()} == parts
+    after = {n: p.full_tensor() for n, p in model.named_parameters()}
+    saved = scheduler.state_dict()
+    scheduler.load_state_dict(saved)
+    again = scheduler.state_dict()["initial"]
+    whole = {n: v.full_tensor() for n, v in saved["initial"].items()}
+    assert all(torch.equal(v.full_tensor(), whole[n]) for n, v in again.items())
+    train_epoch(model, scheduler.optimizer, shards[0])
+    return found, before, after, whole
+
+
+CASES = ("root", "encoders", "later")
+
+
+def sharded(rank, folder):
+    start(rank, folder)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    torch.save([go_back_sharded(rank, mesh, what) for what in CASES], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_go_back(tmp_path):
+    ranks = spawned(sharded, tmp_path)
+    _, initial = untrained()
+    for results in ranks:
+        for (found, before, after, whole), (other, *_) in zip(results, ranks[0], strict=True):
+            assert found == other
+            assert all(alpha > 0 for alpha in found.strength.values())
+            for name, value in after.items():
+                owner = next((m for m in found.modalities if f".{m}." in name), None)
+                alpha = found.strength[owner] if owner else 0.0
+                torch.testing.assert_close(value, (1 - alpha) * before[name] + alpha * initial[name])
+                assert (name in whole) == (owner is not None)
+                assert owner is None or torch.equal(whole[name], initial[name])

@@ -43,7 +43,7 @@ def _one_accelerator_a_test():
     AcceleratorState._reset_state(True)
 
 
-def setup(form="wrapper", schedule=None, dropout=False, **options):
+def setup(form="wrapper", schedule=None, dropout=False, **options) -> Any:
     """What a user prepares: accelerator, model, optimizer, scheduler, and whoever counts the steps."""
     accelerator = Accelerator(cpu=True, **options)
     if accelerator.mixed_precision == "fp16":  # on CPU Accelerate trains in float32 then; here as on a GPU
@@ -102,15 +102,15 @@ def test_the_loop_equals_the_plain_one(form, options, steps, same):
 def test_resuming_is_exact(form, tmp_path):
     given = model_and_batches(10)[1]
     whole = setup(form, halving, dropout=True)
-    train(*whole[:4], given[:5])
+    train(*whole[:4], given=given[:5])
     whole[0].save_state(tmp_path)
-    train(*whole[:4], given[5:])
+    train(*whole[:4], given=given[5:])
 
     AcceleratorState._reset_state(True)
     resumed = setup(form, halving, dropout=True)
     resumed[0].load_state(tmp_path)
     assert counters(resumed[2].state_dict())["balanceopt_step"] == 5
-    train(*resumed[:4], given[5:])
+    train(*resumed[:4], given=given[5:])
     assert same_bits(resumed[1], whole[1])
 
 

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-def setup(form="wrapper", schedule=None, **options):
+def setup(form="wrapper", schedule=None, **options) -> Any:
     """What a user sets up: fabric, model, optimizer, scheduler, and whoever counts the steps."""
     fabric = Fabric(accelerator="cpu", devices=1, **options)
     model, _ = model_and_batches()
@@ -85,15 +85,15 @@ def test_the_loop_equals_the_plain_one(form, options, same):
 def test_resuming_is_exact(form, tmp_path):
     given = model_and_batches(10)[1]
     whole = setup(form, halving)
-    train(*whole[:4], given[:5])
+    train(*whole[:4], given=given[:5])
     names = ("model", "optimizer", "scheduler")
     whole[0].save(tmp_path / "state.ckpt", dict(zip(names, whole[1:4], strict=True)))
-    train(*whole[:4], given[5:])
+    train(*whole[:4], given=given[5:])
 
     resumed = setup(form, halving)
     resumed[0].load(tmp_path / "state.ckpt", dict(zip(names, resumed[1:4], strict=True)))
     assert resumed[2].param_groups[0]["balanceopt_step"] == 5
-    train(*resumed[:4], given[5:])
+    train(*resumed[:4], given=given[5:])
     assert same_bits(resumed[1].module, whole[1].module)
 
 

@@ -46,7 +46,7 @@ class Net(HuggingFaceStyle):
         super().__init__(**options)
         self.load_state_dict(small_model(**options).state_dict())
 
-    def forward(self, audio, visual, labels=None):
+    def forward(self, audio, visual, labels=None):  # type: ignore[override]
         logits = self.fuse([self.encoders["audio"](audio), self.encoders["visual"](visual)])
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return {"loss": loss, "logits": logits} if loss is not None else {"logits": logits}
@@ -84,9 +84,9 @@ def trainer(folder, model, *callbacks, count=STEPS, optimizers=(None, None), **o
     )
 
 
-def default_optimizer(folder):
+def default_optimizer(folder, **options):
     """What the Trainer itself makes for a model."""
-    return lambda model: Trainer(model, arguments(folder)).create_optimizer()
+    return lambda model: Trainer(model, arguments(folder, **options)).create_optimizer()
 
 
 def linear(optimizer):
@@ -115,6 +115,34 @@ def test_training_equals_the_plain_loop(options, steps, same, tmp_path):
     assert balance.monitor.stats()["labels"] == {"model": STEPS}
     same = {"modulation": balance.modulation, "make": default_optimizer(tmp_path), "clip": 1.0, **same}
     assert same_bits(model, plain(model_and_batches()[1], **same))
+
+
+class Scaled(Trainer):
+    """With a GradScaler, as on a GPU: for fp16 on CPU the Trainer trains in float32."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+
+
+def test_a_step_that_the_scaler_skips_is_none(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "Trainer", Scaled)
+    options = {"fp16": True, "optim": "adamw_torch", "lr_scheduler_type": "constant"}
+    model, balance = Net(), callback()
+    trainer(tmp_path, model, balance, **options).train()
+    assert 0 < balance.stats()["modulated"] < STEPS
+    assert same_bits(
+        model,
+        plain(
+            model_and_batches()[1],
+            modulation=balance.modulation,
+            make=default_optimizer(tmp_path, optim="adamw_torch"),
+            clip=1.0,
+            dtype=torch.float16,
+            scale=2.0**18,
+        ),
+    )
 
 
 def test_the_default_optimizer_is_the_one_tried(tmp_path):
@@ -232,7 +260,7 @@ def test_nothing_is_left_after_training(tmp_path):
 
 
 class Broken(Net):
-    def forward(self, audio, visual, labels=None):
+    def forward(self, audio, visual, labels=None):  # type: ignore[override]
         output = super().forward(audio, visual, labels)
         self.passes = getattr(self, "passes", 0) + 1
         if self.passes == 3:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ class AttachedModulation:
         """Hook `engine` onto `optimizer`."""
         self.optimizer = optimizer
         self._engine = engine
-        self._step: FrameType | None = None
+        self._depth = 0
+        self._wrapped: Callable[[], Any] | None = None
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -72,31 +72,39 @@ class AttachedModulation:
     def _before(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        caller = sys._getframe(1)
-        if _encloses(
-            self._step, caller
-        ):  # a subclass's step that calls its parent's: torch calls the hooks of both
-            return None
-        self._step = caller
         # Torch hands over step's own arguments, the optimizer first.
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
+        if self._is_within_a_step(closure):
+            self._depth += 1
+            return None
+        self._depth = 1
         if closure is None:
             self._engine.before()
             return None
-        wrapped = self._engine.wrap(closure)
+        self._wrapped = wrapped = self._engine.wrap(closure)
         return (
             tuple(wrapped if value is closure else value for value in args),
             {key: wrapped if value is closure else value for key, value in kwargs.items()},
         )
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not _encloses(self._step, sys._getframe(1)):
-            self._step = None
+        self._depth -= 1
+        if self._depth <= 0:
+            self._depth, self._wrapped = 0, None
             self._engine.undo()
+
+    def _is_within_a_step(self, closure: Callable[[], Any] | None) -> bool:
+        """Whether a subclass's step calls its parent's: torch calls the hooks of both."""
+        if closure is not None:
+            return closure is self._wrapped
+        # After an exception, which no hook is told of, new scores tell that this is another step.
+        return self._depth > 0 and self._engine.accumulator.peek() is None
 
     def _discarding_zero_grad(self, set_to_none: bool = True) -> None:
         if self._handles:
             self._engine.discard()
+            if self._wrapped is None:  # else the closure of a step under way may call it
+                self._depth = 0
         self._zero_grad(set_to_none=set_to_none)
 
     def __enter__(self) -> AttachedModulation:
@@ -106,14 +114,6 @@ class AttachedModulation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-
-
-def _encloses(outer: FrameType | None, frame: FrameType) -> bool:
-    """Whether `frame` was called, however deeply, by `outer`."""
-    above = frame.f_back
-    while above is not None and above is not outer:
-        above = above.f_back
-    return outer is not None and above is outer
 
 
 def attach(

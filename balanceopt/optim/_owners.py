@@ -48,10 +48,13 @@ class Owners:
         self._seen = self._identities()
 
     def restore_tags(self) -> None:
-        """Put this optimizer's own tags back into groups that a checkpoint changed."""
+        """Put this optimizer's own tags, or none, back into groups that a checkpoint changed."""
+        tagged = any(tag is not None for tag in self._tags)
         for group, tag in zip(self._optimizer.param_groups, self._tags, strict=False):
-            if tag is not None or "modality" in group:
+            if tagged:
                 group["modality"] = tag
+            else:
+                group.pop("modality", None)
 
     def slots(self) -> tuple[dict[str, list[Slot]], list[Tensor]]:
         """Each modality's parameters that have a gradient, and all gradients."""

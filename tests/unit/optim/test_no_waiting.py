@@ -1,0 +1,80 @@
+"""A step reads no number back from its device: nothing on its way asks for one (`.item()`, `bool`, `nonzero`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import balanceopt as bo
+from tests.models import FUSIONS, batch, train_step, watch
+from tests.training import sgd
+
+WAITING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.masked_select.default,
+}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where an operation would make the host wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = func is torch.ops.aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if func in WAITING or by_mask:
+            raise AssertionError(f"{func} makes the host wait")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_guard_sees_what_it_should():
+    x = torch.ones(2)
+    for waiting in (x.sum().item, x.nonzero, lambda: bool(x[0] > 0), lambda: x[x > 0], lambda: float(x[0])):
+        with pytest.raises(AssertionError, match="makes the host wait"), NoWaiting():
+            waiting()
+
+
+MODULATIONS = {
+    "OGM": bo.OGM(0.5, noise=False),
+    "OGM-GE": bo.OGM(0.5),
+    "tpami": bo.OGM(0.5, form="tpami", ratio="ratio_of_means"),
+}
+
+
+@pytest.mark.parametrize("name", MODULATIONS)
+@pytest.mark.parametrize("fusion", ["concat", "sum", "mlp"])
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_a_step_does_not_wait(name: str, fusion: str, modalities: int):
+    model = FUSIONS[fusion](modalities)
+    optimizer = bo.ModulatedOptimizer(sgd(model.parameters()), watch(model), MODULATIONS[name])
+    recorder = bo.Recorder(optimizer)
+    for number in range(3):
+        optimizer.zero_grad()
+        train_step(model, *batch(8, modalities))
+        if number == 0:  # the first batch finds the columns by comparing numbers
+            optimizer.step()
+        else:
+            with NoWaiting():
+                optimizer.step()
+    assert optimizer.stats()["modulated"] == 3
+    assert len(recorder.rows()) == 3 * 3 * modalities
+
+
+def test_attached():
+    model = FUSIONS["concat"]()
+    base = sgd(model.parameters())
+    bo.attach(base, watch(model), bo.OGM(0.5))
+    for number in range(2):
+        base.zero_grad()
+        train_step(model, *batch(8))
+        if number == 0:
+            base.step()
+        else:
+            with NoWaiting():
+                base.step()

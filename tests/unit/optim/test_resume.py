@@ -1,0 +1,219 @@
+"""Checkpoints: train 2k steps = train k, save, load in a new process, train k; bit for bit, with noise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import balanceopt as bo
+from tests.models import MLPHead, watch
+from tests.training import batch, batches, groups_of, modulated, same_bits, sgd, small_model, train
+
+ROOT = Path(__file__).parents[3]
+
+RESUME = """
+import sys, torch, balanceopt as bo
+from tests.training import batches, modulated, train
+torch.set_num_threads(1)
+make = {make}
+model, optimizer = modulated({modulation}, make, seed=99)
+saved = torch.load(sys.argv[1], weights_only=True)
+model.load_state_dict(saved["model"])
+optimizer.load_state_dict(saved["optimizer"])
+train(model, optimizer, batches(model, 3, first=3))
+torch.save(model.state_dict(), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "modulation"),
+    [
+        ("lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)", "bo.OGM(0.5)"),
+        ("lambda groups: torch.optim.AdamW(groups, lr=0.01)", "bo.OGM(0.5, apply_to='lr', start=2, end=4)"),
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_in_a_new_process(make: str, modulation: str, tmp_path: Path):
+    known: dict[str, Any] = {"torch": torch, "bo": bo}
+    model, optimizer = modulated(eval(modulation, known), eval(make, known))
+    train(model, optimizer, batches(model, 3))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    train(model, optimizer, batches(model, 3, first=3))
+
+    code = RESUME.format(make=make, modulation=modulation)
+    command = [sys.executable, "-c", code, str(tmp_path / "saved.pt"), str(tmp_path / "after.pt")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    resumed = small_model()
+    resumed.load_state_dict(torch.load(tmp_path / "after.pt", weights_only=True))
+    assert same_bits(model, resumed)
+
+
+def reloaded(optimizer: torch.optim.Optimizer, path: Path) -> Any:
+    torch.save(optimizer.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+
+def test_with_hooks(tmp_path: Path):
+    model = small_model()
+    base = sgd(groups_of(model), momentum=0.9)
+    bo.attach(base, watch(model), bo.OGM(0.5), seed=1)
+    train(model, base, batches(model, 3))
+    twin = small_model()
+    twin.load_state_dict(model.state_dict())
+    other = sgd(groups_of(twin), momentum=0.9)
+    bo.attach(other, watch(twin), bo.OGM(0.5), seed=2)
+    other.load_state_dict(reloaded(base, tmp_path / "saved.pt"))
+    train(model, base, batches(model, 3, first=3))
+    train(twin, other, batches(twin, 3, first=3))
+    assert same_bits(model, twin)
+
+
+def test_between_wrapper_and_hooks(tmp_path: Path):
+    model, optimizer = modulated(bo.OGM(0.5))
+    train(model, optimizer, batches(model, 3))
+    twin = small_model()
+    twin.load_state_dict(model.state_dict())
+    base = sgd(groups_of(twin))
+    bo.attach(base, watch(twin), bo.OGM(0.5))
+    base.load_state_dict(reloaded(optimizer, tmp_path / "saved.pt"))
+    train(model, optimizer, batches(model, 3, first=3))
+    train(twin, base, batches(twin, 3, first=3))
+    assert same_bits(model, twin)
+
+
+def test_a_bare_checkpoint_warns_and_starts_anew():
+    model, optimizer = modulated(make=lambda groups: sgd(groups, momentum=0.9))
+    bare = sgd(groups_of(model), momentum=0.9)
+    train(model, bare, batches(model, 2))
+    train(model, optimizer, batches(model, 2))
+    with pytest.warns(
+        UserWarning, match=r"bare optimizer's state: it is loaded, and .* start anew"
+    ) as warned:
+        optimizer.load_state_dict(bare.state_dict())
+    assert warned[0].filename == __file__
+    assert optimizer.param_groups[0]["balanceopt_step"] == 0
+    assert optimizer.param_groups[0]["balanceopt_seed"] == 7
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
+    assert all(
+        torch.equal(b, bare.state[p]["momentum_buffer"])
+        for b, p in zip(buffers, model.parameters(), strict=True)
+    )
+    train(model, optimizer, batches(model, 1))
+    assert optimizer.stats()["modulated"] == 3
+
+
+def test_a_bare_optimizer_loads_ours():
+    model, optimizer = modulated(make=lambda groups: sgd(groups, momentum=0.9))
+    train(model, optimizer, batches(model, 2))
+    bare = sgd(groups_of(model), momentum=0.9)
+    bare.load_state_dict(optimizer.state_dict())
+    train(model, bare, batches(model, 1))
+
+
+def test_tags_lost_in_a_checkpoint_are_put_back():
+    model, optimizer = modulated()
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["modality"]
+    optimizer.load_state_dict(state)
+    assert [group["modality"] for group in optimizer.param_groups] == ["audio", "visual", None]
+    train(model, optimizer, batches(model, 1))
+    assert optimizer.stats()["modulated"] == 1
+
+
+def test_tags_of_another_optimizer_are_not_taken_over():
+    model, optimizer = modulated()
+    swapped = optimizer.state_dict()
+    for group, tag in zip(swapped["param_groups"], ["visual", "audio", "smell"], strict=True):
+        group["modality"] = tag
+    optimizer.load_state_dict(swapped)
+    assert [group["modality"] for group in optimizer.param_groups] == ["audio", "visual", None]
+    untagged = bo.ModulatedOptimizer(sgd([{"params": g["params"]} for g in groups_of(model)]), watch(model))
+    untagged.load_state_dict(swapped)
+    assert all("modality" not in group for group in untagged.param_groups)
+
+
+def test_loading_on_the_base_keeps_the_wrapper_going():
+    model, optimizer = modulated(bo.OGM(0.5))
+    train(model, optimizer, batches(model, 2))
+    optimizer.optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, batches(model, 2))
+    assert optimizer.param_groups[0]["balanceopt_step"] == 4
+    assert optimizer.stats()["modulated"] == 4
+
+
+def test_pending_scores_do_not_survive_a_load():
+    model, optimizer = modulated()
+    train(model, optimizer, batches(model, 1))
+    state = optimizer.state_dict()
+    inputs, labels = batch(1, model)
+    torch.nn.functional.cross_entropy(model(*inputs), labels).backward()
+    optimizer.load_state_dict(state)
+    with pytest.warns(UserWarning, match="no scores"):
+        optimizer.step()
+
+
+def test_epochs_are_kept():
+    _, optimizer = modulated(bo.OGM(0.5, start=3))
+    optimizer.set_epoch(3)
+    again, other = modulated(bo.OGM(0.5, start=3))
+    other.load_state_dict(optimizer.state_dict())
+    train(again, other, batches(again, 1))
+    assert other.stats()["modulated"] == 1
+
+
+def test_the_state_is_plain_numbers():
+    _, optimizer = modulated()
+    optimizer.set_epoch(2)
+    (group, *_) = optimizer.state_dict()["param_groups"]
+    own = {key: value for key, value in group.items() if key.startswith("balanceopt_")}
+    assert own == {"balanceopt_step": 0, "balanceopt_seed": 7, "balanceopt_epoch": 2}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_scores_held_by_every(cut: int, tmp_path: Path):
+    """With `every=3` a resumed run goes on with the same held scores, at the same place in the rhythm."""
+
+    def start() -> Any:
+        torch.manual_seed(0)
+        model = MLPHead()
+        monitor = watch(model, every=3)
+        return model, bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, bo.OGM(0.5), seed=5)
+
+    def fit(model: Any, optimizer: Any, first: int, last: int) -> None:
+        for number in range(first, last):
+            torch.manual_seed(number)  # dropout
+            inputs = [torch.randn(8, n) for n in (5, 6)]
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(*inputs), torch.arange(8) % 5).backward()
+            optimizer.step()
+
+    model, optimizer = start()
+    fit(model, optimizer, 0, cut)
+    state = reloaded(optimizer, tmp_path / "saved.pt")
+    again, other = start()
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    fit(model, optimizer, cut, 7)
+    fit(again, other, cut, 7)
+    assert same_bits(model, again)
+
+
+def test_the_seed_is_read_at_construction():
+    torch.manual_seed(123)
+    _, optimizer = modulated(seed=None)  # type: ignore[arg-type]
+    torch.manual_seed(5)
+    assert optimizer.param_groups[0]["balanceopt_seed"] == 123
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 2**80])
+def test_any_integer_is_a_seed(seed: int):
+    model, optimizer = modulated(bo.OGM(0.5), seed=seed)
+    train(model, optimizer, batches(model, 1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert 0 <= optimizer.param_groups[0]["balanceopt_seed"] < 2**63

@@ -1,0 +1,19 @@
+"""Packages that only the demo and the benchmarks need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def need(module: str) -> Any:
+    """Import `module`, or say which extra brings it.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
+        raise ImportError(f"this needs {package}: pip install 'balanceopt[demo]'") from error

@@ -1,0 +1,87 @@
+"""What can be compared: a name, and a function that puts the method around a plain training loop.
+
+A new row is one function here and one line in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import balanceopt as bo
+from benchmarks.models import MultimodalClassifier
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may need to know of the loop it joins.
+
+    Args:
+        train_loader: batches `(*inputs, labels)`.
+        val_loader: the same of the validation samples.
+        num_classes: C.
+        lr: learning rate.
+        momentum: of SGD.
+        seed: of this run.
+    """
+
+    train_loader: Iterable[tuple[Tensor, ...]]
+    val_loader: Iterable[tuple[Tensor, ...]]
+    num_classes: int
+    lr: float
+    momentum: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method at work on one model.
+
+    Args:
+        optimizer: what the loop steps.
+        recorder: holds score, ratio and coefficient over time; None if nothing is recorded.
+        losses: functions of the labels whose values the loop adds to the loss.
+        epoch_ends: called after each epoch.
+        removes: called at the end, to take hooks off.
+    """
+
+    optimizer: torch.optim.Optimizer
+    recorder: bo.Recorder | None = None
+    losses: tuple[Callable[[Tensor], Tensor], ...] = ()
+    epoch_ends: tuple[Callable[[], object], ...] = ()
+    removes: tuple[Callable[[], object], ...] = ()
+
+
+Build = Callable[[MultimodalClassifier, Context], Method]
+
+
+def plain(model: MultimodalClassifier, context: Context) -> Method:
+    """SGD and nothing else."""
+    return Method(torch.optim.SGD(model.parameters(), lr=context.lr, momentum=context.momentum))
+
+
+def joint(model: MultimodalClassifier, context: Context) -> Method:
+    """SGD, watched: with `alpha=0` and no noise the steps are SGD's own, bit for bit, and the ratio is recorded."""
+    return _modulated(model, context, bo.OGM(alpha=0.0, noise=False))
+
+
+def ogm_ge(model: MultimodalClassifier, context: Context) -> Method:
+    """OGM-GE with the strength its authors took for CREMA-D; not tuned for these data."""
+    return _modulated(model, context, bo.OGM(alpha=0.8))
+
+
+# Rows of the table, in order; the first is what the others are compared with.
+METHODS: dict[str, Build] = {"joint": joint, "OGM-GE": ogm_ge}
+
+
+def _modulated(model: MultimodalClassifier, context: Context, modulation: Any) -> Method:
+    encoders = dict(model.encoders.items())
+    groups = bo.modality_groups(model, encoders)
+    base = torch.optim.SGD(groups, lr=context.lr, momentum=context.momentum)
+    monitor = bo.ModalityMonitor(model, encoders, head=model.head)
+    optimizer = bo.ModulatedOptimizer(base, monitor, modulation, seed=context.seed)
+    return Method(optimizer, bo.Recorder(optimizer), removes=(monitor.remove,))

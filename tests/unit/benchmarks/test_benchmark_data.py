@@ -1,0 +1,141 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import data as benchmark_data
+from benchmarks.data import MultimodalData, av_digits, digits_views, load, mfeat
+from benchmarks.views import VIEWS
+
+
+def rows(data: MultimodalData, part: str) -> set[bytes]:
+    """Samples of a part, as bytes of their first modality."""
+    inputs = getattr(data, part).inputs[data.modalities[0]]
+    return {x.numpy().tobytes() for x in inputs}
+
+
+def same(one: MultimodalData, other: MultimodalData) -> bool:
+    return all(
+        torch.equal(getattr(one, part).inputs[m], getattr(other, part).inputs[m])
+        for part in ("train", "val", "test")
+        for m in one.modalities
+    )
+
+
+@pytest.fixture(params=["digits", "av_digits", "mfeat"])
+def loaded(request: pytest.FixtureRequest, av_file: Path, mfeat_file: Path) -> list[MultimodalData]:
+    """One data set twice with seed 0, then with seed 1."""
+    loaders = {
+        "digits": digits_views,
+        "av_digits": lambda seed: av_digits(av_file, fold=seed, seed=seed),
+        "mfeat": lambda seed: mfeat(mfeat_file, train_samples=40, seed=seed),
+    }
+    return [loaders[request.param](seed) for seed in (0, 0, 1)]
+
+
+def test_splits_are_disjoint_and_not_empty(loaded: list[MultimodalData]) -> None:
+    train, val, test = (rows(loaded[0], part) for part in ("train", "val", "test"))
+    assert train
+    assert val
+    assert test
+    assert not (train & val | train & test | val & test)
+
+
+def test_splits_follow_the_seed(loaded: list[MultimodalData]) -> None:
+    first, again, other = loaded
+    assert same(first, again)
+    assert rows(first, "test") != rows(other, "test")
+
+
+def test_normalisation_is_of_the_training_samples(loaded: list[MultimodalData]) -> None:
+    for view in loaded[0].train.inputs.values():
+        assert view.mean().abs() < 0.05
+        assert abs(view.std() - 1) < 0.1
+
+
+def test_other_samples_do_not_enter_the_normalisation(av_file: Path, tmp_path: Path) -> None:
+    arrays = dict(np.load(av_file))
+    unheard = np.isin(arrays["speaker"], [0, 1])
+    arrays["audio"] = np.where(unheard[:, None, None], arrays["audio"] + 100, arrays["audio"])
+    np.savez(tmp_path / "shifted.npz", **arrays)
+    before, after = av_digits(av_file), av_digits(tmp_path / "shifted.npz")
+    assert torch.equal(before.train.inputs["audio"], after.train.inputs["audio"])
+    assert after.test.inputs["audio"].mean() > before.test.inputs["audio"].mean() + 10
+
+
+def test_a_constant_feature_stays_finite(mfeat_file: Path) -> None:
+    arrays = dict(np.load(mfeat_file))
+    arrays["fou"][:, 0] = 7.0
+    np.savez(mfeat_file, **arrays)
+    assert mfeat(mfeat_file, train_samples=40).test.inputs["fou"].isfinite().all()
+
+
+def test_av_digits_test_speakers_are_never_heard(av_file: Path) -> None:
+    assert [len(av_digits(av_file, fold=fold).test) for fold in (0, 5)] == [40, 40]
+    speaker = np.load(av_file)["speaker"]
+    audio = torch.tensor(np.load(av_file)["audio"], dtype=torch.float32)
+    found = av_digits(av_file, fold=5)
+    expected = audio[torch.from_numpy(np.isin(speaker, [0, 5]))]
+    shown = found.test.inputs["audio"][:, 0]
+    assert torch.corrcoef(torch.stack([shown.flatten(), expected.flatten()]))[0, 1] > 0.9999
+
+
+def test_noise_is_on_one_modality_and_repeatable(av_file: Path) -> None:
+    clean, noisy, again = (av_digits(av_file, noise=noise) for noise in (None, "image", "image"))
+    assert torch.equal(clean.train.inputs["audio"], noisy.train.inputs["audio"])
+    assert same(noisy, again)
+    added = noisy.train.inputs["image"] - clean.train.inputs["image"]
+    assert added.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_mfeat_takes_any_views(mfeat_file: Path) -> None:
+    data = mfeat(mfeat_file, ("zer", "pix"), train_samples=30)
+    assert data.modalities == ("zer", "pix")
+    assert (len(data.train), len(data.val), len(data.test)) == (30, 30, 40)
+
+
+def test_load_knows_files_by_their_arrays(av_file: Path, mfeat_file: Path, tmp_path: Path) -> None:
+    assert [load(path, 0).name for path in (None, av_file)] == ["digits", "av_digits"]
+    np.savez(tmp_path / "other.npz", something=np.zeros(3))
+    with pytest.raises(ValueError, match=r"Found .*other\.npz with arrays \['something'\]"):
+        load(tmp_path / "other.npz", 0)
+
+
+def test_every_view_of_the_digits_loads() -> None:
+    data = digits_views(views=tuple(VIEWS))
+    assert data.modalities == tuple(VIEWS)
+    assert all(view.isfinite().all() for view in data.test.inputs.values())
+    assert data.examples["image"].shape == (10, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("loader", "origin"), [(av_digits, "Free Spoken Digit"), (mfeat, "UCI Multiple Features")]
+)
+def test_an_absent_file_says_where_it_comes_from(loader, origin: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=origin):
+        loader(tmp_path / "absent.npz")
+
+
+def test_absent_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"scikit-learn: pip install 'balanceopt\[demo\]'"):
+        benchmark_data.digits_views()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda path: av_digits(path, noise="text"), "`noise` should be"),  # type: ignore[arg-type]
+        (lambda path: digits_views(views=("image", "smell")), "`views` should be among"),
+    ],
+)
+def test_unknown_names_are_errors(call, message: str, av_file: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(av_file)
+
+
+def test_mfeat_needs_two_known_views(mfeat_file: Path) -> None:
+    for views in (("fou",), ("fou", "smell")):
+        with pytest.raises(ValueError, match="`views` should be two or more of"):
+            mfeat(mfeat_file, views)

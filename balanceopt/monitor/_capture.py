@@ -125,7 +125,8 @@ class Capture:
         self._current = self._backward = None
         if self._is_training(module):
             self._current = self._new_pass()
-            self._current.inputs = (args, kwargs)
+            if self._scorer.needs_outputs:
+                self._current.inputs = (args, kwargs)
             self._labels.from_call(self._current, args, kwargs)
 
     @outside_graphs
@@ -137,14 +138,12 @@ class Capture:
         if current is None:
             return None
         if not again:
-            features = self.features(name, output).detach()
-            current.outputs.setdefault(name, []).append(map_tensors(Tensor.detach, output))
-            current.features[name] = current.sent_features[name] = features
+            self._keep(name, current, output)
         sent = output
         for transform in self.transforms:
             sent = transform(name, current, sent)
         if not again and sent is not output:
-            current.sent_features[name] = self.features(name, sent).detach()
+            current.sent_features[name] = _copied(self.features(name, sent))
         return None if sent is output else sent
 
     @outside_graphs
@@ -213,7 +212,7 @@ class Capture:
         if not self._is_training(module):
             return None
         known = self._parts_only
-        if known is None or known.unimodal is not None or name in known.outputs:
+        if known is None or known.unimodal is not None or known.calls[name]:
             self._parts_only = self._new_pass()
         return self._parts_only
 
@@ -227,12 +226,23 @@ class Capture:
         self._labels.begin(current)
         return current
 
+    def _keep(self, name: str, current: Pass, output: Any) -> None:
+        """Keep copies: the fusion may go on to change features in place (an in-place ReLU)."""
+        current.calls[name] += 1
+        if self._scorer.needs_outputs:
+            output = map_tensors(_copied, output)
+            current.outputs.setdefault(name, []).append(output)
+            features = self.features(name, output)
+        else:
+            features = _copied(self.features(name, output))
+        current.features[name] = current.sent_features[name] = features
+
     def _take_logits(self, name: str | None, current: Pass, logits: Tensor) -> None:
         """Keep the joint logits, or add a modality's own to them, and listen for their gradient."""
         self._scorer.seen["heads"] += 1
         if name is None or not current.head_outputs:
             self._listen(current, logits)
-        own = logits.detach()
+        own = _copied(logits)
         if name is None:
             current.logits = as_rows(own)
         else:
@@ -290,3 +300,7 @@ class Capture:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget_passes()
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().clone()

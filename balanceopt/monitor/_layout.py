@@ -30,7 +30,7 @@ def layout_of(scores: UnimodalLogits | None) -> dict[str, Any]:
 def lay_out(scores: UnimodalLogits | None, layout: dict[str, Any]) -> None:
     """Take over what `layout_of` told."""
     if isinstance(scores, Automatic):
-        if layout["scores"] != scores.name:
+        if layout["scores"] != scores.chosen.name:
             scores.give_up()
         scores = scores.chosen
     if scores is None or scores.name != layout["scores"]:

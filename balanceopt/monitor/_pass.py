@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,9 @@ class Pass:
 
     Attributes:
         inputs: the model's `(args, kwargs)`, held until its forward ends; None where only its parts were called.
-        outputs: each modality's encoder outputs, one a call, clean (before any drop) and detached.
-        features: each modality's clean feature tensor, batch first, from its last call.
+        calls: how often each modality's encoder ran.
+        outputs: each modality's encoder outputs, one a call, clean (before any drop), copied; for zero-out only.
+        features: each modality's clean feature tensor, batch first, from its last call; a copy.
         sent_features: the same as it went on into the fusion (after any drop).
         head_inputs: what each head got, by modality; under None what the joint head got.
         head_outputs: each modality's own head's output, for per-head fusion.
@@ -42,6 +44,7 @@ class Pass:
     """
 
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    calls: Counter[str] = field(default_factory=Counter)
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
     sent_features: dict[str, Tensor] = field(default_factory=dict)

@@ -18,6 +18,7 @@ class PerHead:
     """Each modality's own head answers for it, with its own bias."""
 
     name = "per-head"
+    needs_outputs = False
 
     def __init__(self, heads: Mapping[str, nn.Module]) -> None:
         """Take the outputs of `heads`, one for each modality."""

@@ -55,6 +55,16 @@ def quiet(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def in_eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it `modules` are in eval mode."""
+    with ExitStack() as stack:
+        for module in modules:
+            if module.training:
+                stack.enter_context(_attributes(module, {"training": False}))
+        yield
+
+
+@contextmanager
 def forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Within it each module's `forward` is the function given."""
     with ExitStack() as stack:

@@ -59,6 +59,11 @@ class Scorer:
         self.fresh = True
         self._warned = False
 
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether passes must keep the encoders' whole outputs and the model's inputs."""
+        return self.unimodal is not None and self.unimodal.needs_outputs
+
     def accumulator(self, *, needs_entropy: bool, steps: bool) -> Accumulator:
         """A new consumer's view of the passes."""
         accumulator = Accumulator(self.settled, self._on_take, needs_entropy=needs_entropy, steps=steps)

@@ -6,23 +6,30 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from balanceopt.monitor._matching import (
     AmbiguousMatchError,
-    Match,
+    NoMatchError,
     Projection,
     find_match,
     projected,
     projection_onto,
 )
 from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._replay import in_eval_mode
 from balanceopt.monitor._rows import as_rows
+
+# How many roundings of the largest term a matrix product may be off; and the precision of TF32 and bfloat16 products.
+_ROUNDINGS = 16
+_REDUCED = 2.0**-8
 
 
 class SplitHead:
     """Exact Eq. 8 for a linear head over concatenated features: `W^m z^m + b / M`."""
 
     name = "split"
+    needs_outputs = False
 
     def __init__(
         self, head: nn.Linear, modalities: Sequence[str], slices: Mapping[str, slice] | None
@@ -32,92 +39,150 @@ class SplitHead:
         self.modalities = list(modalities)
         self.columns: dict[str, slice] = dict(slices or {})
         self.projections: dict[str, Projection | None] = {}
+        self._tried = False
         if slices is not None:
             self._check_slices()
 
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         x = as_rows(current.head_inputs[None])
-        if x.shape[0] == 0:
-            return {}
-        weight = _whole(self.head.weight).float()
-        share = None if self.head.bias is None else _whole(self.head.bias).float() / len(self.modalities)
+        weight, share = self._detached()
         found = {}
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if not self._tried:
+                self._tried = self._try(x, weight, share, current)
             for name in current.features:
                 z = self._clean_columns(name, current, x)
                 if z is not None:
                     current.vectors[name] = z
-                    found[name] = torch.nn.functional.linear(z.float(), weight[:, self.columns[name]], share)
+                    found[name] = nn.functional.linear(z.float(), weight[:, self.columns[name]], share)
         return found
+
+    @property
+    def settled(self) -> bool:
+        """Whether passes have shown all there is to know."""
+        return self._tried and self.projections.keys() >= set(self.modalities)
 
     def live(self, name: str, features: Tensor) -> Tensor:
         """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
         x = projected(name, self.projections.get(name), features)
-        weight, bias = _attached(self.head.weight), self.head.bias
-        share = None if bias is None else _attached(bias) / len(self.modalities)
+        weight, bias = self._parameters()
+        weight, share = _attached(weight), None if bias is None else _attached(bias) / len(self.modalities)
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
-        return torch.nn.functional.linear(x, weight[:, self.columns[name]], share)
+        return nn.functional.linear(x, weight[:, self.columns[name]], share)
 
     def clean(self, name: str, features: Tensor) -> Tensor:
         """The modality's logits `(N, C)` from clean features, before the head has run."""
-        weight = _whole(self.head.weight).float()[:, self.columns[name]]
-        share = None if self.head.bias is None else _whole(self.head.bias).float() / len(self.modalities)
+        weight, share = self._detached()
+        weight = weight[:, self.columns[name]]
         z = projected(name, self.projections[name], features)
         if z.shape[-1] != weight.shape[-1]:  # a row of logits for each position
             z = projected(name, self.projections[name], as_rows(features))
         with torch.autocast(z.device.type, enabled=False):
-            return torch.nn.functional.linear(z.float(), weight, share)
+            return nn.functional.linear(z.float(), weight, share)
+
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the forward had them: reading a parametrized one in training mode may change its state."""
+        if is_parametrized(self.head):
+            with in_eval_mode(list(self.head.modules())):
+                return self.head.weight, self.head.bias
+        return self.head.weight, self.head.bias
+
+    def _detached(self) -> tuple[Tensor, Tensor | None]:
+        """Weight, and each modality's share of the bias, whole and in float32."""
+        weight, bias = self._parameters()
+        return _whole(weight).float(), None if bias is None else _whole(bias).float() / len(self.modalities)
+
+    def _try(self, x: Tensor, weight: Tensor, share: Tensor | None, current: Pass) -> bool:
+        """Make sure that weight and bias make the head's output; False where this pass can't tell.
+
+        Raises:
+            NoMatchError: if something else makes it, as in a subclass of nn.Linear or a hook on the head.
+        """
+        assert current.logits is not None
+        logits, x = current.logits.float(), x.float()
+        bias = torch.zeros_like(logits[:1]) if share is None else share * len(self.modalities)
+        difference = (nn.functional.linear(x, weight) + bias - logits).abs()
+        if not bool(torch.isfinite(difference).all()):
+            return False
+        exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+        precision = torch.finfo(current.logits.dtype).eps if exact else _REDUCED
+        terms = nn.functional.linear(x.abs(), weight.abs()) + bias.abs()
+        if bool((difference > _ROUNDINGS * precision * terms).any()):
+            raise NoMatchError(
+                f"the head's weight and bias do not make its output (a {type(self.head).__name__}, perhaps with "
+                "hooks). Use `scores='zero-out'` or a function from features to uni-modal logits."
+            )
+        return True
 
     def _clean_columns(self, name: str, current: Pass, x: Tensor) -> Tensor | None:
         """The modality's part of the head's input as it would be without any drop `(N, D_m)`."""
         if name not in self.projections and not self._locate(name, current, x):
             return None
+        if not current.was_dropped(name):
+            return x[:, self.columns[name]]
         project = self.projections[name]
-        if project is not None:
-            return project(_likeas_rows(current.features[name], current.head_inputs[None]))
-        if current.was_dropped(name):
+        if project is None:
             raise RuntimeError(
                 f"the features of {name!r} were dropped, and its clean columns can't be made from its encoder's "
                 "output. Pass `select=` with a function that turns that output into the columns of `slices`."
             )
-        return x[:, self.columns[name]]
+        return project(_like_rows(current.features[name], current.head_inputs[None]))
 
     def _locate(self, name: str, current: Pass, x: Tensor) -> bool:
-        """Find the modality's columns; False where this pass can't show them (numbers that are not finite)."""
-        sent = _likeas_rows(current.sent_features[name], current.head_inputs[None])
+        """Find the modality's columns; False where this pass can't show them (not finite, or all zero)."""
+        sent = _like_rows(current.sent_features[name], current.head_inputs[None])
         if not bool(torch.isfinite(sent).all()) or not bool(torch.isfinite(x).all()):
             return False
         if name in self.columns:
             self.projections[name] = projection_onto(sent, x[:, self.columns[name]])
-        else:
-            match: Match = find_match(name, sent, x)
-            self.projections[name] = match.project
-            self.columns[name] = match.columns
-            self._check_slices()
+            return True
+        if current.calls[name] > 1:
+            raise NoMatchError(
+                f"the encoder of {name!r} ran {current.calls[name]} times in one pass, and only its last output would "
+                "be found in the head's input. Pass `slices={modality: slice(start, stop)}` for every modality, or "
+                "use `scores='zero-out'`."
+            )
+        try:
+            match = find_match(name, sent, x)
+        except AmbiguousMatchError:
+            if bool(sent.any()):
+                raise
+            return False
+        self._refuse_shared(name, match.columns)
+        self.projections[name] = match.project
+        self.columns[name] = match.columns
         return True
+
+    def _refuse_shared(self, name: str, columns: slice) -> None:
+        for other, taken in self.columns.items():
+            if columns.start < taken.stop and taken.start < columns.stop:
+                raise NoMatchError(
+                    f"the outputs of encoders {other!r} and {name!r} stand at the same columns of the head's input: "
+                    "they are not concatenated. Pass `slices={modality: slice(start, stop)}` for every modality if "
+                    "they are, or use `scores='zero-out'`."
+                )
 
     def _check_slices(self) -> None:
         unknown = self.columns.keys() - set(self.modalities)
         if unknown:
             raise ValueError(f"`slices` should be given for {self.modalities}. Found also {sorted(unknown)}.")
         width = self.head.in_features
+        if width == 0:
+            return  # a lazy head, which does not know its width yet
         taken = [0] * width
         for name, columns in self.columns.items():
             own = range(width)[columns]
-            if len(own) == 0:
+            if len(own) == 0 or (columns.stop or 0) > width:
                 raise ValueError(
                     f"slices[{name!r}] should hold columns of the head's {width}. Found {columns}."
                 )
             for column in own:
                 taken[column] += 1
         if max(taken, default=0) > 1:
-            raise AmbiguousMatchError(
-                f"the modalities' columns of the head's input should not overlap. Found {self.columns}. "
-                "Pass `slices={modality: slice(start, stop)}` for every modality."
-            )
+            raise ValueError(f"`slices` should not overlap. Found {self.columns}.")
 
 
-def _likeas_rows(features: Tensor, head_input: Tensor) -> Tensor:
+def _like_rows(features: Tensor, head_input: Tensor) -> Tensor:
     """Features with one row for each row of a head's input that has more than two dimensions."""
     per_position = head_input.dim() > 2 and features.shape[:-1] == head_input.shape[:-1]
     return as_rows(features) if per_position else features

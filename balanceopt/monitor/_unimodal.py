@@ -69,12 +69,18 @@ class UnimodalLogits(Protocol):
     def name(self) -> str:
         """What `stats()` and `repr` call it."""
 
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether it needs the encoders' whole outputs and the model's inputs."""
+
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         """Logits `(N, C)` of each modality that was present; empty where this pass can't tell."""
 
 
 class UserFunction:
     """Uni-modal logits from the user's own function of the features."""
+
+    needs_outputs = False
 
     def __init__(self, function: UserScores, modalities: Sequence[str]) -> None:
         """Call `function` with the features of every modality."""
@@ -105,12 +111,18 @@ class Automatic:
     def __init__(self, split: SplitHead, otherwise: Callable[[], UnimodalLogits]) -> None:
         """Try `split`; where a feature is not in the head's input, take `otherwise` for good."""
         self.chosen: UnimodalLogits = split
+        self._first = split
         self._otherwise: Callable[[], UnimodalLogits] | None = otherwise
 
     @property
     def name(self) -> str:
-        """Of the one chosen."""
-        return self.chosen.name
+        """Of the one chosen; "auto" until a pass has shown which."""
+        return "auto" if self.needs_outputs and self._otherwise is not None else self.chosen.name
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Until a pass has shown that the first one will do."""
+        return self._otherwise is None or not self._first.settled
 
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         try:

@@ -18,6 +18,7 @@ class ZeroOut:
     """The fusion runs once more for each modality, with the others' encoder outputs replaced by zeros."""
 
     name = "zero-out"
+    needs_outputs = True
 
     def __init__(self, model: nn.Module, encoders: Mapping[str, nn.Module], head: nn.Module) -> None:
         """Replay `model` from the outputs of `encoders` up to the output of `head`."""

@@ -197,7 +197,7 @@ def load(path: str | Path | None, seed: int) -> MultimodalData:
 
 
 _MFEAT_VIEWS = {
-    "fou": "Fourier coefficients of the outline",
+    "fou": "Fourier coefficients of the shape",
     "fac": "profile correlations",
     "kar": "Karhunen-Loeve coefficients",
     "pix": "pixel averages",

@@ -35,7 +35,7 @@ def dropping(
     model: Multimodal | None = None,
     monitor: Any = None,
     **options: Any,
-) -> tuple[Multimodal, bo.PredictionModulator]:
+) -> tuple[Any, bo.PredictionModulator]:
     """A small model and a modulator whose q is known once a batch of `class_zero` was trained on."""
     model = small_model(len(certainty)) if model is None else model
     watched = watch(model, **{"scores": certain(certainty), **(monitor or {})})
@@ -48,14 +48,14 @@ def warm(
     model: Multimodal | None = None,
     monitor: Any = None,
     **options: Any,
-) -> tuple[Multimodal, bo.PredictionModulator]:
+) -> tuple[Any, bo.PredictionModulator]:
     """The same after one batch: the next forward drops."""
     model, modulator = dropping(certainty, model=model, monitor=monitor, **options)
     step(model)
     return model, modulator
 
 
-def step(model: Multimodal, number: int = 0, size: int = 8) -> None:
+def step(model: Any, number: int = 0, size: int = 8) -> None:
     inputs, labels = class_zero(model, number)
     F.cross_entropy(model(*[x[:size] for x in inputs]), labels[:size]).backward()
     model.zero_grad()
@@ -72,7 +72,7 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
         with_input.remove()
 
 
-def fused(model: Multimodal, number: int = 1, inputs: Sequence[Tensor] | None = None) -> Tensor:
+def fused(model: Any, number: int = 1, inputs: Sequence[Tensor] | None = None) -> Tensor:
     """What the head gets in one training forward, `(B, D)`."""
     head = model.get_submodule("head")
     with inputs_of(head) as seen:

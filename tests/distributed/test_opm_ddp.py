@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from tests.ranks import on_ranks
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 
 STEPS, BATCH = 6, 16
-SCENARIOS = {
+SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "with OGM-GE": {"modulation": lambda: bo.OGM(0.5)},
     "gated": {"options": {"p_exe": 0.5, "rescale": "official"}},
@@ -158,7 +160,7 @@ def resume(rank):
     whole = Run(seed=5).train(rows)
     first = Run(seed=5).train(rows, steps=3)
     first.modulator.update()
-    box = [first.modulator.state_dict() if rank == 0 else None]
+    box: list[Any] = [first.modulator.state_dict() if rank == 0 else None]
     dist.broadcast_object_list(box, src=0)
     second = Run(seed=99)
     second.model.load_state_dict(first.model.state_dict())

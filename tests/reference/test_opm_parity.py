@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,14 +47,14 @@ def expected_input(features, kept, widths, q, rescale):
 def test_a_run_is_the_papers(modalities, rescale):
     """q_0 = 0; the features of batch t are dropped with q_t; then q_t+1 comes from the clean features of batch t."""
     model = Concat(modalities, width=[2, 6, 3][:modalities])
-    options = {"q_base": 0.4, "lam": 0.7}
+    options: dict[str, Any] = {"q_base": 0.4, "lam": 0.7}
     modulator = bo.PredictionModulator(watch(model), rescale=rescale, seed=0, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     q, dropped = [0.0] * modalities, 0
     for _ in range(6):
         inputs, labels = batch(12, modalities)
         features, scores = encoded(model, inputs), scores_of(model, encoded(model, inputs), labels)
-        seen = []
+        seen: list[torch.Tensor] = []
         handle = model.head.register_forward_pre_hook(lambda _, args, to=seen: to.append(args[0].detach()))
         optimizer.zero_grad()
         F.cross_entropy(model(*inputs), labels).backward()

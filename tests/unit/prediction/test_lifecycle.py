@@ -74,7 +74,7 @@ def test_options_are_checked_before_anything_is_hooked(options, message):
 def test_what_is_no_monitor_or_has_no_head_is_refused():
     model = small_model()
     with pytest.raises(TypeError, match="`monitor` should be a ModalityMonitor"):
-        bo.PredictionModulator(model)
+        bo.PredictionModulator(model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="PredictionModulator needs uni-modal scores"):
         bo.PredictionModulator(watch(model, head=None))
 
@@ -157,6 +157,7 @@ def test_an_encoder_that_never_ran_is_said_unless_presence_was_told():
     fused(model)
     inputs, labels = class_zero(model)
     audio = model.encoders["audio"]
+    assert modulator.monitor.latest is not None
     modulator.monitor.latest.closed = True  # as a step of an optimizer does
     modulator.monitor.observe(labels, present={"visual": torch.zeros(8, dtype=torch.bool)})
     assert kept(audio(inputs[0])).all()

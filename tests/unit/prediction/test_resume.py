@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import balanceopt as bo
 from tests.models import FUSIONS, Concat, watch
@@ -34,7 +36,7 @@ class Run:
             self.model = FUSIONS[fusion]()
         watched = watch(self.model, **(monitor or {}))
         self.modulator = bo.PredictionModulator(watched, **{"seed": 4, **options})
-        self.optimizer = sgd(groups_of(self.model), momentum=0.9)
+        self.optimizer: torch.optim.Optimizer = sgd(groups_of(self.model), momentum=0.9)
         if wrapped:
             self.optimizer = bo.ModulatedOptimizer(self.optimizer, watched, bo.OGM(0.5), seed=4)
 
@@ -48,7 +50,11 @@ class Run:
         return self
 
     def save(self):
-        parts = {"model": self.model, "optimizer": self.optimizer, "modulator": self.modulator}
+        parts: dict[str, Any] = {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "modulator": self.modulator,
+        }
         file = io.BytesIO()
         torch.save({name: part.state_dict() for name, part in parts.items()}, file)
         return file.getvalue()
@@ -119,13 +125,11 @@ def test_update_leaves_nothing_pending():
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_distributed_checkpoint(tmp_path):
-    import torch.distributed.checkpoint as dcp
-
     run = Run().train(batches(3))
-    dcp.save({"modulator": run.modulator.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    save({"modulator": run.modulator.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
     fresh = Run(seed=99)
     state = {"modulator": fresh.train(batches(1)).modulator.state_dict()}
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    load(state, checkpoint_id=tmp_path, no_dist=True)
     fresh.modulator.load_state_dict(state["modulator"])
     assert fresh.modulator.state_dict()["seed"] == 4
     assert torch.equal(fresh.modulator.state_dict()["pending"], run.modulator.state_dict()["pending"])

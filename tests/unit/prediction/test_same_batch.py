@@ -36,6 +36,7 @@ def test_q_is_that_of_the_batch_itself(name):
     watched.observe(labels)
     backward(model, (inputs, labels))
     clean = sums.take()
+    assert clean is not None
     watched.remove()
 
     modulator = modulator_on(model)
@@ -111,9 +112,13 @@ def test_labels_that_come_later_are_refused():
 def test_each_zero_out_score_is_made_once(monkeypatch):
     from balanceopt.monitor._zero_out import ZeroOut
 
-    calls = []
-    made = ZeroOut.__call__
-    monkeypatch.setattr(ZeroOut, "__call__", lambda self, current: calls.append(1) or made(self, current))
+    calls, made = [], ZeroOut.__call__
+
+    def counted(self, current):
+        calls.append(current)
+        return made(self, current)
+
+    monkeypatch.setattr(ZeroOut, "__call__", counted)
     model = FUSIONS["gated"]()
     modulator = modulator_on(model)
     for _ in range(3):
@@ -126,9 +131,9 @@ def test_each_zero_out_score_is_made_once(monkeypatch):
 
 def test_features_used_before_the_last_encoder_are_refused():
     class Early(Concat):
-        def forward(self, audio, visual):
-            first = 2 * self.encoders["audio"](audio)  # a copy of what was not dropped yet
-            return self.fuse([first, self.encoders["visual"](visual)])
+        def encode(self, *inputs):
+            first = 2 * self.encoders["audio"](inputs[0])  # a copy of what was not dropped yet
+            return [first, self.encoders["visual"](inputs[1])]
 
     model = Early()
     scores = [torch.tensor([4.0, 0, 0, 0, 0]), torch.zeros(5)]
@@ -193,5 +198,7 @@ def test_backward_hooks_of_the_user_see_the_same_features():
         fresh = [x.clone().requires_grad_() for x in inputs]
         backward(model, (fresh, labels))
     dominant = int(modulator.q.argmax())
-    assert torch.equal((fresh[dominant].grad != 0).any(1), kept(seen[1])[dominant])
+    gradient = fresh[dominant].grad
+    assert gradient is not None
+    assert torch.equal(gradient.any(1), kept(seen[1])[dominant])
     assert not kept(seen[1])[dominant].all()

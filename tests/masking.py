@@ -1,4 +1,4 @@
-"""Steps of AMSS with chosen significances and gradients, without a forward pass."""
+"""Steps of AMSS with chosen significances and gradients, without a forward pass; and what real steps masked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import balanceopt as bo
 from balanceopt.modulation import Slot, Step
 from balanceopt.monitor import ModalitySums
-from tests.training import grad_of
+from tests.models import Multimodal, watch
+from tests.training import backward, batches, grad_of, groups_of, small_model
 
 CLASSES = 5
 
@@ -86,3 +87,35 @@ def kept(factor: Tensor, dim: int = 0) -> int:
     flat = factor.movedim(dim, 0).flatten(1) != 0
     assert torch.equal(flat.all(1), flat.any(1))
     return int(flat.all(1).sum())
+
+
+def masked(**options: Any) -> tuple[Multimodal, bo.MaskedSubnetworkSGD]:
+    model = small_model()
+    given = {"lr": 0.1, "seed": 3, **options}
+    return model, bo.MaskedSubnetworkSGD(groups_of(model), watch(model), **given)
+
+
+def weights(model: Multimodal) -> list[Tensor]:
+    """What is masked: the encoders' matrices, by rows."""
+    return [p for encoder in model.modalities.values() for p in encoder.parameters() if p.dim() > 1]
+
+
+def masked_rows(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
+    """The rows whose gradient was set to zero."""
+    return [(b != 0).any(1) & (a == 0).all(1) for b, a in zip(before, after, strict=True)]
+
+
+def momenta(optimizer: torch.optim.Optimizer, model: Multimodal) -> list[Tensor]:
+    zero = torch.zeros(())
+    return [optimizer.state[p].get("momentum_buffer", zero).clone().expand_as(p) for p in weights(model)]
+
+
+def step_frozen(
+    model: Multimodal, optimizer: torch.optim.Optimizer, number: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One step; returns the weights before it, and which of their rows were masked."""
+    optimizer.zero_grad()
+    backward(model, batches(model, 1, first=number)[0])
+    before, grads = [p.detach().clone() for p in weights(model)], [grad_of(p).clone() for p in weights(model)]
+    optimizer.step()
+    return before, masked_rows(grads, [grad_of(p) for p in weights(model)])

@@ -1,0 +1,128 @@
+"""AMSS in an optimizer: the head, the recorder, other methods beside it, bases it does not go with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import balanceopt as bo
+from tests.masking import factors, kept
+from tests.models import Concat, MLPHead, SumHeads, watch
+from tests.training import backward, batch, grad_of, groups_of, modulated, sgd, small_model, train
+
+INF, NAN = float("inf"), float("nan")
+# Keep ratios 0.2142 and 0.7858 at temperature 0.2.
+TWO = (0.34, 0.08)
+WEIGHT = "encoders.{}.weight"
+
+
+def head_factors(model: Concat | SumHeads, **options) -> list[Tensor]:
+    optimizer = bo.MaskedSubnetworkSGD(
+        groups_of(model), watch(model), lr=0.1, seed=0, mask_head=True, clamp=(0.3, 0.3), **options
+    )
+    backward(model, batch(0, small_model(len(model.names))))
+    before = {name: grad_of(p).clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    found = factors(model, before)
+    return [factor for name, factor in found.items() if "head" in name]
+
+
+def test_the_fused_head_is_masked_by_weight_within_each_modality():
+    weight, bias = head_factors(small_model(3, order=[2, 0, 1]))
+    assert bool((bias == 1).all())
+    assert [int(block.count_nonzero()) for block in weight.split(4, dim=1)] == [6, 6, 6]  # 0.3 of 5 x 4
+    assert len({tuple(block.flatten().tolist()) for block in weight.split(4, dim=1)}) == 3
+
+
+def test_heads_of_their_own_are_masked_by_weight():
+    torch.manual_seed(0)
+    found = head_factors(SumHeads())
+    assert [int(factor.count_nonzero()) for factor in found] == [6, 5, 6, 5]
+
+
+def test_a_head_that_is_not_linear_can_not_be_masked():
+    with pytest.raises(
+        ValueError, match=r"`mask_head=True` needs a linear head.*Found Sequential, .*'zero-out'"
+    ):
+        head_factors(MLPHead())
+
+
+def test_a_head_that_the_optimizer_does_not_hold_is_left_alone():
+    model = small_model()
+    groups = [group for group in groups_of(model) if group["modality"]]
+    optimizer = bo.MaskedSubnetworkSGD(groups, watch(model), lr=0.1, seed=0, mask_head=True)
+    train(model, optimizer, [batch(0, model)])
+    assert optimizer.stats()["modulated"] == 1
+
+
+def test_significance_and_keep_ratio_are_recorded():
+    model, optimizer = modulated(bo.AMSS(2.0), modalities=3)
+    with bo.Recorder(optimizer) as recorder:
+        train(model, optimizer, [batch(i, model) for i in range(3)])
+    for quantity in ("significance", "keep_ratio"):
+        assert {name: len(v) for name, (_, v) in recorder.series(quantity).items()} == dict.fromkeys(
+            model.names, 3
+        )
+    ratios = [values for _, values in recorder.series("keep_ratio").values()]
+    assert [sum(step) for step in zip(*ratios, strict=True)] == pytest.approx([2, 2, 2], abs=1e-5)
+
+
+def test_the_window_is_inclusive():
+    model, optimizer = modulated(bo.AMSS(start=1, end=2))
+    train(model, optimizer, [batch(i, model) for i in range(4)])
+    assert optimizer.stats()["modulated"] == 2
+    assert optimizer.stats()["outside_window"] == 2
+
+
+def test_after_ogm_the_masked_units_have_no_noise():
+    model, optimizer = modulated([bo.OGM(0.5), bo.AMSS(clamp=(0.3, 0.3))])
+    backward(model, batch(0, model))
+    optimizer.step()
+    for encoder in model.modalities.values():
+        assert kept(grad_of(encoder.get_parameter("0.weight"))) == 2  # 0.3 of 6
+        assert kept(grad_of(encoder.get_parameter("2.weight"))) == 2  # 0.3 of 4
+
+
+def test_it_shares_a_monitor_with_opm():
+    model = small_model()
+    monitor = watch(model)
+    optimizer = bo.MaskedSubnetworkSGD(groups_of(model), monitor, lr=0.1, seed=0)
+    with bo.PredictionModulator(monitor, seed=0):
+        train(model, optimizer, [batch(i, model) for i in range(5)])
+        assert optimizer.stats()["modulated"] == 5
+
+
+def test_attach_masks_too():
+    model = small_model()
+    base = sgd(groups_of(model))
+    twin, wrapped = modulated(bo.AMSS(masked="frozen"))
+    with bo.attach(base, watch(model), bo.AMSS(masked="frozen"), seed=7):
+        train(model, base, [batch(i, model) for i in range(3)])
+    train(twin, wrapped, [batch(i, twin) for i in range(3)])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_single_modality_is_not_masked():
+    with pytest.warns(UserWarning, match="nothing to balance"):
+        model, optimizer = modulated(bo.AMSS(), modalities=1)
+    twin = small_model(1)
+    train(model, optimizer, [batch(0, model)])
+    train(twin, sgd(groups_of(twin)), [batch(0, twin)])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("scale", ["ratio", "official"])
+def test_a_hint_where_the_base_takes_the_factor_out(scale):
+    model = small_model()
+    with pytest.warns(bo.OptimizerHint, match="Adam divides a constant gradient factor out again"):
+        bo.ModulatedOptimizer(torch.optim.Adam(groups_of(model)), watch(model), bo.AMSS(scale=scale))
+
+
+def test_a_line_search_sees_other_masks_each_time():
+    model = small_model()
+    base = torch.optim.LBFGS(model.parameters())
+    with pytest.warns(bo.OptimizerHint, match="sees another mask"):
+        bo.ModulatedOptimizer(base, watch(model), bo.AMSS())
+    with pytest.raises(NotImplementedError, match="Use masked='gradient'"):
+        bo.ModulatedOptimizer(base, watch(model), bo.AMSS(masked="frozen"))

@@ -1,0 +1,192 @@
+"""MaskedSubnetworkSGD: torch's SGD wherever no mask acts and SGD on the masked gradients elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import balanceopt as bo
+from tests.masking import masked, masked_rows, weights
+from tests.models import watch
+from tests.training import (
+    backward,
+    bare,
+    batches,
+    grad_of,
+    groups_of,
+    same_bits,
+    sgd,
+    small_model,
+    train,
+)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.5},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "weight decay": {"momentum": 0.9, "weight_decay": 0.1},
+    "maximize": {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+    "foreach": {"momentum": 0.9, "weight_decay": 0.1, "foreach": True},
+    "fused": {"momentum": 0.9, "weight_decay": 0.1, "fused": True},
+    "loop": {"momentum": 0.9, "weight_decay": 0.1, "foreach": False, "fused": False},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@every_option
+@pytest.mark.parametrize("frozen", ["gradient", "frozen"])
+def test_with_all_units_it_is_sgd_bit_for_bit(options, frozen):
+    model, optimizer = masked(masked=frozen, clamp=(1, 1), offset=100, **options)
+    twin, plain = bare(lambda groups: sgd(groups, **options))
+    for one, stepped in ((model, optimizer), (twin, plain)):
+        train(one, stepped, batches(one, 5))
+    assert optimizer.stats()["modulated"] == 5
+    assert same_bits(model, twin)
+
+
+@every_option
+def test_outside_its_window_it_is_sgd_bit_for_bit(options):
+    model, optimizer = masked(start=100, **options)
+    twin, plain = bare(lambda groups: sgd(groups, **options))
+    for one, stepped in ((model, optimizer), (twin, plain)):
+        train(one, stepped, batches(one, 3))
+    assert same_bits(model, twin)
+
+
+def test_without_scores_it_is_sgd_bit_for_bit():
+    model = small_model()
+    monitor = watch(model, labels="observe")
+    optimizer = bo.MaskedSubnetworkSGD(groups_of(model), monitor, lr=0.1, momentum=0.9, strict=False)
+    twin, plain = bare(lambda groups: sgd(groups, momentum=0.9))
+    with pytest.warns(UserWarning, match="no scores"):
+        train(model, optimizer, batches(model, 12))
+    train(twin, plain, batches(twin, 12))
+    assert same_bits(model, twin)
+
+
+@every_option
+@pytest.mark.parametrize("scale", ["none", "unbiased", "ratio", "official"])
+def test_it_is_sgd_on_the_masked_gradients_bit_for_bit(options, scale):
+    model, optimizer = masked(scale=scale, **options)
+    twin, plain = bare(lambda groups: sgd(groups, **options))
+    for given in batches(model, 4):
+        train(model, optimizer, [given])
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = grad_of(p).clone()
+        plain.step()
+        assert same_bits(model, twin)
+
+
+def test_masked_units_still_move_by_momentum_and_weight_decay():
+    model, optimizer = masked(momentum=0.9, weight_decay=0.1, clamp=(0.3, 0.3))
+    train(model, optimizer, batches(model, 3))
+    optimizer.zero_grad()
+    backward(model, batches(model, 1, first=3)[0])
+    before, grads = [p.detach().clone() for p in weights(model)], [grad_of(p).clone() for p in weights(model)]
+    optimizer.step()
+    rows = masked_rows(grads, [grad_of(p) for p in weights(model)])
+    assert sum(int(row.sum()) for row in rows) > 10
+    moved = [(p != b).any(1)[row] for p, b, row in zip(weights(model), before, rows, strict=True)]
+    assert all(bool(m.all()) for m in moved)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": "unbiased", "masked": "frozen", "mask_head": True}])
+def test_it_resumes_bit_for_bit(options):
+    model, optimizer = masked(momentum=0.9, **options)
+    train(model, optimizer, batches(model, 3))
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    train(model, optimizer, batches(model, 3, first=3))
+    file.seek(0)
+    weights_then, state = torch.load(file, weights_only=True)
+    twin, again = masked(momentum=0.9, **{"seed": 99, **options})
+    twin.load_state_dict(weights_then)
+    again.load_state_dict(state)
+    train(twin, again, batches(twin, 3, first=3))
+    assert same_bits(model, twin)
+
+
+def test_a_copy_steps_its_own_parameters():
+    model, optimizer = masked(momentum=0.9, masked="frozen")
+    train(model, optimizer, batches(model, 2))
+    twin, copied = copy.deepcopy((model, optimizer))
+    train(twin, copied, batches(twin, 2, first=2))
+    assert not same_bits(model, twin)
+    train(model, optimizer, batches(model, 2, first=2))
+    assert same_bits(model, twin)
+
+
+def test_a_closure_is_masked_and_its_loss_returned():
+    model, optimizer = masked(masked="frozen", momentum=0.9)
+    twin, again = masked(masked="frozen", momentum=0.9)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        return backward(model, batches(model, 1)[0])
+
+    loss = optimizer.step(closure)  # type: ignore[arg-type]
+    train(twin, again, batches(twin, 1))
+    assert same_bits(model, twin)
+    assert float(loss) > 0
+
+
+def test_its_options_reach_sgd_and_amss():
+    _, optimizer = masked(
+        momentum=0.9,
+        dampening=0.1,
+        weight_decay=0.2,
+        temperature=0.5,
+        scale="ratio",
+        sampling="uniform",
+        max_weight=3,
+    )
+    assert isinstance(optimizer.optimizer, torch.optim.SGD)
+    group = optimizer.param_groups[0]
+    found = {
+        key: group[key] for key in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "modality")
+    }
+    assert found == {
+        "lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.2, "nesterov": False, "modality": "audio",
+    }  # fmt: skip
+    amss = optimizer.modulation
+    assert isinstance(amss, bo.AMSS)
+    assert (amss.temperature, amss.scale, amss.sampling, amss.max_weight) == (0.5, "ratio", "uniform", 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1}, "Invalid learning rate"),
+        ({"nesterov": True}, "Nesterov momentum requires"),
+        ({"temperature": -1}, "`temperature` should be positive"),
+        ({"masked": "both"}, "`masked` should be one of"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        masked(**options)
+
+
+def test_groups_with_rates_of_their_own():
+    model = small_model()
+    groups = groups_of(model)
+    groups[0]["lr"] = 0.0
+    optimizer = bo.MaskedSubnetworkSGD(groups, watch(model), lr=0.1, seed=0)
+    before = [p.detach().clone() for p in model.modalities["audio"].parameters()]
+    train(model, optimizer, batches(model, 2))
+    assert all(torch.equal(p, b) for p, b in zip(model.modalities["audio"].parameters(), before, strict=True))
+
+
+def test_untagged_parameters_belong_to_their_encoders():
+    model = small_model()
+    optimizer = bo.MaskedSubnetworkSGD(model.parameters(), watch(model), lr=0.1, seed=3)
+    twin, tagged = masked()
+    train(model, optimizer, batches(model, 3))
+    train(twin, tagged, batches(twin, 3))
+    assert same_bits(model, twin)

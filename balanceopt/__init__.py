@@ -4,6 +4,7 @@ from balanceopt import functional
 from balanceopt.modality import modality_groups
 from balanceopt.modulation import AMSS, OGM, MaskUnits, Modulation, OptimizerHint, attention_heads
 from balanceopt.monitor import ModalityMonitor
+from balanceopt.objective import UnimodalObjective
 from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
 from balanceopt.prediction import PredictionModulator
 from balanceopt.recording import Recorder
@@ -22,6 +23,7 @@ __all__ = [
     "PredictionModulator",
     "ReLearnScheduler",
     "Recorder",
+    "UnimodalObjective",
     "attach",
     "attention_heads",
     "diagnose",

@@ -158,6 +158,11 @@ class Services:
         return self._scorer.ignore_index
 
     @property
+    def recovers_labels(self) -> bool:
+        """Whether labels may be read from the gradient at the joint logits."""
+        return self._scorer.recovers
+
+    @property
     def window(self) -> int:
         """How many steps' passes were begun: the phase of `every`."""
         return self._scorer.window

@@ -30,7 +30,7 @@ class Encoders(nn.Module):
         return dict(self.encoders.items())
 
 
-def sums(*significance: float, count: float = 10) -> ModalitySums:
+def sums(*significance: float | None, count: float = 10) -> ModalitySums:
     """Sums whose significance is the one asked for; a modality that is None was absent."""
     here = torch.tensor([u is not None for u in significance])
     u = torch.tensor([u or 0.0 for u in significance])
@@ -62,15 +62,16 @@ def step_of(
     groups = bo.modality_groups(model, model.modalities)
     base = torch.optim.SGD(groups, lr=0.1) if optimizer is None else optimizer
     held = [p for group in base.param_groups for p in group["params"]]
+    graded = {id(p): Slot(index, p) for index, p in enumerate(held) if p.grad is not None}
     slots = {
-        name: [Slot(i, p) for i, p in enumerate(held) if any(p is q for q in encoder.parameters())]
+        name: [graded[id(p)] for p in encoder.parameters() if id(p) in graded]
         for name, encoder in model.modalities.items()
     }
     monitor = bo.ModalityMonitor(model, model.modalities, head=model.head, scores="split", **options)
     return Step(given, monitor.modalities, slots, base, seed, number, monitor=monitor)
 
 
-def mask(modulation: bo.AMSS, model: Any, *significance: float, **options: Any) -> dict[str, Tensor]:
+def mask(modulation: bo.AMSS, model: Any, *significance: float | None, **options: Any) -> dict[str, Tensor]:
     """Fill gradients, mask them, and return by what each was multiplied."""
     before = fill_gradients(model)
     modulation.modulate(step_of(model, sums(*significance), **options))

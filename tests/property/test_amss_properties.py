@@ -29,7 +29,7 @@ from tests.masking import (
     weights,
 )
 from tests.masking import masked as build
-from tests.training import bare, batches, same_bits, sgd, train
+from tests.training import bare, batches, grad_of, same_bits, sgd, train
 
 TWO = (0.34, 0.08)
 NAME = "encoders.audio.weight"
@@ -56,7 +56,7 @@ def drawn(model: Encoders, count: int, **options: Any) -> Tensor:
     p = model.get_parameter(NAME)
     units = MaskUnits().on(p.shape)
     parts = [Part(Slot(index, p), 0, units) for index in range(count)]
-    norms = units.norms(p.grad) if modulation.importance == "norm" else unit_importance(p.grad)
+    norms = units.norms(grad_of(p)) if modulation.importance == "norm" else unit_importance(grad_of(p))
     ratio, _ = modulation.ratios(step)
     design = Design(modulation.scale, modulation.sampling, modulation.max_weight)
     masks = draw(parts, batches_of(parts), [norms] * count, ratio, ratio > 0, design, 5, 0)

@@ -15,6 +15,7 @@ from balanceopt.functional import keep_ratio, kept_units, sample_units, unit_imp
 from balanceopt.modulation._draw import _SALT
 from tests.masking import Encoders, factors, fill_gradients, step_of, sums
 from tests.reference import amss_step
+from tests.training import grad_of
 
 SIGNIFICANCE = (0.34, 0.08, 0.2)
 DESIGNS = [
@@ -78,5 +79,5 @@ def test_a_mask_is_that_of_the_public_functions():
         k = int(kept_units(len(gradient), r))
         generator = generator_for(3 ^ _SALT, 2, 2 * index, torch.device("cpu"))
         mask = sample_units(unit_importance(gradient), k, generator)
-        masked = net.get_parameter(f"encoders.{name}.weight").grad
+        masked = grad_of(net.get_parameter(f"encoders.{name}.weight"))
         assert torch.equal(masked, gradient * mask[:, None])

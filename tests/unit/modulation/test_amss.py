@@ -162,13 +162,13 @@ def test_the_way_of_an_accelerator_waits_for_nothing_and_gives_the_same(monkeypa
     def refuse(*args, **kwargs):
         raise AssertionError("the device was waited for")
 
-    for options in (
-        {},
-        {"scale": "unbiased"},
-        {"scale": "official", "sampling": "topk"},
-        {"masked": "frozen"},
+    for modulation in (
+        bo.AMSS(),
+        bo.AMSS(scale="unbiased"),
+        bo.AMSS(scale="official", sampling="topk"),
+        bo.AMSS(masked="frozen"),
     ):
-        modulation, net = bo.AMSS(**options), two()
+        net = two()
         here = mask(modulation, net, *TWO)
         before = fill_gradients(net)
         step = step_of(net, sums(*TWO))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import balanceopt as bo
 from tests.masking import factors, kept
-from tests.models import Concat, MLPHead, SumHeads, watch
+from tests.models import MLPHead, Multimodal, SumHeads, watch
 from tests.training import backward, batch, grad_of, groups_of, modulated, sgd, small_model, train
 
 INF, NAN = float("inf"), float("nan")
@@ -17,7 +17,7 @@ TWO = (0.34, 0.08)
 WEIGHT = "encoders.{}.weight"
 
 
-def head_factors(model: Concat | SumHeads, **options) -> list[Tensor]:
+def head_factors(model: Multimodal, **options) -> list[Tensor]:
     optimizer = bo.MaskedSubnetworkSGD(
         groups_of(model), watch(model), lr=0.1, seed=0, mask_head=True, clamp=(0.3, 0.3), **options
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_a_unit_is_all_that_makes_one_output_channel(kind):
     unit = numbers(layer, "weight")
     assert unit.max() + 1 == output.shape[channel]
     for j in range(output.shape[channel]):
-        assert torch.equal(unit == j, made_by(output.select(channel, j), layer.weight))
+        assert torch.equal(unit == j, made_by(output.select(channel, j), layer.get_parameter("weight")))
 
 
 def attention(**options):
@@ -160,7 +161,7 @@ def test_a_parameter_that_no_module_holds_falls_into_rows():
 
 def test_a_rule_by_module_parameter_or_class():
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(4, 6), nn.LSTM(3, 5), nn.LayerNorm((2, 3)))
-    rule = {
+    rule: UnitRule = {
         model[0]: MaskUnits(3),
         model[1].weight: MaskUnits(2, dim=1),
         model[1].bias: MaskUnits(2),
@@ -235,6 +236,9 @@ def test_views_of_channels_last_memory():
 
 class Attention(nn.Module):
     """Projections by name, with or without a number of heads."""
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
 
     def __init__(self, heads=None, **layers):
         super().__init__()

@@ -63,10 +63,10 @@ def test_the_units_that_are_kept_make_sgds_step(options):
         held = [(q.detach().clone(), momenta(plain, twin)[i]) for i, q in enumerate(weights(twin))]
         plain.step()
         with torch.no_grad():
-            for q, (old, momentum), row in zip(weights(twin), held, rows, strict=True):
-                q[row] = old[row]
-                if "momentum_buffer" in plain.state[q]:
-                    plain.state[q]["momentum_buffer"][row] = momentum[row]
+            for weight, (old, momentum), row in zip(weights(twin), held, rows, strict=True):
+                weight[row] = old[row]
+                if "momentum_buffer" in plain.state[weight]:
+                    plain.state[weight]["momentum_buffer"][row] = momentum[row]
         assert same_bits(model, twin)
 
 

@@ -303,8 +303,8 @@ def test_heads_of_fused_projections():
 
 
 def test_the_number_of_heads_may_be_in_the_configuration():
-    module = Attention(**projections("q_proj", "k_proj", "v_proj"))
-    module.config = SimpleNamespace(num_attention_heads=2)
+    own: dict[str, Any] = {"config": SimpleNamespace(num_attention_heads=2)}
+    module = Attention(**projections("q_proj", "k_proj", "v_proj"), **own)
     assert attention_heads(module)[module.v_proj] == MaskUnits(2)
 
 

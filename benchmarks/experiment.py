@@ -115,8 +115,11 @@ def _curves(recorder: bo.Recorder | None) -> Curves:
     """What was recorded as arrays; the only place that knows the recorder's form."""
     if recorder is None:
         return {}
-    quantities = dict.fromkeys(row.quantity for row in recorder.rows())
+    # Two methods on one monitor tell the same ratio of the same step: once is enough.
+    at: dict[str, dict[str, dict[int, float]]] = {}
+    for row in recorder.rows():
+        at.setdefault(row.quantity, {}).setdefault(row.modality, {})[row.step] = row.value
     return {
-        quantity: {name: np.array(values) for name, (_, values) in recorder.series(quantity).items()}
-        for quantity in quantities
+        quantity: {name: np.array(list(values.values())) for name, values in series.items()}
+        for quantity, series in at.items()
     }

@@ -74,14 +74,29 @@ def ogm_ge(model: MultimodalClassifier, context: Context) -> Method:
     return _modulated(model, context, bo.OGM(alpha=0.8))
 
 
+def opm(model: MultimodalClassifier, context: Context) -> Method:
+    """OPM with its default drop probabilities, not tuned either."""
+    return _modulated(model, context, bo.OGM(alpha=0.0, noise=False), drops=True)
+
+
+def ogm_ge_and_opm(model: MultimodalClassifier, context: Context) -> Method:
+    """Both at once, on one monitor."""
+    return _modulated(model, context, bo.OGM(alpha=0.8), drops=True)
+
+
 # Rows of the table, in order; the first is what the others are compared with.
-METHODS: dict[str, Build] = {"joint": joint, "OGM-GE": ogm_ge}
+METHODS: dict[str, Build] = {"joint": joint, "OGM-GE": ogm_ge, "OPM": opm, "OGM-GE + OPM": ogm_ge_and_opm}
 
 
-def _modulated(model: MultimodalClassifier, context: Context, modulation: Any) -> Method:
+def _modulated(
+    model: MultimodalClassifier, context: Context, modulation: Any, *, drops: bool = False
+) -> Method:
     encoders = dict(model.encoders.items())
     groups = bo.modality_groups(model, encoders)
     base = torch.optim.SGD(groups, lr=context.lr, momentum=context.momentum)
     monitor = bo.ModalityMonitor(model, encoders, head=model.head)
     optimizer = bo.ModulatedOptimizer(base, monitor, modulation, seed=context.seed)
-    return Method(optimizer, bo.Recorder(optimizer), removes=(monitor.remove,))
+    if not drops:
+        return Method(optimizer, bo.Recorder(optimizer), removes=(monitor.remove,))
+    modulator = bo.PredictionModulator(monitor, seed=context.seed)
+    return Method(optimizer, bo.Recorder(optimizer, modulator), removes=(modulator.remove, monitor.remove))

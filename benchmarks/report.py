@@ -92,7 +92,7 @@ def save_json(comparison: Comparison, path: Path) -> None:
                 "probe": {m: [o.probes[m] for o in outcomes] for m in modalities},
                 **{
                     quantity: {m: [_or_none(o.mean(quantity, m)) for o in outcomes] for m in modalities}
-                    for quantity in ("ratio", "coefficient")
+                    for quantity in ("ratio", "coefficient", "drop_probability")
                 },
             }
             for name, outcomes in comparison.methods.items()
@@ -200,13 +200,20 @@ def _effect(comparison: Comparison, first: str, name: str) -> str:
     before, after = comparison.methods[first], comparison.methods[name]
     ahead = dominant(comparison)
     old, new = (_mean(o.mean("ratio", ahead) for o in outcomes) for outcomes in (before, after))
-    k = _mean(o.mean("coefficient", ahead) for o in after)
     changes = {f"{m} encoder": _paired_probes(after, before, m) for m in comparison.data.modalities}
     changes["whole model"] = _paired(after, before)
     points = [f"{what} {np.mean(change):+.1f}{_chance(change)}" for what, change in changes.items()]
-    acts = "" if math.isnan(k) else f" leaves {k:.0%} of the {ahead} encoder's gradient on average and"
-    opening = "" if math.isnan(new) else f"{name}{acts} moves the ratio from {old:.2f} to {new:.2f}. "
+    acts = [*_acts(after, ahead), f"moves the ratio from {old:.2f} to {new:.2f}"]
+    opening = "" if math.isnan(new) else f"{name} {' and '.join(acts)}. "
     return f"{opening}{name} against {first}, in points: {', '.join(points)}."
+
+
+def _acts(outcomes: Sequence[Outcome], ahead: str) -> list[str]:
+    """What a method does to the modality that is ahead, as far as it was recorded."""
+    k = _mean(o.mean("coefficient", ahead) for o in outcomes)
+    q = _mean(o.mean("drop_probability", ahead) for o in outcomes)
+    acts = [] if math.isnan(k) or k == 1 else [f"leaves {k:.0%} of the {ahead} encoder's gradient on average"]
+    return acts + ([] if math.isnan(q) else [f"drops the {ahead} of {q:.0%} of the samples"])
 
 
 def _chance(differences: np.ndarray) -> str:

@@ -51,6 +51,15 @@ def test_table_of_one_seed() -> None:
     ]
 
 
+def test_what_opm_does_is_said() -> None:
+    comparison = made()
+    (found,) = comparison.methods["OGM-GE"]
+    found.curves["drop_probability"] = {"image": np.full(8, 0.25), "sound": np.zeros(8)}
+    found.curves["coefficient"]["image"][:] = 1
+    said = " ".join(findings(comparison))
+    assert "OGM-GE drops the image of 25% of the samples and moves the ratio from 2.50 to 1.25." in said
+
+
 def test_table_of_several_seeds_has_the_spread() -> None:
     lines = table(made(3)).splitlines()
     assert "93.5 ± 0.5" in lines[3]

@@ -11,7 +11,10 @@ from torch import Tensor
 
 def on_host(tensor: Tensor) -> np.ndarray | None:
     """The numbers of a CPU tensor, read in place; None where reading would wait for a device."""
-    return tensor.detach().numpy() if tensor.device.type == "cpu" else None
+    if tensor.device.type != "cpu":
+        return None
+    numbers = tensor.detach()
+    return (numbers.float() if numbers.dtype == torch.bfloat16 else numbers).numpy()  # numpy has no bfloat16
 
 
 class DeferredCounts:

@@ -113,13 +113,13 @@ class Recorder:
     def _hear(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
         if step % self.every:
             return
-        self._waiting.append((step, quantity, modalities, values.detach()))
+        self._waiting.append((step, quantity, modalities, values.detach().clone()))
         if on_host(values) is not None or len(self._waiting) >= _WAITING:
             self._fetch()
 
     def _fetch(self) -> None:
         for step, quantity, modalities, values in self._waiting:
-            numbers = values.cpu().numpy()
+            numbers = values.cpu().tolist()
             self._rows += [
                 Row(step, quantity, name, float(x)) for name, x in zip(modalities, numbers, strict=True)
             ]

@@ -25,6 +25,16 @@ def slots(*grads: Tensor) -> list[Slot]:
     return found
 
 
+@pytest.fixture(params=["host", "accelerator"])
+def _where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of the code: numbers can be read in place, or only by waiting for a device."""
+    if request.param == "accelerator":
+        monkeypatch.setattr("balanceopt.modulation._gradients.on_host", lambda tensor: None)
+
+
+on_both = pytest.mark.usefixtures("_where")
+
+
 def several() -> list[Tensor]:
     """Shapes and layouts that gradients have."""
     return [
@@ -41,6 +51,7 @@ def several() -> list[Tensor]:
     ]
 
 
+@on_both
 def test_scale_is_a_product_in_place():
     grads = several()
     expected = [g * HALF for g in grads]
@@ -53,6 +64,7 @@ def test_scale_is_a_product_in_place():
         assert grad.dtype == want.dtype
 
 
+@on_both
 def test_noise_is_the_documented_rule():
     grads = several()
     given = [g.clone() for g in grads]
@@ -85,12 +97,27 @@ def test_a_gradient_that_is_not_finite_is_left_bit_for_bit(bad: float, noise: bo
     assert not torch.equal(whole, given)
 
 
+@on_both
 @pytest.mark.parametrize("noise", [False, True])
 def test_nothing_finite(noise: bool):
     own = slots(torch.full((2, 2), NAN))
     assert (scale_and_add_noise_(own, HALF, ONE, 0, 0) if noise else scale_grads_(own, HALF)) == 1
 
 
+@on_both
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_gradient_that_is_not_finite_keeps_its_numbers(bad: float, noise: bool):
+    broken, whole = torch.tensor([[1.0, 3.0], [bad, 2.0]]), torch.randn(2, 2)
+    before, given = broken.clone(), whole.clone()
+    both = slots(broken, whole)
+    left = scale_and_add_noise_(both, HALF, ONE, 0, 0) if noise else scale_grads_(both, HALF)
+    assert left == 1
+    torch.testing.assert_close(broken, before, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(whole, given)
+
+
+@on_both
 @pytest.mark.parametrize("size", [(), (1,), (1, 1)])
 def test_one_element_gets_no_noise(size: tuple[int, ...]):
     grad = torch.full(size, 4.0)
@@ -98,12 +125,14 @@ def test_one_element_gets_no_noise(size: tuple[int, ...]):
     assert grad.item() == 2
 
 
+@on_both
 def test_zero_gradients_get_no_noise():
     grad = torch.zeros(50, 50)
     scale_and_add_noise_(slots(grad), HALF, ONE, 0, 0)
     assert not grad.any()
 
 
+@on_both
 def test_sparse_gradients_are_scaled():
     index = torch.tensor([[0, 2, 0]])
     grad = torch.sparse_coo_tensor(index, torch.arange(6.0).view(3, 2), (4, 2), check_invariants=True)

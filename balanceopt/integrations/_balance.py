@@ -9,10 +9,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from balanceopt.integrations._beside import Beside, Prediction, ReLearn
 from balanceopt.modality import Encoders, find_module, unwrap
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.monitor._monitor import LabelSource
+from balanceopt.monitor._labels import LabelSource
 from balanceopt.optim import AttachedModulation, attach
 from balanceopt.optim._engine import Listener
 
@@ -30,7 +31,9 @@ class Balance:
     Args:
         encoders: modules or dotted names by modality; a function from the model to them; or a monitor, which stays.
         head: as `ModalityMonitor` takes it, or a function from the model to that.
-        modulation: the method, or several to act in order.
+        modulation: the method, or several to act in order; `()` for none.
+        prediction: makes a `PredictionModulator` from the monitor.
+        relearn: makes a `ReLearnScheduler` from the optimizer and the monitor.
         seed: of all randomness, as in `attach`.
         strict: of the monitor and of `attach`; None for each one's own default.
         count_epochs: count the modulations' `start` and `end` in epochs.
@@ -46,16 +49,18 @@ class Balance:
         head: WhichHead,
         modulation: Methods,
         *,
+        prediction: Prediction | None,
+        relearn: ReLearn | None,
         seed: int | None,
         strict: bool | None,
         count_epochs: bool,
         options: dict[str, Any],
     ) -> None:
         given = isinstance(encoders, ModalityMonitor)
-        if given and (head is not None or options):
+        beside = ([] if head is None else ["head"]) + sorted(options)
+        if given and beside:
             raise ValueError(
-                "a ModalityMonitor knows its head and its options: give them to it, not to the callback. "
-                f"Found {['head'] if head is not None else []} and {sorted(options)}."
+                f"a ModalityMonitor knows its head and its options: give {beside} to it, not to the callback."
             )
         self.modulation = OGM() if modulation is None else modulation
         self.seed = seed
@@ -68,10 +73,22 @@ class Balance:
         self._encoders = encoders
         self._head = head
         self._options = options
+        self._beside = Beside(prediction, relearn)
         self._optimizers: list[torch.optim.Optimizer] = []
+
+    @property
+    def modulator(self) -> Any:
+        """The run's `PredictionModulator`, if `prediction` makes one."""
+        return self._beside.modulator
+
+    @property
+    def scheduler(self) -> Any:
+        """The run's `ReLearnScheduler`, if `relearn` makes one."""
+        return self._beside.scheduler
 
     def remove(self) -> None:
         """Take every hook off, as the end of training does. What a checkpoint needs stays in the param groups."""
+        self._beside.remove()
         for handle in self.handles:
             handle.remove(keep_state=True)
         if self._owns_monitor and self.monitor is not None:
@@ -86,34 +103,44 @@ class Balance:
                 total[name] = total.get(name, 0) + count
         return total
 
-    def set_epoch(self, epoch: int) -> None:
-        """Count the modulations' `start` and `end` in epochs from now on."""
-        for handle in self.handles:
-            handle.set_epoch(epoch)
+    def _start(
+        self,
+        model: nn.Module,
+        watched: Callable[[nn.Module, list[nn.Module]], nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        resumed: bool = False,
+    ) -> None:
+        """Begin a run, `resumed` from a checkpoint that is loaded already.
 
-    def _watch(self, model: nn.Module, watched: Callable[[nn.Module, list[nn.Module]], nn.Module]) -> None:
-        """Build the monitor on the part of `model` that `watched(model, encoders and heads)` says."""
-        if not self._owns_monitor:
-            return
-        encoders = _asked(self._encoders, model)
-        if isinstance(encoders, Mapping):
-            encoders = {
-                name: find_module(model, part, f"encoders[{name!r}]") for name, part in encoders.items()
-            }
-        head = _asked(self._head, model)
-        if isinstance(head, Mapping):
-            head = {name: find_module(model, part, f"head[{name!r}]") for name, part in head.items()}
-        elif head is not None:
-            head = find_module(model, head, "`head`")
+        What is watched is the part of `model` that `watched(model, encoders and heads)` says.
+        """
+        if self._owns_monitor:
+            self.monitor = self._build(model, watched)
+        assert self.monitor is not None
+        self._attach(optimizers)
+        self._beside.start(self.monitor, self._trained(optimizers)[0], self._hear, resumed=resumed)
+
+    def _build(
+        self, model: nn.Module, watched: Callable[[nn.Module, list[nn.Module]], nn.Module]
+    ) -> ModalityMonitor:
+        encoders = _found(_asked(self._encoders, model), model, "encoders")
+        head = _found(_asked(self._head, model), model, "head")
         options = dict(self._options)
         labels = options.get("labels")
         if isinstance(labels, str) and labels not in get_args(LabelSource):
             options["labels"] = find_module(model, labels, "`labels`")
         if self.strict is not None:
             options["strict"] = self.strict
-        parts = [*(encoders if isinstance(encoders, Mapping) else {}).values()]
-        parts += head.values() if isinstance(head, Mapping) else [] if head is None else [head]
-        self.monitor = ModalityMonitor(watched(model, parts), encoders, head, **options)
+        parts = [part for given in (encoders, head) for part in _parts(given)]
+        return ModalityMonitor(watched(model, parts), encoders, head, **options)
+
+    def _trained(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+        """Those that train an encoder; all where none does, since frozen encoders may join one later."""
+        assert self.monitor is not None
+        own = {id(p) for parameters in self.monitor.parameters.values() for p in parameters}
+        found = [o for o in optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
+        return found or list(optimizers)
 
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Attach to those that train an encoder; nothing to do where they are the same as before."""
@@ -122,21 +149,26 @@ class Balance:
             return
         for handle in self.handles:
             handle.remove(keep_state=True)
-        own = {id(p) for parameters in self.monitor.parameters.values() for p in parameters}
-        chosen = [o for o in optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
-        # Encoders may be frozen for now and join an optimizer later.
-        chosen = chosen or list(optimizers)
         self.handles = []
-        for place, optimizer in enumerate(chosen):
-            # Parameters count from 0 in each optimizer: with one seed they would get the same noise.
-            seed = self.seed
-            if place:
-                seed = place + (torch.initial_seed() if seed is None else seed)
-            strict = {} if self.strict is None else {"strict": self.strict}
-            handle = attach(optimizer, self.monitor, self.modulation, seed=seed, **strict)
-            handle.listeners.append(self._hear)
-            self.handles.append(handle)
+        chosen = self._trained(optimizers)
+        if self.modulation != ():
+            for place, optimizer in enumerate(chosen):
+                # Parameters count from 0 in each optimizer: with one seed they would get the same noise.
+                seed = self.seed
+                if place:
+                    seed = place + (torch.initial_seed() if seed is None else seed)
+                strict = {} if self.strict is None else {"strict": self.strict}
+                handle = attach(optimizer, self.monitor, self.modulation, seed=seed, **strict)
+                handle.listeners.append(self._hear)
+                self.handles.append(handle)
         self._optimizers = list(optimizers)
+        self._beside.follow(chosen[0])
+
+    def _begin_epoch(self, epoch: int) -> None:
+        if self.count_epochs:
+            for handle in self.handles:
+                handle.set_epoch(epoch)
+        self._beside.begin_epoch(epoch, count_epochs=self.count_epochs)
 
     def _hear(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
         for listener in self.listeners:
@@ -157,3 +189,16 @@ def smallest_holder(model: nn.Module, parts: Sequence[nn.Module], bare: Sequence
 def _asked(value: Any, model: nn.Module) -> Any:
     """What a function of the model returns; anything else as it is."""
     return value(model) if callable(value) and not isinstance(value, nn.Module) else value
+
+
+def _found(given: Any, model: nn.Module, role: str) -> Any:
+    """The same with modules in place of their dotted names, which count from `model`."""
+    if isinstance(given, Mapping):
+        return {name: find_module(model, part, f"{role}[{name!r}]") for name, part in given.items()}
+    return find_module(model, given, f"`{role}`") if isinstance(given, (str, nn.Module)) else given
+
+
+def _parts(given: Any) -> list[nn.Module]:
+    if isinstance(given, Mapping):
+        return list(given.values())
+    return [given] if isinstance(given, nn.Module) else []

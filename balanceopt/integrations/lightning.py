@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from balanceopt.integrations._balance import Balance, Methods, WhichEncoders, WhichHead, smallest_holder
+from balanceopt.integrations._beside import Prediction, ReLearn
 from balanceopt.monitor._supported import refuse_model
 
 try:
@@ -32,8 +33,11 @@ class BalanceCallback(Balance, Callback):
         encoders: each modality's encoder: a module of the LightningModule or its dotted name (`"net.audio"`); a
             function from the LightningModule to such a mapping; or a `ModalityMonitor` that you built yourself.
         head: what makes the logits, as `ModalityMonitor` takes it, or a function from the LightningModule to it.
-        modulation: the method, `OGM()` by default, or several to act in order.
-        seed: of all randomness; None for `torch.initial_seed()`, which `seed_everything` sets.
+        modulation: the method, `OGM()` by default, several to act in order, or `()` for none.
+        prediction: OPM too: a function from the monitor to a `PredictionModulator`, or that class itself.
+        relearn: re-learning too: a function from optimizer and monitor to a `ReLearnScheduler`, which is stepped
+            between epochs.
+        seed: of the modulation's randomness; None for `torch.initial_seed()`, which `seed_everything` sets.
         strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
             labels and to raise after ten steps in a row without scores.
         count_epochs: count the modulation's `start` and `end` in epochs, not in optimizer steps.
@@ -58,6 +62,8 @@ class BalanceCallback(Balance, Callback):
         head: WhichHead = None,
         modulation: Methods = None,
         *,
+        prediction: Prediction | None = None,
+        relearn: ReLearn | None = None,
         seed: int | None = None,
         strict: bool | None = None,
         count_epochs: bool = False,
@@ -71,6 +77,8 @@ class BalanceCallback(Balance, Callback):
             encoders,
             head,
             modulation,
+            prediction=prediction,
+            relearn=relearn,
             seed=seed,
             strict=strict,
             count_epochs=count_epochs,
@@ -85,13 +93,12 @@ class BalanceCallback(Balance, Callback):
         self.remove()  # what an interrupted run left
         refuse_model(trainer.strategy.model)
         bare = (nn.Module.forward, LightningModule.forward)
-        self._watch(pl_module, lambda model, parts: smallest_holder(model, parts, bare))
-        self._attach(trainer.strategy.optimizers)
+        optimizers = trainer.strategy.optimizers
+        self._start(pl_module, lambda model, parts: smallest_holder(model, parts, bare), optimizers)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tell the modulation which epoch begins, if it counts in epochs."""
-        if self.count_epochs:
-            self.set_epoch(trainer.current_epoch)
+        """Re-learn if it is time; tell those who count in epochs which one begins."""
+        self._begin_epoch(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Take the labels from the batch; follow optimizers that were replaced."""

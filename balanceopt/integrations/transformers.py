@@ -8,6 +8,7 @@ import torch
 
 from balanceopt._warnings import warn_user
 from balanceopt.integrations._balance import Balance, Methods, WhichEncoders, WhichHead
+from balanceopt.integrations._beside import Prediction, ReLearn
 from balanceopt.optim._kept import BARE_STATE, STEP
 
 try:
@@ -35,9 +36,12 @@ class BalanceCallback(Balance, TrainerCallback):
         encoders: each modality's encoder: a module of the model or its dotted name; a function from the model to such a
             mapping; or a `ModalityMonitor` that you built yourself.
         head: what makes the logits, as `ModalityMonitor` takes it, or a function from the model to it.
-        modulation: the method, `OGM()` by default, or several to act in order. The default optimizer is AdamW, under
-            which `OGM(apply_to="lr")` does more.
-        seed: of all randomness; None for `torch.initial_seed()`, which `TrainingArguments(seed=)` sets.
+        modulation: the method, `OGM()` by default, several to act in order, or `()` for none. The default optimizer is
+            AdamW, under which `OGM(apply_to="lr")` does more.
+        prediction: OPM too: a function from the monitor to a `PredictionModulator`, or that class itself.
+        relearn: re-learning too: a function from optimizer and monitor to a `ReLearnScheduler`, which is stepped
+            between epochs.
+        seed: of the modulation's randomness; None for `torch.initial_seed()`, which `TrainingArguments(seed=)` sets.
         strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
             labels and to raise after ten steps in a row without scores.
         count_epochs: count the modulation's `start` and `end` in epochs, not in optimizer steps.
@@ -60,6 +64,8 @@ class BalanceCallback(Balance, TrainerCallback):
         head: WhichHead = None,
         modulation: Methods = None,
         *,
+        prediction: Prediction | None = None,
+        relearn: ReLearn | None = None,
         seed: int | None = None,
         strict: bool | None = None,
         count_epochs: bool = False,
@@ -69,6 +75,8 @@ class BalanceCallback(Balance, TrainerCallback):
             encoders,
             head,
             modulation,
+            prediction=prediction,
+            relearn=relearn,
             seed=seed,
             strict=strict,
             count_epochs=count_epochs,
@@ -84,15 +92,14 @@ class BalanceCallback(Balance, TrainerCallback):
                 "(torchrun, accelerate launch), or let the Trainer see one GPU."
             )
         optimizer = _base_of(kwargs["optimizer"])
-        if state.global_step and STEP not in optimizer.param_groups[0]:
+        resumed = state.global_step > 0
+        if resumed and self.modulation != () and STEP not in optimizer.param_groups[0]:
             warn_user(BARE_STATE)
-        self._watch(kwargs["model"], lambda model, parts: model)
-        self._attach([optimizer])
+        self._start(kwargs["model"], lambda model, parts: model, [optimizer], resumed=resumed)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the modulation which epoch begins, if it counts in epochs."""
-        if self.count_epochs:
-            self.set_epoch(int(state.epoch or 0))
+        """Re-learn if it is time; tell those who count in epochs which one begins."""
+        self._begin_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget scores that no step used: the gradients of a step that the scaler skipped are thrown away."""

@@ -87,6 +87,11 @@ def counters(state: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in state["param_groups"][0].items() if k.startswith("balanceopt_")}
 
 
+def flat(count: int, first: int = 0) -> list[tuple[Tensor, ...]]:
+    """Batches as re-learning reads them: inputs, then labels."""
+    return [(*inputs, labels) for inputs, labels in model_and_batches(first + count)[1][first:]]
+
+
 def as_samples(given: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """The batches taken apart, as data sets of dictionaries hold them."""
     return [

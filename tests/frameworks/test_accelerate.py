@@ -20,6 +20,7 @@ from tests.frameworks.loops import (
     SEED,
     STEPS,
     counters,
+    flat,
     halving,
     method,
     model_and_batches,
@@ -63,8 +64,9 @@ def setup(form="wrapper", schedule=None, dropout=False, **options) -> Any:
     return accelerator, model, optimizer, accelerator.prepare(scheduler) if scheduler else None, counter
 
 
-def train(accelerator, model, optimizer, scheduler, given, clip=None):
+def train(parts, given, clip=None):
     """Accelerate's own loop; nothing in it knows of balanceopt."""
+    accelerator, model, optimizer, scheduler, _ = parts
     for inputs, labels in given:
         with accelerator.accumulate(model):
             with accelerator.autocast():
@@ -92,32 +94,64 @@ def train(accelerator, model, optimizer, scheduler, given, clip=None):
     ids=["plain", "accumulate", "clip", "schedule", "bf16", "fp16"],
 )
 def test_the_loop_equals_the_plain_one(form, options, steps, same):
-    accelerator, model, optimizer, scheduler, counter = setup(form, same.get("schedule"), **options)
-    train(accelerator, model, optimizer, scheduler, model_and_batches()[1], same.get("clip"))
+    parts = setup(form, same.get("schedule"), **options)
+    model, counter = parts[1], parts[-1]
+    train(parts, model_and_batches()[1], same.get("clip"))
     assert counter.stats() == {**counter.stats(), "modulated": steps, "without_scores": 0}
-    assert same_bits(accelerator.unwrap_model(model), plain(model_and_batches()[1], **same))
+    assert same_bits(parts[0].unwrap_model(model), plain(model_and_batches()[1], **same))
 
 
 @pytest.mark.parametrize("form", ["wrapper", "attach before", "attach after"])
 def test_resuming_is_exact(form, tmp_path):
     given = model_and_batches(10)[1]
     whole = setup(form, halving, dropout=True)
-    train(*whole[:4], given=given[:5])
+    train(whole, given[:5])
     whole[0].save_state(tmp_path)
-    train(*whole[:4], given=given[5:])
+    train(whole, given[5:])
 
     AcceleratorState._reset_state(True)
     resumed = setup(form, halving, dropout=True)
     resumed[0].load_state(tmp_path)
     assert counters(resumed[2].state_dict())["balanceopt_step"] == 5
-    train(*resumed[:4], given=given[5:])
+    train(resumed, given[5:])
+    assert same_bits(resumed[1], whole[1])
+
+
+def beside(parts):
+    """OPM and re-learning on the same monitor, registered for checkpoints."""
+    accelerator, _, optimizer, _, counter = parts
+    modulator = bo.PredictionModulator(counter.monitor, seed=SEED)
+    scheduler = bo.ReLearnScheduler(
+        optimizer.optimizer, counter.monitor, flat(3), flat(2, first=3), every=1, seed=SEED
+    )
+    accelerator.register_for_checkpointing(modulator, scheduler)
+    return scheduler
+
+
+def test_all_methods_together_are_resumed(tmp_path):
+    given = model_and_batches(10)[1]
+    whole = setup()
+    scheduler = beside(whole)
+    train(whole, given[:5])
+    assert scheduler.step() is not None
+    whole[0].save_state(tmp_path)
+    train(whole, given[5:])
+    scheduler.step()
+
+    AcceleratorState._reset_state(True)
+    resumed = setup()
+    scheduler = beside(resumed)
+    resumed[0].load_state(tmp_path)
+    train(resumed, given[5:])
+    scheduler.step()
     assert same_bits(resumed[1], whole[1])
 
 
 def test_a_prepared_loader_changes_nothing():
     given: Any = model_and_batches()[1]
-    accelerator, model, optimizer, scheduler, counter = setup()
-    train(accelerator, model, optimizer, scheduler, accelerator.prepare(DataLoader(given, batch_size=None)))
+    parts = setup()
+    accelerator, model, counter = parts[0], parts[1], parts[-1]
+    train(parts, accelerator.prepare(DataLoader(given, batch_size=None)))
     assert counter.stats()["modulated"] == STEPS
     assert same_bits(model, plain(model_and_batches()[1]))
 

@@ -15,7 +15,17 @@ from lightning.fabric.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
 import balanceopt as bo
-from tests.frameworks.loops import ENCODERS, SEED, STEPS, halving, method, model_and_batches, momentum, plain
+from tests.frameworks.loops import (
+    ENCODERS,
+    SEED,
+    STEPS,
+    flat,
+    halving,
+    method,
+    model_and_batches,
+    momentum,
+    plain,
+)
 from tests.training import same_bits
 
 # The framework's own warnings are not ours to mend; balanceopt's remain errors.
@@ -43,8 +53,9 @@ def setup(form="wrapper", schedule=None, **options) -> Any:
     return fabric, model, optimizer, scheduler, counter
 
 
-def train(fabric, model, optimizer, scheduler, given, *, clip=None, accumulate=1):
+def train(parts, given, *, clip=None, accumulate=1):
     """Fabric's own loop; nothing in it knows of balanceopt."""
+    fabric, model, optimizer, scheduler, _ = parts
     for number, (inputs, labels) in enumerate(given):
         if number % accumulate == 0:
             optimizer.zero_grad()
@@ -73,9 +84,10 @@ def train(fabric, model, optimizer, scheduler, given, *, clip=None, accumulate=1
     ids=["plain", "accumulate", "clip", "schedule", "bf16", "fp16"],
 )
 def test_the_loop_equals_the_plain_one(form, options, same):
-    fabric, model, optimizer, scheduler, counter = setup(form, same.get("schedule"), **options)
+    parts = setup(form, same.get("schedule"), **options)
+    model, counter = parts[1], parts[-1]
     loop = {name: same[name] for name in ("clip", "accumulate") if name in same}
-    train(fabric, model, optimizer, scheduler, model_and_batches()[1], **loop)
+    train(parts, model_and_batches()[1], **loop)
     steps = STEPS // same.get("accumulate", 1)
     assert counter.stats() == {**counter.stats(), "modulated": steps, "without_scores": 0}
     assert same_bits(model.module, plain(model_and_batches()[1], **same))
@@ -85,21 +97,50 @@ def test_the_loop_equals_the_plain_one(form, options, same):
 def test_resuming_is_exact(form, tmp_path):
     given = model_and_batches(10)[1]
     whole = setup(form, halving)
-    train(*whole[:4], given=given[:5])
+    train(whole, given[:5])
     names = ("model", "optimizer", "scheduler")
     whole[0].save(tmp_path / "state.ckpt", dict(zip(names, whole[1:4], strict=True)))
-    train(*whole[:4], given=given[5:])
+    train(whole, given[5:])
 
     resumed = setup(form, halving)
     resumed[0].load(tmp_path / "state.ckpt", dict(zip(names, resumed[1:4], strict=True)))
     assert resumed[2].param_groups[0]["balanceopt_step"] == 5
-    train(*resumed[:4], given=given[5:])
+    train(resumed, given[5:])
+    assert same_bits(resumed[1].module, whole[1].module)
+
+
+def beside(parts):
+    """OPM and re-learning on the same monitor: what to save with the rest."""
+    _, model, optimizer, _, counter = parts
+    modulator = bo.PredictionModulator(counter.monitor, seed=SEED)
+    scheduler = bo.ReLearnScheduler(
+        optimizer.optimizer, counter.monitor, flat(3), flat(2, first=3), every=1, seed=SEED
+    )
+    return {"model": model, "optimizer": optimizer, "prediction": modulator, "relearn": scheduler}
+
+
+def test_all_methods_together_are_resumed(tmp_path):
+    given = model_and_batches(10)[1]
+    whole = setup()
+    state = beside(whole)
+    train(whole, given[:5])
+    assert state["relearn"].step() is not None
+    whole[0].save(tmp_path / "state.ckpt", state)
+    train(whole, given[5:])
+    state["relearn"].step()
+
+    resumed = setup()
+    state = beside(resumed)
+    resumed[0].load(tmp_path / "state.ckpt", state)
+    train(resumed, given[5:])
+    state["relearn"].step()
     assert same_bits(resumed[1].module, whole[1].module)
 
 
 def test_a_loader_that_was_set_up_changes_nothing():
     given: Any = model_and_batches()[1]
-    fabric, model, optimizer, scheduler, counter = setup()
-    train(fabric, model, optimizer, scheduler, fabric.setup_dataloaders(DataLoader(given, batch_size=None)))
+    parts = setup()
+    fabric, model, counter = parts[0], parts[1], parts[-1]
+    train(parts, fabric.setup_dataloaders(DataLoader(given, batch_size=None)))
     assert counter.stats()["modulated"] == STEPS
     assert same_bits(model.module, plain(model_and_batches()[1]))

@@ -22,6 +22,7 @@ from tests.frameworks.loops import (
     STEPS,
     bare,
     counters,
+    flat,
     halving,
     method,
     model_and_batches,
@@ -29,7 +30,7 @@ from tests.frameworks.loops import (
     plain,
     unchanged,
 )
-from tests.training import distance, same_bits, small_model
+from tests.training import distance, same_bits, small_model, train
 
 # The framework's own warnings are not ours to mend; balanceopt's remain errors.
 pytestmark = [
@@ -331,7 +332,7 @@ def test_a_monitor_of_your_own_stays_yours():
 def test_a_monitor_is_refused_beside_what_it_is_built_from():
     lit = Lit()
     monitor = bo.ModalityMonitor(lit.net, dict(lit.net.encoders.items()), head=lit.net.head)
-    with pytest.raises(ValueError, match="give them to it, not to the callback"):
+    with pytest.raises(ValueError, match="to it, not to the callback"):
         BalanceCallback(monitor, "net.head")
 
 
@@ -396,6 +397,69 @@ def test_labels_of_a_batch_go_to_its_own_pass_where_it_has_two_backwards():
     fit(lit, balance)
     assert balance.monitor.stats()["labels"] == {"observe": STEPS}
     assert same_bits(lit.net, plain(model_and_batches()[1]))
+
+
+# -- OPM and re-learning beside it ---------------------------------------------------------------------------------
+
+
+def everything(**options):
+    """OGM-GE, OPM and re-learning after every second epoch."""
+    return callback(
+        prediction=lambda monitor: bo.PredictionModulator(monitor, seed=SEED),
+        relearn=lambda optimizer, monitor: bo.ReLearnScheduler(
+            optimizer, monitor, flat(3), flat(2, first=3), every=2, seed=SEED
+        ),
+        **options,
+    )
+
+
+def plain_everything(epochs):
+    model, given = model_and_batches()
+    monitor = bo.ModalityMonitor(model, dict(model.encoders.items()), head="head")
+    optimizer = bo.ModulatedOptimizer(momentum(model), monitor, method(), seed=SEED)
+    bo.PredictionModulator(monitor, seed=SEED)
+    scheduler = bo.ReLearnScheduler(
+        optimizer, monitor, flat(3), flat(2, first=3), every=2, optimizer_state="keep", seed=SEED
+    )
+    for epoch in range(epochs):
+        train(model, optimizer, given)
+        if epoch < epochs - 1:
+            scheduler.step()
+    return model
+
+
+def test_all_methods_together_equal_the_plain_loop():
+    lit, balance = Lit(), everything()
+    fit(lit, balance, max_epochs=4)
+    assert balance.modulator.stats()["dropping"] > 0
+    assert balance.scheduler.relearns == 1
+    assert same_bits(lit.net, plain_everything(4))
+    assert unchanged(lit)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_all_methods_together_are_resumed(epochs, tmp_path):
+    saver = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
+    trainer(everything(), saver, max_epochs=epochs).fit(Lit(), loader())
+    path = tmp_path / f"epoch={epochs - 1}.ckpt"
+    torch.load(path, weights_only=True)
+    resumed = Lit()
+    trainer(everything(), max_epochs=4).fit(resumed, loader(), ckpt_path=path)
+    assert same_bits(resumed.net, plain_everything(4))
+
+
+def test_a_checkpoint_without_their_state_says_so(tmp_path):
+    run = fit(Lit(), callback())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.warns(UserWarning, match="no state of `relearn`"), pytest.warns(match="of `prediction`"):
+        trainer(everything(), max_epochs=2).fit(Lit(), loader(), ckpt_path=tmp_path / "end.ckpt")
+
+
+def test_prediction_modulation_alone():
+    balance = BalanceCallback(ENCODERS, "net.head", (), prediction=bo.PredictionModulator)
+    fit(Lit(), balance)
+    assert balance.handles == []
+    assert balance.modulator.stats()["forwards"] == STEPS
 
 
 # -- windows, records ----------------------------------------------------------------------------------------------

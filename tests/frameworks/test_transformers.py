@@ -23,6 +23,7 @@ from tests.frameworks.loops import (
     as_samples,
     bare,
     counters,
+    flat,
     method,
     model_and_batches,
     momentum,
@@ -246,6 +247,51 @@ def test_a_checkpoint_with_balancing_goes_on_without(tmp_path):
     model = Net(encoder=with_dropout)
     trainer(tmp_path, model, **LONG).train(resume_from_checkpoint=f"{tmp_path}/checkpoint-5")
     assert unchanged(model)
+
+
+# -- OPM and re-learning beside it ---------------------------------------------------------------------------------
+
+
+def everything(**options):
+    """OGM-GE, OPM and re-learning after every second epoch."""
+    return callback(
+        prediction=lambda monitor: bo.PredictionModulator(monitor, seed=SEED),
+        relearn=lambda optimizer, monitor: bo.ReLearnScheduler(
+            optimizer, monitor, flat(3), flat(2, first=3), every=2, seed=SEED
+        ),
+        **options,
+    )
+
+
+def test_all_methods_together_are_resumed(tmp_path):
+    options = {"count": 3, "max_steps": 12, "save_strategy": "steps", "save_steps": 1}
+    whole, balance = Net(), everything()
+    trainer(tmp_path, whole, balance, **options).train()
+    assert balance.modulator.stats()["dropping"] > 0
+    assert balance.scheduler.relearns == 1
+    assert unchanged(whole)
+    for step in (2, 5, 6, 7, 9):  # in the middle of epochs, and between them before and after re-learning
+        resumed = Net()
+        run = trainer(tmp_path, resumed, everything(), **options, save_total_limit=12)
+        run.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}")
+        assert same_bits(resumed, whole)
+
+
+def test_a_checkpoint_without_their_state_says_so(tmp_path):
+    trainer(tmp_path, Net(encoder=with_dropout), callback(), **LONG).train()
+    run = trainer(tmp_path, Net(encoder=with_dropout), everything(), **LONG)
+    with pytest.warns(UserWarning, match="no state of `relearn`"), pytest.warns(match="of `prediction`"):
+        run.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-5")
+
+
+def test_training_again_goes_on_counting(tmp_path):
+    balance = everything()
+    run = trainer(tmp_path, Net(), balance, count=3, max_steps=6)
+    run.train()
+    run.train()
+    assert balance.scheduler.last_epoch == 2
+    assert balance.scheduler.relearns == 1
+    assert balance.modulator.stats()["forwards"] == 12
 
 
 # -- how it is set up and taken off --------------------------------------------------------------------------------

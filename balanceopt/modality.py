@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -111,7 +111,7 @@ def modality_parameters(model: nn.Module, encoders: Encoders) -> dict[str, list[
     result: dict[str, list[nn.Parameter]] = {}
     for name, encoder in resolve_encoders(model, encoders).items():
         elsewhere = {
-            id(p) for part in _modules_outside(model, encoder) for p in part.parameters(recurse=False)
+            id(p) for part in modules_outside(model, [encoder]) for p in part.parameters(recurse=False)
         }
         result[name] = [p for p in encoder.parameters() if id(p) not in elsewhere]
         if not result[name]:
@@ -123,13 +123,14 @@ def modality_parameters(model: nn.Module, encoders: Encoders) -> dict[str, list[
     return result
 
 
-def _modules_outside(model: nn.Module, encoder: nn.Module) -> list[nn.Module]:
-    """Every module that can be reached from `model` without passing through `encoder`."""
+def modules_outside(model: nn.Module, parts: Iterable[nn.Module]) -> list[nn.Module]:
+    """Every module that can be reached from `model` without passing through one of `parts`."""
+    closed = {id(part) for part in parts}
     found: dict[int, nn.Module] = {}
     waiting = [model]
     while waiting:
         module = waiting.pop()
-        if module is not encoder and id(module) not in found:
+        if id(module) not in closed and id(module) not in found:
             found[id(module)] = module
             waiting.extend(module.children())
     return list(found.values())

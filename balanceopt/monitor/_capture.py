@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors
 from balanceopt.monitor._pass import Pass
-from balanceopt.monitor._rows import as_rows
+from balanceopt.monitor._passes import Passes, answers_of
+from balanceopt.monitor._rows import logit_rows
 from balanceopt.monitor._scorer import Scorer
-from balanceopt.monitor._supported import in_backward, next_node, outside_graphs, running_node
+from balanceopt.monitor._supported import in_backward, next_node, outside_graphs
 
 Head = nn.Module | Mapping[str, nn.Module] | None
 Select = Mapping[str, Callable[[Any], Tensor]]
@@ -36,15 +36,8 @@ class Capture:
         transforms: change encoders' outputs on their way into the fusion.
         taps: are shown every encoder output.
         gradient_listeners: are told the gradient at the joint logits.
-        latest: the latest forward in training.
+        passes: the passes under way.
     """
-
-    latest: Pass | None
-    _current: Pass | None
-    _parts_only: Pass | None
-    _backward: Pass | None
-    _passes: WeakSet[Pass]
-    _unheard: deque[Pass]
 
     def __init__(
         self,
@@ -61,14 +54,14 @@ class Capture:
         self.model = model
         self.encoders = dict(encoders)
         self.head = head
-        self.train_only = train_only
+        self.passes = Passes(labels, scorer, train_only=train_only, answers=answers_of(head))
         self.transforms: list[Transform] = []
         self.taps: list[Tap] = []
         self.gradient_listeners: list[GradientListener] = []
         self._labels = labels
         self._scorer = scorer
         self._select = dict(select)
-        self._forget_passes()
+        self._unheard: deque[Pass] = deque(maxlen=_UNHEARD)
         self.handles = self._register()
 
     def watch_loss(self, module: nn.Module, reduce: str | None) -> RemovableHandle:
@@ -82,7 +75,8 @@ class Capture:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self._forget_passes()
+        self.passes.forget()
+        self._unheard.clear()
 
     def features(self, name: str, output: Any) -> Tensor:
         """The feature tensor of an encoder's output, attached to its graph.
@@ -120,19 +114,16 @@ class Capture:
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():
             return
-        self._parts_only = None
-        self._running = True
-        self._current = self._backward = None
-        if self._is_training(module):
-            self._current = self._new_pass()
+        current = self.passes.begin(module)
+        if current is not None:
             if self._scorer.needs_outputs:
-                self._current.inputs = (args, kwargs)
-            self._labels.from_call(self._current, args, kwargs)
+                current.inputs = (args, kwargs)
+            self._labels.from_call(current, args, kwargs)
 
     @outside_graphs
     def _on_encoder(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         again = in_backward()
-        current = self._recomputed() if again else self._pass_of(name, module)
+        current = self.passes.recomputed() if again else self.passes.of_encoder(name, module)
         for tap in self.taps:
             tap(name, output, current)
         if current is None:
@@ -155,28 +146,25 @@ class Capture:
         if logits is None:
             return
         if in_backward():
-            self._listen_again(logits)
+            self._listen_again(module, logits)
             return
-        current = self._current or self._parts_only
+        current = self.passes.of_head()
         if current is None:
             return
-        x = first_tensor((args, kwargs))
-        current.head_inputs[name] = torch.empty(0, 0) if x is None else x.detach()
-        self._take_logits(name, current, logits)
-        if current is self._parts_only and (name is None or len(current.head_outputs) == len(self.encoders)):
-            self._end_forward(current)
+        self._take_logits(name, current, module, logits, first_tensor((args, kwargs)))
 
     @outside_graphs
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if in_backward():
             return
-        current, self._current, self._running = self._current, None, False
+        current = self.passes.end()
         if current is None:
             return
         logits = logits_of(output)
         if logits is not None and self.head is self.model:
-            self._take_logits(None, current, logits)
-        self._end_forward(current)
+            self._take_logits(None, current, module, logits)
+        current.end_node = next_node()
+        self._scorer.end_forward(current)
 
     def _on_loss(
         self,
@@ -188,43 +176,21 @@ class Capture:
     ) -> None:
         # A pass in eval mode between a forward and its backward calls the loss too: its result has no graph.
         if isinstance(output, Tensor) and output.requires_grad:
-            self._labels.from_loss(self.latest, module, args, kwargs, reduce)
+            self._labels.from_loss(self.passes.latest, module, args, kwargs, reduce)
 
     @outside_graphs
-    def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
-        self._backward = current
-        if current.unimodal is None:  # the loop called parts of the model, and not all of them
-            self._end_forward(current)
-        rows = as_rows(gradient.detach())
+    def _on_gradient(self, current: Pass, head: nn.Module, call: int, gradient: Tensor) -> None:
+        if call != current.listening or not self.handles:
+            return
+        self.passes.backward_reached(current)
+        if not current.ended:  # the loop called parts of the model: only now is it known that none is left
+            self._scorer.end_forward(current)
+        rows = logit_rows(head, gradient.detach())
         self._scorer.backward_reached(current, rows)
         for listener in self.gradient_listeners:
             listener(current, rows)
 
     # -- steps of a pass -----------------------------------------------------------------------------------------
-
-    def _is_training(self, module: nn.Module) -> bool:
-        return torch.is_grad_enabled() and (module.training or not self.train_only)
-
-    def _pass_of(self, name: str, module: nn.Module) -> Pass | None:
-        """The pass that an encoder's call belongs to; a loop may call the parts and never the model."""
-        if self._running:
-            return self._current
-        if not self._is_training(module):
-            return None
-        known = self._parts_only
-        if known is None or known.unimodal is not None or known.calls[name]:
-            self._parts_only = self._new_pass()
-        return self._parts_only
-
-    def _new_pass(self) -> Pass:
-        current = Pass(held_back=self._scorer.holds_back(), first_node=next_node())
-        self._scorer.seen["forwards"] += 1
-        if self.latest is not None and self.latest.end_node is None:  # its forward broke off
-            self.latest.end_node = current.first_node
-        self.latest = current
-        self._passes.add(current)
-        self._labels.begin(current)
-        return current
 
     def _keep(self, name: str, current: Pass, output: Any) -> None:
         """Keep copies: the fusion may go on to change features in place (an in-place ReLU)."""
@@ -237,69 +203,43 @@ class Capture:
             features = _copied(self.features(name, output))
         current.features[name] = current.sent_features[name] = features
 
-    def _take_logits(self, name: str | None, current: Pass, logits: Tensor) -> None:
+    def _take_logits(
+        self, name: str | None, current: Pass, head: nn.Module, logits: Tensor, x: Tensor | None = None
+    ) -> None:
         """Keep the joint logits, or add a modality's own to them, and listen for their gradient."""
         self._scorer.seen["heads"] += 1
+        current.head_calls += 1
+        if name is None and current.listening and not logits.requires_grad:
+            return  # an answer on the side, which nothing is trained by
+        current.head_inputs[name] = torch.empty(0, 0) if x is None else x.detach()
         if name is None or not current.head_outputs:
-            self._listen(current, logits)
-        own = _copied(logits)
+            self._listen(current, head, logits)
+        own = logit_rows(head, _copied(logits))
         if name is None:
-            current.logits = as_rows(own)
+            current.logits, current.answering_call = own, current.head_calls
         else:
             current.head_outputs[name] = own
-            current.logits = as_rows(torch.stack(list(current.head_outputs.values())).sum(0))
+            current.logits = torch.stack(list(current.head_outputs.values())).sum(0)
 
-    def _listen(self, current: Pass, logits: Tensor) -> None:
+    def _listen(self, current: Pass, head: nn.Module, logits: Tensor) -> None:
         """Note when backward reaches the logits."""
-        if current.has_hook:
-            return
         if logits.requires_grad:
-            current.has_hook = True
-            logits.register_hook(partial(self._on_gradient, current))
+            current.listening += 1
+            logits.register_hook(partial(self._on_gradient, current, head, current.listening))
+            if current in self._unheard:
+                self._unheard.remove(current)
         elif current not in self._unheard:
             self._unheard.append(current)
 
-    def _listen_again(self, logits: Tensor) -> None:
+    def _listen_again(self, head: nn.Module, logits: Tensor) -> None:
         """Under reentrant activation checkpointing only the second run of a head is part of a graph."""
-        current = self._recomputed()
+        current = self.passes.recomputed()
         if current is not None and current in self._unheard and logits.requires_grad:
-            self._unheard.remove(current)
-            self._listen(current, logits)
-
-    def _recomputed(self) -> Pass | None:
-        """The pass that activation checkpointing runs again.
-
-        Several forwards may come before one backward, so it is not the one whose gradient came last. It is the one
-        that made the node whose backward is running; a checkpoint inside a checkpoint makes new nodes, and belongs to
-        the pass around it.
-        """
-        node = running_node()
-        made = [current for current in self._passes if current.made(node)]
-        if made:
-            self._backward = max(made, key=lambda current: current.first_node)
-        return self._backward
-
-    def _end_forward(self, current: Pass) -> None:
-        current.end_node = next_node()
-        self._scorer.end_forward(current)
-
-    def _forget_passes(self) -> None:
-        """No pass under way."""
-        self.latest = self._current = self._parts_only = self._backward = None
-        self._passes = WeakSet()
-        self._unheard = deque(maxlen=_UNHEARD)
-        self._running = False
+            self._listen(current, head, logits)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Passes hold tensors of a graph, which can neither be copied nor pickled; who listens from outside (a
-        # scheduler with its loaders) is no part of the model.
-        gone = ("latest", "_current", "_parts_only", "_backward", "_passes", "_unheard", "_running")
-        kept = {name: value for name, value in self.__dict__.items() if name not in gone}
-        return {**kept, "taps": [], "gradient_listeners": []}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget_passes()
+        # Who listens from outside (a scheduler with its loaders) is no part of the model.
+        return {**self.__dict__, "taps": [], "gradient_listeners": [], "_unheard": deque(maxlen=_UNHEARD)}
 
 
 def _copied(x: Tensor) -> Tensor:

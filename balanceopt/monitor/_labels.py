@@ -40,6 +40,11 @@ class Labels:
             self._give(current, *self._next)
             self._next = None
 
+    def take_back(self, current: Pass) -> None:
+        """Keep what was observed before a pass that came to nothing for the next one."""
+        if self._next is None and current.label_source == "observe" and current.labels is not None:
+            self._next = current.labels, current.present
+
     def from_call(self, current: Pass, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take those that the model itself was given."""
         if current.labels is None and self.allows("model"):

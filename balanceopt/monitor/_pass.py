@@ -22,7 +22,7 @@ class Pass:
         features: each modality's clean feature tensor, batch first, from its last call; a copy.
         sent_features: the same as it went on into the fusion (after any drop).
         head_inputs: what each head got, by modality; under None what the joint head got.
-        head_outputs: each modality's own head's output, for per-head fusion.
+        head_outputs: each modality's own head's logits `(N, C)`, for per-head fusion.
         logits: the joint logits `(N, C)`, N rows.
         unimodal: each modality's logits `(N, C)` float32; None before the forward's end.
         early: the same, where a consumer asked for them before the fusion ran.
@@ -31,10 +31,13 @@ class Pass:
         labels: as given by the user, a loss module or the model's keyword; None to recover them.
         label_source: where `labels` come from.
         gradients: of the loss at the joint logits, one a backward.
-        has_hook: backward will be noticed.
+        head_calls: how often heads ran.
+        answering_call: which run of the joint head made `logits`.
+        listening: for the gradient of how many logits hooks were put on; only that of the last one counts.
         held_back: scores were not due in this pass (`every=`).
         vectors: each modality's clean features as the head gets them `(N, D_m)`, where that is known.
         ignore_index: of the loss module that gave the labels, where it has one.
+        ended: nothing of its forward is awaited.
         closed: its scores were taken or discarded: labels that come now are for another pass.
         settled: its sums are made.
         sums: what it contributes, once made.
@@ -58,10 +61,13 @@ class Pass:
     labels: Tensor | None = None
     label_source: str = "gradient"
     gradients: list[Tensor] = field(default_factory=list)
-    has_hook: bool = False
+    head_calls: int = 0
+    answering_call: int = 0
+    listening: int = 0
     held_back: bool = False
     vectors: dict[str, Tensor] = field(default_factory=dict)
     ignore_index: int | None = None
+    ended: bool = False
     closed: bool = False
     settled: bool = False
     sums: ModalitySums | None = None
@@ -73,12 +79,18 @@ class Pass:
         """Whether something (OPM) changed the modality's features on their way into the fusion."""
         return name in self.features and self.sent_features[name] is not self.features[name]
 
+    @property
+    def answered(self) -> int:
+        """How many heads have answered."""
+        return len(self.head_outputs) or int(self.logits is not None)
+
     def made(self, node: int) -> bool:
         """Whether its forward made the autograd node of this number."""
         return self.first_node <= node and (self.end_node is None or node < self.end_node)
 
     def end_forward(self) -> None:
         """Let go of what only the forward needed."""
+        self.ended = True
         self.inputs = None
         self.outputs, self.features, self.sent_features, self.vectors = {}, {}, {}, {}
         self.head_inputs, self.head_outputs, self.early = {}, {}, {}

@@ -11,7 +11,7 @@ from balanceopt.monitor._matching import Projection, projected, projection_onto
 from balanceopt.monitor._outputs import logits_of
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._replay import quiet
-from balanceopt.monitor._rows import as_rows
+from balanceopt.monitor._rows import as_rows, logit_rows
 
 
 class PerHead:
@@ -31,7 +31,7 @@ class PerHead:
             dropped = current.was_dropped(name)
             if not dropped:
                 self._learn(name, current)
-            found[name] = as_rows(self._without_drop(name, current) if dropped else output).float()
+            found[name] = self._without_drop(name, current) if dropped else output.float()
         return found
 
     def live(self, name: str, features: Tensor) -> Tensor:
@@ -43,9 +43,9 @@ class PerHead:
 
     def _learn(self, name: str, current: Pass) -> None:
         if name not in self.projections and name in current.features:
-            self.projections[name] = projection_onto(
-                current.sent_features[name], as_rows(current.head_inputs[name])
-            )
+            sent = current.sent_features[name]
+            if bool(torch.isfinite(sent).all()):
+                self.projections[name] = projection_onto(sent, as_rows(current.head_inputs[name]))
 
     def clean(self, name: str, features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The modality's logits `(N, C)` from clean features, `dtype` as its head gets them."""
@@ -54,7 +54,7 @@ class PerHead:
         with quiet(list(head.modules()), x.device):
             logits = logits_of(head.forward(x.to(x.dtype if dtype is None else dtype)))
         assert logits is not None
-        return as_rows(logits).float()
+        return logit_rows(head, logits).float()
 
     def _without_drop(self, name: str, current: Pass) -> Tensor:
         if self.projections.get(name) is None:

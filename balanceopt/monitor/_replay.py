@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,12 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+
+_GLOBAL_HOOKS: list[dict[int, Any]] = [
+    hooks
+    for name, hooks in vars(nn.modules.module).items()
+    if name.startswith("_global_") and name.endswith("_hooks")
+]
 
 
 @contextmanager
@@ -43,13 +50,13 @@ def quiet(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(random_state_kept(device))
         stack.enter_context(_gathered(modules))
+        stack.enter_context(_nothing_compiled())
+        stack.enter_context(_no_global_hooks())
         for module in modules:
             # Straight into __dict__: nn.Module's own attribute setter costs more than the whole fusion on small models.
             changes: dict[str, Any] = {name: OrderedDict() for name in _HOOKS if module.__dict__.get(name)}
             if module.training:
                 changes["training"] = False
-            if module.__dict__.get("_compiled_call_impl") is not None:
-                changes["_compiled_call_impl"] = None
             stack.enter_context(_attributes(module, changes))
         yield
 
@@ -71,6 +78,30 @@ def forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> It
         for module, function in replacements:
             stack.enter_context(_attributes(module, {"forward": function}))
         yield
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Within it compiled functions and modules run as they were written."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    """Within it hooks on all modules (profilers, counters of operations) are off."""
+    filled = [hooks for hooks in _GLOBAL_HOOKS if hooks]
+    before = [hooks.copy() for hooks in filled]
+    try:
+        for hooks in filled:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, kept in zip(filled, before, strict=True):
+            hooks.update(kept)
 
 
 @contextmanager

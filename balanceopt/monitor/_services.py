@@ -83,7 +83,7 @@ class Services:
     @property
     def latest(self) -> Pass | None:
         """The latest forward in training."""
-        return self._capture.latest
+        return self._capture.passes.latest
 
     def features(self, name: str, output: Any) -> Tensor:
         """The feature tensor of an encoder's output, attached to its graph.
@@ -145,7 +145,7 @@ class Services:
     @property
     def train_only(self) -> bool:
         """Whether only passes in training mode are watched."""
-        return self._capture.train_only
+        return self._capture.passes.train_only
 
     @property
     def every(self) -> int:

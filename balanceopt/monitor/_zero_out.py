@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from balanceopt.modality import modules_outside
 from balanceopt.monitor._outputs import logits_of, map_tensors
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._replay import forwards, quiet
-from balanceopt.monitor._rows import as_rows
+from balanceopt.monitor._rows import logit_rows
 
 
 class ZeroOut:
@@ -25,9 +26,6 @@ class ZeroOut:
         self.model = model
         self.encoders = dict(encoders)
         self.head = head
-        inner = {id(part) for encoder in encoders.values() for part in encoder.modules()}
-        inner -= {id(encoder) for encoder in encoders.values()}
-        self.fusion = [part for part in model.modules() if id(part) not in inner]
 
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         if current.inputs is None:
@@ -35,9 +33,17 @@ class ZeroOut:
                 "`scores='zero-out'` runs the model's forward again, but the model itself was not called, only its "
                 "parts. Call the model, or pass `scores=` with a function from features to uni-modal logits."
             )
-        return {name: self._alone(name, current) for name in current.outputs}
+        for name, outputs in current.outputs.items():
+            if not any(_holds_features(output) for output in outputs):
+                raise RuntimeError(
+                    f"the encoder of {name!r} returns a {type(outputs[0]).__name__}, in which nothing can be set to "
+                    "zero. Return tensors, or pass `scores=` with a function from features to uni-modal logits."
+                )
+        # Looked up each time: layers may have been replaced, and one that slipped through would run in training mode.
+        fusion = modules_outside(self.model, self.encoders.values())
+        return {name: self._alone(name, current, fusion) for name in current.outputs}
 
-    def _alone(self, kept: str, current: Pass) -> Tensor:
+    def _alone(self, kept: str, current: Pass, fusion: Sequence[nn.Module]) -> Tensor:
         stubs: list[tuple[nn.Module, Callable[..., Any]]] = [
             (self.encoders[name], _Cached(outputs if name == kept else map_tensors(_zeros, outputs)))
             for name, outputs in current.outputs.items()
@@ -45,9 +51,9 @@ class ZeroOut:
         assert current.inputs is not None
         args, kwargs = current.inputs
         if self.head is not self.model:
-            stubs.append((self.head, _stop_after(self.head.forward)))
+            stubs.append((self.head, _stop_after(self.head.forward, current.answering_call)))
         device = next(iter(current.features.values())).device
-        with quiet(self.fusion, device), forwards(stubs):
+        with quiet([*fusion, *self.encoders.values()], device), forwards(stubs):
             try:
                 output = self.model.forward(*args, **kwargs)
             except _Reached as reached:
@@ -59,7 +65,7 @@ class ZeroOut:
                 ) from error
         logits = logits_of(output)
         assert logits is not None
-        return as_rows(logits).float()
+        return logit_rows(self.head, logits).float()
 
 
 class _Reached(BaseException):
@@ -69,9 +75,16 @@ class _Reached(BaseException):
         self.output = output
 
 
-def _stop_after(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _stop_after(forward: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    left = calls
+
     def stop(*args: Any, **kwargs: Any) -> Any:
-        raise _Reached(forward(*args, **kwargs))
+        nonlocal left
+        left -= 1
+        output = forward(*args, **kwargs)
+        if left > 0:
+            return output
+        raise _Reached(output)
 
     return stop
 
@@ -87,6 +100,17 @@ class _Cached:
         output = self.outputs[self.calls % len(self.outputs)]
         self.calls += 1
         return output
+
+
+def _holds_features(output: Any) -> bool:
+    found: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        found.append(x.is_floating_point())
+        return x
+
+    map_tensors(look, output)
+    return any(found)
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -32,11 +32,22 @@ def check_lr(optimizer: torch.optim.Optimizer) -> None:
         why = "it does not use the learning rate of its groups"
     elif not all(isinstance(group.get("lr"), numbers) for group in groups):
         why = "its groups have no learning rate"
+    elif _steps_others(optimizer):
+        why = "the optimizer inside it has groups of its own"
     elif beside:
         why = f"groups are split for the time of a step, and its `{beside[0]}` has an entry for each of them"
     else:
         return
     raise ValueError(f"`apply_to='lr'` does not work with {name}: {why}. Use apply_to='grad'.")
+
+
+def _steps_others(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether another optimizer inside this one steps by groups of its own (ZeroRedundancyOptimizer)."""
+    inside = [getattr(optimizer, name, None) for name in ("optimizer", "optim")]
+    return any(
+        isinstance(inner, torch.optim.Optimizer) and inner.param_groups is not optimizer.param_groups
+        for inner in inside
+    )
 
 
 def scale_lr(
@@ -55,6 +66,11 @@ def scale_lr(
     }
     if not factor_of:
         return None
+    if _steps_others(optimizer):  # a load can part an outer optimizer's groups from those inside it
+        raise RuntimeError(
+            f"`apply_to='lr'` no longer reaches the optimizer inside {type(optimizer).__name__}: loading gave it "
+            "groups of its own. Use apply_to='grad'."
+        )
     whole = list(optimizer.param_groups)
     parts = [_split(group, factor_of) for group in whole]
     optimizer.param_groups[:] = [part for pieces in parts for part in pieces]

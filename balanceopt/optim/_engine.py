@@ -163,7 +163,7 @@ class Engine:
         """Modulate the gradients, count the step."""
         sums = self._take()
         slots, gradients = self._owners.slots()
-        if not gradients or (sums is None and not self._any_nonzero(gradients)):
+        if (sums is None and not self._any_nonzero(gradients)) or not gradients:
             return
         several = len(self.monitor.modalities) > 1
         acting = [m for m in self.modulations if several and m.acts_at(self._kept.clock)]

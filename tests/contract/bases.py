@@ -49,7 +49,11 @@ def _one_group(groups: Groups) -> list[torch.nn.Parameter]:
 
 
 def _lookahead(groups: Groups) -> torch.optim.Optimizer:
-    return torch_optimizer.Lookahead(torch_optimizer.Yogi(groups, lr=0.01))
+    optimizer = torch_optimizer.Lookahead(torch_optimizer.Yogi(groups, lr=0.01))
+    # It never makes these. Torch asks for them on all instances of a class once one of them was loaded.
+    for kind in ("pre", "post"):
+        vars(optimizer)[f"_optimizer_step_{kind}_hooks"] = {}
+    return optimizer
 
 
 def _torch(name: str, lr: float, *, shown: str = "", **options: Any) -> Base:

@@ -32,6 +32,11 @@ PAIRS = [
     if (base.scales_lr or not method.scales_lr) and not (base.closure and method.frozen)
 ]
 every_pair = pytest.mark.parametrize(("method", "base"), PAIRS)
+# What hangs on the wrapper and not on the method: third-party bases with one method only.
+most_pairs = pytest.mark.parametrize(
+    ("method", "base"),
+    [pair for pair in PAIRS if "torch_optimizer" not in str(pair.id) or str(pair.id).startswith("OGM-GE")],
+)
 
 
 def build(base: Base, modulation: bo.Modulation) -> tuple[Multimodal, bo.ModulatedOptimizer]:
@@ -87,7 +92,7 @@ def test_at_its_limit_it_is_the_base_bit_for_bit(method: Method, base: Base):
     assert same_bits(model, twin)
 
 
-@every_pair
+@most_pairs
 def test_schedulers_reach_the_base(method: Method, base: Base):
     rates: list[list[list[float]]] = []
     twin = small_model()
@@ -121,7 +126,7 @@ def test_resumes_bit_for_bit(method: Method, base: Base):
     assert same_bits(model, resumed)
 
 
-@every_pair
+@most_pairs
 def test_a_copy_steps_its_own_parameters(method: Method, base: Base):
     if not base.copies:
         pytest.skip("the bare optimizer's copies can't step")

@@ -167,6 +167,7 @@ def test_noise_goes_with_it():
     [
         (lambda model: torch.optim.LBFGS(model.parameters()), "LBFGS: it has one learning rate"),
         (lambda model: WithoutLR(model.parameters(), {}), "WithoutLR: its groups have no learning rate"),
+        (lambda model: Sharding(model.parameters()), "inside it has groups of its own"),
         (lambda model: WithLists(model.parameters(), lr=0.1), "`base_lrs` has an entry for each"),
         (lambda model: Relative(model.parameters(), {"lr": 0.1, "relative_step": True}), "does not use the"),
     ],
@@ -176,6 +177,37 @@ def test_bases_whose_learning_rate_says_nothing_are_refused(make: Any, message: 
     monitor = watch(model)
     with pytest.raises(ValueError, match=message):
         bo.ModulatedOptimizer(make(model), monitor, LR)
+
+
+class Sharding(torch.optim.SGD):
+    """Keeps an optimizer with groups of its own, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.optim = sgd([{"params": list(g["params"])} for g in self.param_groups])
+
+
+def test_an_optimizer_inside_that_a_load_cut_off():
+    model = small_model()
+    inner = sgd(groups_of(model))
+    outer = Around(inner)
+    optimizer = bo.ModulatedOptimizer(outer, watch(model), LR)
+    train(model, optimizer, batches(model, 1))
+    inner.load_state_dict(inner.state_dict())
+    with pytest.raises(RuntimeError, match="no longer reaches the optimizer inside Around"):
+        train(model, optimizer, batches(model, 1))
+
+
+class Around(torch.optim.Optimizer):
+    """As Lookahead: one list of groups for itself and the optimizer inside."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
 
 
 class WithoutLR(torch.optim.Optimizer):

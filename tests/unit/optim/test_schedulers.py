@@ -62,6 +62,16 @@ def test_same_rates_as_on_the_bare_optimizer(name: str, base: str):
     assert schedule(base, name, lambda o, monitor: bo.ModulatedOptimizer(o, monitor, bo.OGM(0.5))) == bare
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_with_hooks(name: str):
+    def form(optimizer: Any, monitor: Any) -> Any:
+        bo.attach(optimizer, monitor, bo.OGM(0.5, noise=False, apply_to="lr"))
+        return optimizer
+
+    bare = schedule("SGD", name, lambda o, monitor: o)
+    assert schedule("SGD", name, form) == bare
+
+
 def test_no_scheduler_is_left_out():
     public = {name for name, value in vars(lr).items() if isinstance(value, type) and name in lr.__all__}
     assert public - {"LRScheduler"} <= SCHEDULERS.keys()

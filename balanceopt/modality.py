@@ -84,7 +84,8 @@ def resolve_head(
     """The head as a module of `model`, or each modality's own.
 
     Raises:
-        ValueError: for an unknown name, a module outside the model, or own heads for other modalities.
+        ValueError: for an unknown name, a module outside the model or inside an encoder, or own heads for other
+            modalities than the encoders'.
         TypeError: if a head is neither a module nor a name.
     """
     if head is None:
@@ -94,10 +95,23 @@ def resolve_head(
             raise ValueError(
                 f"`head` should have one head for each of {sorted(encoders)}. Found {sorted(head)}."
             )
-        return {name: find_module(model, head[name], f"head[{name!r}]") for name in encoders}
+        found = {name: find_module(model, head[name], f"head[{name!r}]") for name in encoders}
+        for name, own in found.items():
+            _refuse_inside(own, {n: e for n, e in encoders.items() if n != name}, f"`head[{name!r}]`")
+        return found
     if isinstance(head, nn.Module) and unwrap(head) is unwrap(model):
         return unwrap(model)
-    return find_module(model, head, "`head`")
+    joint = find_module(model, head, "`head`")
+    _refuse_inside(joint, encoders, "`head`")
+    return joint
+
+
+def _refuse_inside(head: nn.Module, encoders: Mapping[str, nn.Module], role: str) -> None:
+    for name, encoder in encoders.items():
+        if any(head is part for part in encoder.modules()):
+            raise ValueError(
+                f"{role} should come after the encoders. Found a part of the encoder of {name!r}."
+            )
 
 
 def modality_parameters(model: nn.Module, encoders: Encoders) -> dict[str, list[nn.Parameter]]:

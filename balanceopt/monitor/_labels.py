@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._pass import Observed, Pass
 
 LabelSource = Literal["auto", "observe", "loss", "model", "gradient"]
 
@@ -21,7 +21,7 @@ class Labels:
     def __init__(self, allowed: LabelSource) -> None:
         """Take them from `allowed` only; `"auto"` is all of them."""
         self.allowed: LabelSource = allowed
-        self._next: tuple[Tensor, dict[str, Tensor]] | None = None
+        self._next: Observed | None = None
 
     def allows(self, source: LabelSource) -> bool:
         """Whether labels may come from there."""
@@ -29,21 +29,21 @@ class Labels:
 
     def observe(self, latest: Pass | None, labels: Tensor, present: dict[str, Tensor]) -> None:
         """Take the user's own: for the latest pass if it has none, else for the next one."""
-        if latest is not None and not latest.closed and latest.label_source != "observe":
-            self._give(latest, labels, present)
+        if latest is not None and not latest.closed and latest.observed is None:
+            self._give(latest, (labels, present))
         else:
             self._next = labels, present
 
     def begin(self, current: Pass) -> None:
         """Give a new pass what was observed before it."""
         if self._next is not None:
-            self._give(current, *self._next)
+            self._give(current, self._next)
             self._next = None
 
     def take_back(self, current: Pass) -> None:
         """Keep what was observed before a pass that came to nothing for the next one."""
-        if self._next is None and current.label_source == "observe" and current.labels is not None:
-            self._next = current.labels, current.present
+        if self._next is None:
+            self._next = current.observed
 
     def from_call(self, current: Pass, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take those that the model itself was given."""
@@ -73,10 +73,11 @@ class Labels:
         """Forget those that no pass has got."""
         self._next = None
 
-    def _give(self, current: Pass, labels: Tensor, present: dict[str, Tensor]) -> None:
+    def _give(self, current: Pass, observed: Observed) -> None:
+        labels, present = current.observed = observed
+        current.present.update(present)
         if self.allows("observe"):
             current.labels, current.label_source = labels, "observe"
-            current.present.update(present)
 
 
 def labels_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -131,7 +131,8 @@ class ModalityMonitor(Services):
             raise KeyError(
                 f"`present` should be given by modality {self.modalities}. Found {sorted(unknown)}."
             )
-        self._labels.observe(self.latest, torch.as_tensor(labels).detach(), dict(present or {}))
+        flags = {name: torch.as_tensor(rows).detach().bool() for name, rows in (present or {}).items()}
+        self._labels.observe(self.latest, torch.as_tensor(labels).detach(), flags)
 
     def watch_loss(self, module: nn.Module, *, reduce: Literal["argmax"] | None = None) -> RemovableHandle:
         """Take the labels from the calls of a loss module `(logits, labels)`, and its `ignore_index`.

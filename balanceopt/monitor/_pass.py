@@ -10,6 +10,8 @@ from torch import Tensor
 
 from balanceopt.monitor._sums import ModalitySums
 
+Observed = tuple[Tensor, dict[str, Tensor]]
+
 
 @dataclass(eq=False)
 class Pass:
@@ -28,6 +30,7 @@ class Pass:
         early: the same, where a consumer asked for them before the fusion ran.
         entropies: each modality's feature entropy by sample `(B,)`, where a consumer asked for it.
         present: bool `(B,)` by modality, the samples that have it; all of them where not given.
+        observed: what the user gave: labels, and `present`.
         labels: as given by the user, a loss module or the model's keyword; None to recover them.
         label_source: where `labels` come from.
         gradients: of the loss at the joint logits, one a backward.
@@ -58,6 +61,7 @@ class Pass:
     early: dict[str, Tensor] = field(default_factory=dict)
     entropies: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
+    observed: Observed | None = None
     labels: Tensor | None = None
     label_source: str = "gradient"
     gradients: list[Tensor] = field(default_factory=list)

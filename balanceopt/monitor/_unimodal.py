@@ -32,23 +32,40 @@ def choose_scores(
     Raises:
         ValueError: if `scores` is unknown, or does not go with the head.
     """
-    modalities = list(encoders)
-    if callable(scores):
-        return UserFunction(scores, modalities)
-    if scores not in ("auto", "split", "per-head", "zero-out"):
+    if not callable(scores) and scores not in ("auto", "split", "per-head", "zero-out"):
         raise ValueError(
             f"`scores` should be 'auto', 'split', 'per-head', 'zero-out' or a function. Found {scores!r}."
+        )
+    linear = isinstance(head, nn.Module) and isinstance(unwrap(head), nn.Linear)
+    if slices and not (linear and scores in ("auto", "split")):
+        raise ValueError(
+            "`slices` go with one linear head over concatenated features. "
+            f"Found {'several heads' if isinstance(head, Mapping) else type(head).__name__} and scores={scores!r}."
         )
     if head is None:
         if scores == "auto":
             return None
-        raise ValueError(f"`scores={scores!r}` needs `head=`. Found None.")
+        raise ValueError(
+            f"`scores={scores!r}` needs `head=`, whose output tells that a pass counts. Found None."
+        )
+    if callable(scores):
+        return UserFunction(scores, list(encoders))
     if isinstance(head, Mapping):
         if scores not in ("auto", "per-head"):
             raise ValueError(
                 f"with a head for each modality `scores` should be 'per-head'. Found {scores!r}."
             )
         return PerHead(head)
+    return _of_joint_head(scores, model, encoders, head, slices)
+
+
+def _of_joint_head(
+    scores: str,
+    model: nn.Module,
+    encoders: Mapping[str, nn.Module],
+    head: nn.Module,
+    slices: Mapping[str, slice] | None,
+) -> UnimodalLogits:
     if scores == "per-head":
         raise ValueError("`scores='per-head'` needs a mapping from modality to its own head. Found one head.")
     inner = unwrap(head)
@@ -58,7 +75,7 @@ def choose_scores(
         raise ValueError(
             f"`scores='split'` needs a linear head. Found {type(inner).__name__}: use 'zero-out' or a function."
         )
-    split = SplitHead(inner, modalities, slices)
+    split = SplitHead(inner, list(encoders), slices)
     return split if scores == "split" or slices else Automatic(split, partial(ZeroOut, model, encoders, head))
 
 
@@ -102,7 +119,14 @@ class UserFunction:
             raise KeyError(
                 f"`scores` should return logits by modality {self.modalities}. Found {sorted(logits)}."
             )
-        return {name: as_rows(value.detach()).float() for name, value in logits.items()}
+        rows = {name: as_rows(value.detach()).float() for name, value in logits.items()}
+        for name, value in rows.items():
+            if current.logits is not None and value.shape != current.logits.shape:
+                raise ValueError(
+                    f"the logits that `scores` returns for {name!r} should have the shape "
+                    f"{tuple(current.logits.shape)} of the joint ones. Found {tuple(value.shape)}."
+                )
+        return rows
 
 
 class Automatic:

@@ -37,8 +37,8 @@ def scheduled(
     *,
     model_options: dict[str, Any] | None = None,
     **options: Any,
-) -> tuple[Multimodal, torch.optim.Optimizer, bo.ReLearnScheduler]:
-    """A trained-away model with SGD and a scheduler that fires at once."""
+) -> tuple[Any, Any, Any]:
+    """A model, SGD, and a scheduler that fires at once."""
     model = make(modalities, **(model_options or {}))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train, val = loaders(modalities)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -34,10 +32,11 @@ def build(head: nn.Module, width: int) -> None:
     """Build an `OwnHead` for features of this width, unless it is built."""
     if isinstance(head, OwnHead):
         with torch.no_grad():
-            head(torch.empty(0, width, device=next(head.parameters()).device))
+            like = next(head.parameters())
+            head(torch.empty(0, width, device=like.device, dtype=like.dtype))
 
 
-def answer(head: nn.Module, vectors: Tensor, name: str) -> Tensor:
+def answer(head: nn.Linear, vectors: Tensor, name: str) -> Tensor:
     """The head's logits `(B, C)` of `(B, D)` features.
 
     Raises:
@@ -46,13 +45,12 @@ def answer(head: nn.Module, vectors: Tensor, name: str) -> Tensor:
     if isinstance(head, OwnHead):
         head.to(vectors.device)
         build(head, vectors.shape[1])
-    linear: Any = head
-    if vectors.shape[1] != linear.in_features:
+    if vectors.shape[1] != head.in_features:
         raise ValueError(
-            f"the features of {name!r} should have width {linear.in_features}, for which its head was built. "
+            f"the features of {name!r} should have width {head.in_features}, for which its head was built. "
             f"Found {vectors.shape[1]}."
         )
     if not torch.is_autocast_enabled(vectors.device.type):
-        vectors = vectors.to(linear.weight.dtype)
-    logits: Tensor = linear(vectors)
+        vectors = vectors.to(head.weight.dtype)
+    logits: Tensor = head(vectors)
     return logits

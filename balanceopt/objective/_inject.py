@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,19 @@ from torch.utils.hooks import RemovableHandle
 from balanceopt._deferred import DeferredCounts
 from balanceopt.functional._labels import INVALID
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.monitor._outputs import map_tensors
+from balanceopt.monitor._outputs import logits_of, map_tensors
 from balanceopt.monitor._pass import Pass
-from balanceopt.monitor._supported import in_backward
+from balanceopt.monitor._rows import as_rows
+from balanceopt.monitor._supported import in_backward, outside_graphs
 from balanceopt.objective._losses import loss_of, row_cross_entropy
+from balanceopt.objective._noted import (
+    Noted,
+    floating,
+    is_joint,
+    leaf,
+    refuse_create_graph,
+    refuse_doubtful,
+)
 from balanceopt.objective._rows import Rows, rows_of
 
 if TYPE_CHECKING:
@@ -25,25 +33,6 @@ if TYPE_CHECKING:
 
 # A modality's loss from its logits, and what to differentiate it with.
 Weighed = Callable[[str, Tensor], tuple[Tensor, Tensor]]
-
-
-@dataclass(eq=False)
-class _Noted:
-    """What is remembered of one pass.
-
-    Attributes:
-        outputs: each encoder's latest output, detached.
-        calls: how often each encoder was called.
-        autocast: whether the forward ran under autocast, and its dtype.
-        extras: by modality, what to add to the gradient of each floating tensor of its output.
-        logits: the joint logits `(N, C)`.
-    """
-
-    outputs: dict[str, Any] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
-    autocast: tuple[bool, torch.dtype] = (False, torch.float32)
-    extras: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    logits: Tensor | None = None
 
 
 class Injection:
@@ -65,7 +54,7 @@ class Injection:
         self._pending: dict[nn.Parameter, Tensor] = {}
         self._hooked: dict[nn.Parameter, RemovableHandle] = {}
         self._handles: list[RemovableHandle] = []
-        self._doubtful = DeferredCounts(("rows", "doubtful"), _refuse_doubtful)
+        self._doubtful = DeferredCounts(("rows", "doubtful"), refuse_doubtful)
         loss = objective.loss
         if isinstance(loss, nn.Module):
             self._handles.append(loss.register_forward_hook(self._on_loss, with_kwargs=True))
@@ -81,6 +70,7 @@ class Injection:
             )
         else:
             monitor.add_gradient_listener(self._on_gradient)
+            self._watch_own_heads(monitor.head)
         self._refuse_sharded()
         if any(objective.weight.values()):
             monitor.add_tap(self._tap)
@@ -97,10 +87,11 @@ class Injection:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
+    @outside_graphs
     def _tap(self, name: str, output: Any, current: Pass | None) -> None:
         if current is None or not self.objective.weight[name]:
             return
-        noted: _Noted = current.notes.setdefault(self, _Noted())
+        noted: Noted = current.notes.setdefault(self, Noted())
         if not in_backward():
             # A copy: what comes after the encoder may work in place.
             noted.outputs[name] = map_tensors(lambda x: x.detach().clone(), output)
@@ -108,11 +99,11 @@ class Injection:
             device = self.monitor.features(name, output).device.type
             noted.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             self._hook_shared_head()
-        for place, tensor in enumerate(_floating(output)):
+        for place, tensor in enumerate(floating(output)):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._add, noted, name, noted.calls.get(name, 0), place))
 
-    def _add(self, noted: _Noted, name: str, call: int, place: int, gradient: Tensor) -> Tensor | None:
+    def _add(self, noted: Noted, name: str, call: int, place: int, gradient: Tensor) -> Tensor | None:
         """The joint gradient at an encoder's output with the uni-modal one."""
         extras = noted.extras.get(name)
         if extras is None or call != noted.calls[name] or extras[place] is None:
@@ -121,12 +112,25 @@ class Injection:
         assert extra is not None
         return gradient + extra.to(gradient.dtype)
 
+    def _watch_own_heads(self, head: Any) -> None:
+        """Late fusion: each head gets the gradient of the joint logits, and any of them may be the first."""
+        for own in head.values() if isinstance(head, Mapping) else ():
+            self._handles.append(own.register_forward_hook(self._on_own_head))
+
+    @outside_graphs
+    def _on_own_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        current, logits = self.monitor.latest, logits_of(output)
+        if current is not None and logits is not None and logits.requires_grad and not in_backward():
+            logits.register_hook(lambda gradient: self._on_gradient(current, as_rows(gradient.detach())))
+
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
         """The gradient reached the joint logits."""
-        noted: _Noted | None = current.notes.get(self)
-        if noted is None:
+        noted: Noted | None = current.notes.get(self)
+        task = torch._C._current_graph_task_id()
+        if noted is None or noted.task == task:
             return
-        _refuse_create_graph()
+        refuse_create_graph()
+        noted.task = task
         noted.logits = current.logits if noted.logits is None else noted.logits
         assert noted.logits is not None
         ignore = self.monitor.ignore_index if current.ignore_index is None else current.ignore_index
@@ -136,33 +140,36 @@ class Injection:
         self._doubtful.add(total, rows.doubtful)
         self._make(noted, current, partial(self._weighed_rows, rows, current))
 
+    @outside_graphs
     def _on_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The loop called its loss."""
         current = self.monitor.latest
         if current is None or not (isinstance(output, Tensor) and output.requires_grad):
             return
-        noted: _Noted | None = current.notes.get(self)
+        noted: Noted | None = current.notes.get(self)
         logits = args[0] if args else kwargs.get("input")
         target = args[1] if len(args) > 1 else kwargs.get("target")
-        if noted is None or target is None or not _is_joint(logits, current):
+        if noted is None or target is None or not is_joint(logits, current):
             return
         output.register_hook(partial(self._on_loss_gradient, noted, current, target))
 
-    def _on_loss_gradient(self, noted: _Noted, current: Pass, target: Any, gradient: Tensor) -> None:
-        _refuse_create_graph()
+    def _on_loss_gradient(self, noted: Noted, current: Pass, target: Any, gradient: Tensor) -> None:
+        refuse_create_graph()
         self._make(noted, current, partial(self._weighed_loss, target, gradient.detach(), current))
 
     # -- the uni-modal gradients ---------------------------------------------------------------------------------
 
-    def _make(self, noted: _Noted, current: Pass, weighed: Weighed) -> None:
+    def _make(self, noted: Noted, current: Pass, weighed: Weighed) -> None:
         """All uni-modal gradients of a pass: kept for the encoders' outputs, added for the own heads."""
         objective = self.objective
+        if objective.heads == "shared":
+            torch.autograd.Variable._execution_engine.queue_callback(self._pending.clear)
         for name, output in noted.outputs.items():
             leaves: list[Tensor] = []
             enabled, dtype = noted.autocast
             device = self.monitor.features(name, output).device.type
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
-                features = self.monitor.features(name, map_tensors(partial(_leaf, leaves), output))
+                features = self.monitor.features(name, map_tensors(partial(leaf, leaves), output))
                 logits = objective.unimodal_logits(name, features)
                 value, scale = weighed(name, logits)
             heads = self._head_parameters(name)
@@ -241,56 +248,3 @@ class Injection:
                 "inject=True with heads='shared' is not supported for a sharded head: its gradient is made on other "
                 "tensors. Use heads='own', or add objective(labels) to the loss."
             )
-
-
-def _leaf(leaves: list[Tensor], x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return x
-    leaves.append(x.detach().requires_grad_())
-    return leaves[-1]
-
-
-def _floating(output: Any) -> list[Tensor]:
-    """The floating tensors of an output, in the order in which `map_tensors` meets them."""
-    found: list[Tensor] = []
-
-    def note(x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            found.append(x)
-        return x
-
-    map_tensors(note, output)
-    return found
-
-
-def _is_joint(logits: Any, current: Pass) -> bool:
-    """Whether a loss is called on the pass's joint logits, as far as these are known."""
-    if not isinstance(logits, Tensor):
-        return False
-    if current.logits is None:
-        return True
-    same = logits.numel() == current.logits.numel()
-    return same and (
-        logits.data_ptr() == current.logits.data_ptr()
-        or bool(
-            torch.equal(logits.detach().reshape_as(current.logits).to(current.logits.dtype), current.logits)
-        )
-    )
-
-
-def _refuse_create_graph() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "inject=True can't follow backward(create_graph=True): the added gradient has no derivative. Add "
-            "objective(labels) to the loss."
-        )
-
-
-def _refuse_doubtful(counts: dict[str, int]) -> None:
-    if counts["doubtful"]:
-        raise RuntimeError(
-            f"the gradient at the joint logits is not that of a plain cross-entropy in {counts['doubtful']} of "
-            f"{counts['rows']} rows (label smoothing, another loss, a temperature), so inject=True can't have labels "
-            "and scale exactly. Pass `loss=`, the loss module that your loop calls on the logits, or add "
-            "objective(labels) to the loss."
-        )

@@ -42,11 +42,16 @@ def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Ten
     return total / count.sum().clamp(min=1)
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def row_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """`(B,)`; 0 where the label does not count."""
     if target.is_floating_point():
-        return F.cross_entropy(logits.float(), target, reduction="none")
-    pair = two_classes(logits).float()
+        return F.cross_entropy(widened(logits), target, reduction="none")
+    pair = widened(two_classes(logits))
     return F.cross_entropy(pair, target, reduction="none", ignore_index=ignore_index)
 
 

@@ -16,7 +16,7 @@ from balanceopt.objective._average import GradientAverage
 from balanceopt.objective._features import LiveFeatures
 from balanceopt.objective._heads import OwnHead, answer, build
 from balanceopt.objective._inject import Injection
-from balanceopt.objective._losses import Loss, as_target, loss_of, mean_cross_entropy
+from balanceopt.objective._losses import Loss, as_target, loss_of, mean_cross_entropy, widened
 
 Heads = Literal["own", "shared"]
 
@@ -123,7 +123,7 @@ class UnimodalObjective(nn.Module):
             for name, z in features.items()
             if self.weight[name]
         ]
-        total = torch.stack([loss.float() for loss in losses]).sum()
+        total = torch.stack([widened(loss) for loss in losses]).sum()
         if self.own_heads and active_group(self.monitor.group) is not None and total.requires_grad:
             total = total + self._touched(features)
             total.register_hook(lambda _: self._average.after_this_backward())
@@ -142,9 +142,11 @@ class UnimodalObjective(nn.Module):
         vectors = pool_features(features, self.pool, self.monitor.projection(name))
         return answer(self.head_of(name), vectors, name)
 
-    def head_of(self, name: str) -> nn.Module:
+    def head_of(self, name: str) -> nn.Linear:
         """A modality's own head."""
-        return self.own_heads[self.monitor.modalities.index(name)]
+        head = self.own_heads[self.monitor.modalities.index(name)]
+        assert isinstance(head, nn.Linear)
+        return head
 
     def remove(self) -> None:
         """Stop listening to the monitor. May be called twice."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,11 @@ def scheduler_of(model, initial, train, val, **settings):
     return bo.ReLearnScheduler(optimizer, monitor, train, val, **settings)
 
 
-SETTINGS = ({}, {"init": "random", "n_init": 2}, {"normalize": "none", "seed": None})
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"init": "random", "n_init": 2},
+    {"normalize": "none", "seed": None},
+)
 
 
 def in_ddp(rank, folder):
@@ -119,7 +124,9 @@ def with_gaps(rank, folder):
             scheduler.step()
         results.append(str(error.value))
     labels = torch.arange(20) % 5
-    features = {"audio": torch.randn(20, 3)} if rank else {"audio": torch.randn(20, 3), "visual": torch.randn(20, 2)}
+    features = (
+        {"audio": torch.randn(20, 3)} if rank else {"audio": torch.randn(20, 3), "visual": torch.randn(20, 2)}
+    )
     results.append(bo.diagnose((features, labels), (features, labels), monitor=empty.monitor, seed=0))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ class TestTable:
         assert lines[3] == "largest gap: near"
 
     def test_frozen(self):
-        found = bo.diagnose(*given())
+        found: Any = bo.diagnose(*given())
         with pytest.raises(dataclasses.FrozenInstanceError):
             found.gap = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -26,18 +27,18 @@ class Lazy(nn.Module):
 def scheduler_of(model, encoders, **options):
     monitor = bo.ModalityMonitor(model, encoders, head="head")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return optimizer, bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1, lam=50.0, seed=0, **options)
+    return optimizer, bo.ReLearnScheduler(
+        optimizer, monitor, *loaders(), every=1, lam=50.0, seed=0, **options
+    )
 
 
 class TestLazy:
     @pytest.mark.parametrize("buffers", ["keep", "lerp"])
     def test_copied_before_the_first_step(self, buffers):
         model = Lazy()
-        optimizer, scheduler = scheduler_of(
-            model, {"audio": "audio", "visual": "visual"}, buffers=buffers
-        )
+        optimizer, scheduler = scheduler_of(model, {"audio": "audio", "visual": "visual"}, buffers=buffers)
         assert scheduler.snapshot_bytes == 0
-        start = {}
+        start: dict[str, Any] = {}
 
         def note(optimizer, args, kwargs):
             start.setdefault("weights", weights(model))
@@ -74,7 +75,7 @@ def test_unfrozen_later():
     model.encoders["visual"].requires_grad_(True)
     train_epoch(model, optimizer, scheduler.train_loader)
     current = weights(model)
-    found = scheduler.step()
+    found: Any = scheduler.step()
     alpha = found.strength["visual"]
     for name in ("encoders.visual.0.weight", "encoders.visual.2.bias"):
         expected = (1 - alpha) * current[name] + alpha * start[name]
@@ -148,7 +149,7 @@ def test_a_meta_snapshot_device_is_used():
 
 
 def test_names_do_not_depend_on_compilation():
-    model = Concat(encoder=batch_norm)
+    model: Any = Concat(encoder=batch_norm)
     plain = bo.ReLearnScheduler(torch.optim.SGD(model.parameters(), 0.1), watch(model), *loaders())
     model.encoders["audio"] = torch.compile(model.encoders["audio"], backend="eager")
     compiled = bo.ReLearnScheduler(torch.optim.SGD(model.parameters(), 0.1), watch(model), *loaders())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,7 +105,9 @@ class TestNothingElseChanges:
     def test_generators_of_the_loader(self):
         data, generator = samples(40), torch.Generator().manual_seed(1)
         inner = RandomSampler(data, generator=torch.Generator().manual_seed(2))
-        sampled = DataLoader(data, sampler=BatchSampler(inner, 8, False), batch_size=None, generator=generator)
+        sampled = DataLoader(
+            data, sampler=BatchSampler(inner, 8, False), batch_size=None, generator=generator
+        )
         shuffled = DataLoader(data, 8, shuffle=True, generator=torch.Generator().manual_seed(3))
         for loader in (sampled, shuffled):
             _, _, scheduler = scheduled()
@@ -116,6 +119,8 @@ class TestNothingElseChanges:
 
     def test_a_buffer_that_a_forward_writes_to(self):
         class Counting(Concat):
+            calls: torch.Tensor
+
             def __init__(self, modalities):
                 super().__init__(modalities)
                 self.register_buffer("calls", torch.zeros(()))
@@ -145,12 +150,13 @@ class TestNothingElseChanges:
         logits = model(*inputs)
         features_of(monitor, loaders()[0])
         torch.nn.functional.cross_entropy(logits, labels).backward()
-        found = accumulator.take()
+        found: Any = accumulator.take()
         alone = Concat()
         alone.load_state_dict(model.state_dict())
         other = watch(alone).accumulator()
         train_step(alone, inputs, labels)
-        torch.testing.assert_close(found.score, other.take().score)
+        expected: Any = other.take()
+        torch.testing.assert_close(found.score, expected.score)
 
     def test_hooks(self):
         model, _, scheduler = scheduled()
@@ -187,9 +193,7 @@ class TestBatches:
         found = features_of(watch(model), self.loader(form))
         expected = torch.cat([labels for *_, labels in loaders()[0]])
         assert torch.equal(found["audio"].labels, expected)
-        torch.testing.assert_close(
-            found["audio"].features, eval_features(model, loaders()[0], "audio")
-        )
+        torch.testing.assert_close(found["audio"].features, eval_features(model, loaders()[0], "audio"))
 
     def test_other_forms_need_forward(self):
         model = BatchDict()
@@ -223,7 +227,8 @@ class TestBatches:
 
     def test_a_modality_that_a_batch_lacks(self):
         class Partial(Concat):
-            def forward(self, a, v=None):
+            def forward(self, *inputs):
+                a, v = (*inputs, None)[:2]
                 z = torch.zeros(len(a), 4) if v is None else self.encoders["visual"](v)
                 return self.head(torch.cat([self.encoders["audio"](a), z], 1))
 
@@ -280,9 +285,10 @@ class TestShapes:
                 return super().forward(x).repeat(3, 1)
 
         model = Concat(encoder=Frames)
+        inputs, labels = batch()
+        monitor, loader = watch(model), [(*inputs, labels)]
         with pytest.raises(ValueError, match="returned 24 rows for 8 labels from the training loader"):
-            inputs, labels = batch()
-            features_of(watch(model), [(*inputs, labels)], forward=lambda m, given: m.encode(*given[:-1]))
+            features_of(monitor, loader, forward=lambda m, given: m.encode(*given[:-1]))
 
 
 class TestProgress:
@@ -323,11 +329,17 @@ def test_a_monitor_without_hooks_is_refused():
 
 def test_undisturbed_restores_after_an_exception():
     model = Concat(encoder=batch_norm)
-    with pytest.raises(KeyError), undisturbed(model, None):
-        assert not model.encoders["audio"][1].training
-        assert not torch.is_grad_enabled()
-        model.encoders["audio"][1].running_mean.add_(1)
-        raise KeyError
-    assert model.encoders["audio"][1].training
+    norm: Any = model.get_submodule("encoders.audio.1")
+
+    def fail():
+        with undisturbed(model, None):
+            assert not norm.training
+            assert not torch.is_grad_enabled()
+            norm.running_mean.add_(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert norm.training
     assert torch.is_grad_enabled()
-    assert not model.encoders["audio"][1].running_mean.any()
+    assert not norm.running_mean.any()

@@ -62,7 +62,7 @@ def test_all_equal_keys_still_choose():
 def test_widths_must_agree():
     held = Reservoir(64)
     held.add(torch.zeros(2, 3), torch.zeros(2), torch.rand(2))
-    with pytest.raises(ValueError, match="same width in every batch. Found 3 and 4"):
+    with pytest.raises(ValueError, match=r"same width in every batch\. Found 3 and 4"):
         held.add(torch.zeros(2, 4), torch.zeros(2), torch.rand(2))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -305,7 +306,7 @@ class TestBadInput:
             bo.ReLearnScheduler(optimizer, watch(model), ({}, torch.zeros(0)), loaders()[1])
 
     def test_what_is_no_optimizer_or_monitor(self):
-        model = Concat()
+        model: Any = Concat()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(TypeError, match="`optimizer` should be"):
             bo.ReLearnScheduler(model, watch(model), *loaders())
@@ -390,7 +391,7 @@ def test_shared_parameters_are_left_alone_and_said():
         def forward(self, a, b):
             return self.head(torch.cat([self.left(a), self.right(b)], 1))
 
-    model = Tied()
+    model: Any = Tied()
     monitor = bo.ModalityMonitor(model, {"left": "left", "right": "right"}, head="head")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"shared with other modules \(left: 2, right: 2\)"):

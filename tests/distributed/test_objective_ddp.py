@@ -1,0 +1,149 @@
+"""Uni-modal losses over ranks: own heads get the mean gradient, encoders what DDP makes of theirs."""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+import balanceopt as bo
+from tests.models import CLASSES, Concat, batch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+
+RANKS = 2
+ROWS = 12
+CASES = [
+    (heads, inject, lazy) for heads in ("own", "shared") for inject in (False, True) for lazy in (False, True)
+]
+
+
+def start(rank, folder):
+    faulthandler.dump_traceback_later(100, exit=True)  # no worker outlives its test
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+
+def made():
+    torch.manual_seed(0)
+    return Concat().double()
+
+
+def batches(rows):
+    for number in range(4):
+        torch.manual_seed(10 + number)
+        inputs, labels = batch(ROWS)
+        yield [x.double()[rows] for x in inputs], labels[rows]
+
+
+def train(model, monitor, case, rows, accumulate=1):
+    """Four batches; a step after every `accumulate` of them."""
+    heads, inject, lazy = case
+    dims = None if lazy or heads == "shared" else {"audio": 4, "visual": 4}
+    objective = bo.UnimodalObjective(monitor, CLASSES, heads=heads, inject=inject, feature_dims=dims, seed=0)
+    objective.double()
+    groups = [{"params": list(model.parameters())}, {"params": list(objective.parameters())}]
+    optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=0.1, momentum=0.9)
+    for number, (inputs, labels) in enumerate(batches(rows)):
+        last = (number + 1) % accumulate == 0
+        if hasattr(model, "require_backward_grad_sync"):
+            model.require_backward_grad_sync = last  # as no_sync() does
+        loss = F.cross_entropy(model(*inputs), labels)
+        ((loss if inject else loss + objective(labels)) / accumulate).backward()
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+    objective.remove()
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    parameters = {**dict(inner.named_parameters()), **dict(objective.named_parameters())}
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in parameters.items()}
+    return {name: p.detach().clone() for name, p in whole.items()}
+
+
+def watch(model):
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return bo.ModalityMonitor(model, inner.modalities, head=inner.head)
+
+
+def in_ddp(rank, folder):
+    start(rank, folder)
+    rows = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
+    results = []
+    for case in CASES:
+        for accumulate in (1, 2):
+            torch.manual_seed(50 + rank)
+            wrapped = DistributedDataParallel(made())
+            results.append(train(wrapped, watch(wrapped), case, rows, accumulate))
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for case in CASES:
+        if case[:2] == ("shared", True):
+            continue
+        sharded = made()
+        for encoder in sharded.modalities.values():
+            fully_shard(encoder, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        results.append(train(sharded, watch(sharded), case, rows))
+    with pytest.raises(NotImplementedError, match="not supported for a sharded head"):
+        bo.UnimodalObjective(watch(sharded), CLASSES, heads="shared", inject=True)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_equals_one_process_on_all_samples(tmp_path):
+    spawn(in_ddp, (str(tmp_path),), nprocs=RANKS)
+    ranks = [torch.load(Path(tmp_path) / f"{rank}.pt") for rank in range(RANKS)]
+    expected = []
+    for case in CASES:
+        for accumulate in (1, 2):
+            model = made()
+            expected.append(train(model, watch(model), case, slice(None), accumulate))
+    for case in CASES:
+        if case[:2] != ("shared", True):
+            model = made()
+            expected.append(train(model, watch(model), case, slice(None)))
+    for first, second, whole in zip(*ranks, expected, strict=True):
+        assert first.keys() == whole.keys()
+        for name, value in whole.items():
+            assert torch.equal(first[name], second[name]), name
+            torch.testing.assert_close(first[name], value, msg=name, rtol=1e-6, atol=1e-8)
+
+
+def with_a_modality_that_one_rank_lacks(rank, folder):
+    start(rank, folder)
+
+    class Partial(Concat):
+        def forward(self, *inputs):
+            audio, visual = (*inputs, None)[:2]
+            z = torch.zeros(len(audio), 4) if visual is None else self.encoders["visual"](visual)
+            return self.head(torch.cat([self.encoders["audio"](audio), z], 1))
+
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Partial(), find_unused_parameters=True)
+    objective = bo.UnimodalObjective(watch(model), CLASSES, feature_dims={"audio": 4, "visual": 4}, seed=0)
+    inputs, labels = batch()
+    logits = model(*(inputs if rank == 0 else inputs[:1]))
+    (F.cross_entropy(logits, labels) + objective(labels)).backward()
+    torch.save([p.grad for p in objective.parameters()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_modality_that_one_rank_lacks(tmp_path):
+    spawn(with_a_modality_that_one_rank_lacks, (str(tmp_path),), nprocs=RANKS)
+    first, second = (torch.load(Path(tmp_path) / f"{rank}.pt") for rank in range(RANKS))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(bool(g.any()) for g in first)

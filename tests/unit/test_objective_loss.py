@@ -1,0 +1,278 @@
+"""UnimodalObjective: of which features, which loss; what it refuses; its life-cycle."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import balanceopt as bo
+from tests.models import CLASSES, PER_HEAD, Concat, batch, watch
+from tests.objectives import objective_of, own_loss
+
+
+class TestWhichFeatures:
+    def test_clean_ones_under_opm(self):
+        model = Concat()
+        monitor = watch(model)
+        modulator = bo.PredictionModulator(monitor, q_base=1.0)
+        objective = objective_of(model, monitor=monitor)
+        inputs, labels = batch()
+        for _ in range(2):  # drop probabilities follow the first pass
+            logits = model(*inputs)
+            found = objective(labels)
+            F.cross_entropy(logits, labels).backward()
+        assert modulator.stats()["dropping"] > 0
+        torch.testing.assert_close(found, own_loss(objective, model, inputs, labels))
+
+    def test_before_the_fusion_works_in_place(self):
+        model = Concat(between=lambda z: z.relu_())
+        objective = objective_of(model)
+        inputs, labels = batch()
+        model(*inputs)
+        torch.testing.assert_close(objective(labels), own_loss(objective, model, inputs, labels))
+
+    def test_of_the_latest_training_pass_whatever_is_evaluated_between(self):
+        model = Concat()
+        objective = objective_of(model)
+        inputs, labels = batch()
+        model(*inputs)
+        model.eval()
+        with torch.no_grad():
+            model(*batch()[0])
+        model.train()
+        torch.testing.assert_close(objective(labels), own_loss(objective, model, inputs, labels))
+
+    def test_of_the_latest_evaluation_without_gradients(self):
+        model = Concat()
+        objective = objective_of(model)
+        model(*batch()[0])
+        inputs, labels = batch()
+        model.eval()
+        with torch.no_grad():
+            model(*inputs)
+            torch.testing.assert_close(objective(labels), own_loss(objective, model, inputs, labels))
+
+    def test_samples_that_lack_a_modality_do_not_count(self):
+        model = Concat()
+        monitor = watch(model)
+        objective = objective_of(model, monitor=monitor)
+        inputs, labels = batch()
+        model(*inputs)
+        has = torch.arange(8) < 5
+        monitor.observe(labels, present={"visual": has})
+        found = objective(labels)
+        heads, z = objective.head_of, model.encode(*inputs)
+        expected = F.cross_entropy(heads("audio")(z[0]), labels)
+        expected = expected + F.cross_entropy(heads("visual")(z[1][has]), labels[has])
+        torch.testing.assert_close(found, expected)
+
+    def test_a_modality_that_no_sample_has_adds_nothing(self):
+        model = Concat()
+        monitor = watch(model)
+        objective = objective_of(model, monitor=monitor)
+        inputs, labels = batch()
+        model(*inputs)
+        monitor.observe(labels, present={"visual": torch.zeros(8, dtype=torch.bool)})
+        found = objective(labels)
+        torch.testing.assert_close(
+            found, F.cross_entropy(objective.head_of("audio")(model.encode(*inputs)[0]), labels)
+        )
+        found.backward()
+
+    def test_frozen_encoders_still_train_their_heads(self):
+        model: Any = Concat()
+        model.encoders["audio"].requires_grad_(False)
+        objective = objective_of(model)
+        inputs, labels = batch()
+        model(*inputs)
+        objective(labels).backward()
+        gradient = objective.head_of("audio").weight.grad
+        assert gradient is not None
+        assert gradient.any()
+
+    def test_activation_checkpointing(self):
+        model: Any = Concat()
+        objective = objective_of(model)
+        inputs, labels = batch()
+        forward = model.encoders["audio"].forward
+        model.encoders["audio"].forward = lambda x: checkpoint(forward, x, use_reentrant=False)
+        model(*inputs)
+        objective(labels).backward()
+        assert model.encoders["audio"][0].weight.grad.any()
+
+    def test_features_without_a_graph_are_refused(self):
+        class Reentrant(Concat):
+            def encode(self, *inputs):
+                parts = zip(self.encoders.values(), inputs, strict=True)
+                return [checkpoint(encoder, x, use_reentrant=True) for encoder, x in parts]
+
+        model = Reentrant()
+        objective = objective_of(model)
+        inputs, labels = batch()
+        model(*(x.requires_grad_() for x in inputs))
+        with pytest.raises(RuntimeError, match="carry no gradient to their encoder"):
+            objective(labels)
+
+
+class TestLoss:
+    def test_weight(self):
+        model = Concat()
+        monitor = watch(model)
+        one = [objective_of(model, monitor=monitor, weight={m: 1.0}, seed=0) for m in model.names]
+        both = objective_of(model, monitor=monitor, weight={"audio": 0.5, "visual": 2.0}, seed=0)
+        inputs, labels = batch()
+        model(*inputs)
+        torch.testing.assert_close(both(labels), 0.5 * one[0](labels) + 2 * one[1](labels))
+
+    def test_weight_zero_changes_no_bit(self):
+        model = Concat()
+        objective = objective_of(model, weight=0.0)
+        inputs, labels = batch()
+        loss = F.cross_entropy(model(*inputs), labels)
+        assert torch.equal(loss + objective(labels), loss)
+
+    def test_own_loss(self):
+        model = Concat()
+        criterion = nn.CrossEntropyLoss(label_smoothing=0.1, weight=torch.rand(CLASSES))
+        objective = objective_of(model, loss=criterion)
+        assert list(objective.buffers()) == []
+        inputs, labels = batch()
+        model(*inputs)
+        expected = sum(
+            criterion(objective_head(z), labels)
+            for objective_head, z in zip(objective.own_heads, model.encode(*inputs), strict=True)
+            if objective(labels) is not None
+        )
+        torch.testing.assert_close(objective(labels), expected)
+
+    def test_ignored_samples(self):
+        model = Concat()
+        objective = objective_of(model)
+        inputs, labels = batch()
+        labels[2] = -100
+        model(*inputs)
+        torch.testing.assert_close(objective(labels), own_loss(objective, model, inputs, labels))
+
+    def test_all_ignored_is_zero_and_not_nan(self):
+        model = Concat()
+        objective = objective_of(model)
+        inputs, labels = batch()
+        model(*inputs)
+        assert objective(torch.full_like(labels, -100)) == 0
+
+    def test_soft_labels(self):
+        model = Concat()
+        objective = objective_of(model)
+        inputs, _ = batch()
+        soft = torch.rand(8, CLASSES).softmax(1)
+        model(*inputs)
+        found = objective(soft)
+        torch.testing.assert_close(found, own_loss(objective, model, inputs, soft))
+
+    def test_two_classes_in_one_logit(self):
+        model = Concat(classes=1)
+        objective = bo.UnimodalObjective(watch(model), 1)
+        inputs, _ = batch()
+        labels = torch.randint(2, (8, 1)).float()
+        model(*inputs)
+        found = objective(labels)
+        expected = sum(
+            F.binary_cross_entropy_with_logits(head(z), labels)
+            for head, z in zip(objective.own_heads, model.encode(*inputs), strict=True)
+        )
+        torch.testing.assert_close(found, expected)
+
+    def test_half_precision_features(self):
+        model = Concat()
+        objective = objective_of(model)
+        inputs, labels = batch()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(*inputs)
+            found = objective(labels)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, own_loss(objective, model, inputs, labels), atol=0.1, rtol=0.1)
+        found.backward()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"heads": "both"}, "`heads` should be one of"),
+            ({"weight": -1.0}, "`weight` should be non-negative"),
+            ({"weight": {"touch": 1.0}}, r"Found \['touch'\]"),
+            ({"feature_dims": {"touch": 1}}, r"Found \['touch'\]"),
+            ({"feature_dims": {"audio": 1}, "heads": "shared"}, "is for own heads"),
+            ({"pool": "median"}, "`pool` should be one of"),
+        ],
+    )
+    def test_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            objective_of(Concat(), **options)
+        with pytest.raises(ValueError, match="`num_classes` should be at least 1"):
+            bo.UnimodalObjective(watch(Concat()), 0)
+        with pytest.raises(TypeError, match="`monitor` should be"):
+            bo.UnimodalObjective(cast(Any, Concat()), 3)
+
+    def test_before_any_forward(self):
+        objective = objective_of(Concat())
+        with pytest.raises(RuntimeError, match="call the model on a batch before"):
+            objective(batch()[1])
+
+    def test_labels_of_another_batch(self):
+        model = Concat()
+        objective = objective_of(model)
+        model(*batch()[0])
+        with pytest.raises(ValueError, match="one entry for each of the 8 samples"):
+            objective(torch.zeros(5, dtype=torch.int64))
+
+
+class TestLifeCycle:
+    @pytest.mark.parametrize("inject", [False, True])
+    def test_remove(self, inject):
+        model = Concat()
+        with objective_of(model, inject=inject) as objective:
+            monitor = objective.monitor
+            assert len(monitor._taps) == 1
+        objective.remove()
+        assert monitor._taps == []
+        assert monitor._capture.gradient_listeners == []
+
+    def test_the_model_and_the_objective_can_be_copied_after_a_pass(self):
+        model = Concat()
+        objective = objective_of(model)
+        inputs, labels = batch()
+        F.cross_entropy(model(*inputs), labels).backward()
+        objective(labels)
+        twin = copy.deepcopy(model)
+        twin(*inputs)
+        copy.deepcopy(objective)
+
+    def test_repr(self):
+        assert "heads='own', weight={'audio': 1.0, 'visual': 1.0}, inject=False" in repr(
+            objective_of(Concat())
+        )
+
+    @pytest.mark.parametrize("make", PER_HEAD.values(), ids=PER_HEAD)
+    def test_scores_are_as_without_it(self, make):
+        scores = []
+        for with_objective in (False, True):
+            torch.manual_seed(0)
+            model = make()
+            monitor = watch(model)
+            accumulator = monitor.accumulator()
+            objective = objective_of(model, monitor=monitor) if with_objective else None
+            inputs, labels = batch()
+            loss = F.cross_entropy(model(*inputs), labels)
+            if objective is not None:
+                loss = loss + objective(labels)
+            loss.backward()
+            found: Any = accumulator.take()
+            scores.append(found.score)
+        assert torch.equal(*scores)

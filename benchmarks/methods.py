@@ -84,8 +84,28 @@ def ogm_ge_and_opm(model: MultimodalClassifier, context: Context) -> Method:
     return _modulated(model, context, bo.OGM(alpha=0.8), drops=True)
 
 
+def amss(model: MultimodalClassifier, context: Context) -> Method:
+    """AMSS as published."""
+    return _modulated(model, context, [RATIO_ALONE, bo.AMSS()])
+
+
+def amss_plus(model: MultimodalClassifier, context: Context) -> Method:
+    """AMSS+: the masked gradient's mean is the gradient."""
+    return _modulated(model, context, [RATIO_ALONE, bo.AMSS(scale="unbiased")])
+
+
+# Records the ratio and changes nothing.
+RATIO_ALONE = bo.OGM(alpha=0.0, noise=False)
+
 # Rows of the table, in order; the first is what the others are compared with.
-METHODS: dict[str, Build] = {"joint": joint, "OGM-GE": ogm_ge, "OPM": opm, "OGM-GE + OPM": ogm_ge_and_opm}
+METHODS: dict[str, Build] = {
+    "joint": joint,
+    "OGM-GE": ogm_ge,
+    "OPM": opm,
+    "OGM-GE + OPM": ogm_ge_and_opm,
+    "AMSS": amss,
+    "AMSS+": amss_plus,
+}
 
 
 def _modulated(

@@ -92,7 +92,7 @@ def save_json(comparison: Comparison, path: Path) -> None:
                 "probe": {m: [o.probes[m] for o in outcomes] for m in modalities},
                 **{
                     quantity: {m: [_or_none(o.mean(quantity, m)) for o in outcomes] for m in modalities}
-                    for quantity in ("ratio", "coefficient", "drop_probability")
+                    for quantity in ("ratio", "coefficient", "drop_probability", "keep_ratio")
                 },
             }
             for name, outcomes in comparison.methods.items()
@@ -212,8 +212,10 @@ def _acts(outcomes: Sequence[Outcome], ahead: str) -> list[str]:
     """What a method does to the modality that is ahead, as far as it was recorded."""
     k = _mean(o.mean("coefficient", ahead) for o in outcomes)
     q = _mean(o.mean("drop_probability", ahead) for o in outcomes)
+    r = _mean(o.mean("keep_ratio", ahead) for o in outcomes)
     acts = [] if math.isnan(k) or k == 1 else [f"leaves {k:.0%} of the {ahead} encoder's gradient on average"]
-    return acts + ([] if math.isnan(q) else [f"drops the {ahead} of {q:.0%} of the samples"])
+    acts += [] if math.isnan(q) else [f"drops the {ahead} of {q:.0%} of the samples"]
+    return acts + ([] if math.isnan(r) else [f"updates {r:.0%} of the {ahead} encoder's units in a step"])
 
 
 def _chance(differences: np.ndarray) -> str:

@@ -24,6 +24,16 @@ def method(**options: Any) -> bo.OGM:
     return bo.OGM(0.5, **options)
 
 
+# Every method that changes gradients; each is tried under each framework.
+METHODS = {
+    "OGM": bo.OGM(0.5, noise=False),
+    "OGM-GE": bo.OGM(0.5),
+    "AMSS": bo.AMSS(),
+    "AMSS frozen": bo.AMSS(masked="frozen"),
+    "AMSS+": bo.AMSS(scale="unbiased"),
+}
+
+
 def model_and_batches(count: int = STEPS, *, dropout: bool = False) -> tuple[Concat, list[Batch]]:
     model = small_model(encoder=with_dropout) if dropout else small_model()
     return model, batches(model, count)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import balanceopt as bo
 from tests.frameworks.loops import (
     ENCODERS,
+    METHODS,
     SEED,
     STEPS,
     counters,
@@ -44,7 +45,7 @@ def _one_accelerator_a_test():
     AcceleratorState._reset_state(True)
 
 
-def setup(form="wrapper", schedule=None, dropout=False, **options) -> Any:
+def setup(form="wrapper", schedule=None, dropout=False, modulation=None, **options) -> Any:
     """What a user prepares: accelerator, model, optimizer, scheduler, and whoever counts the steps."""
     accelerator = Accelerator(cpu=True, **options)
     if accelerator.mixed_precision == "fp16":  # on CPU Accelerate trains in float32 then; here as on a GPU
@@ -54,7 +55,8 @@ def setup(form="wrapper", schedule=None, dropout=False, **options) -> Any:
     optimizer: Any = momentum(model)
     counter: Any = None
     if form == "wrapper":
-        optimizer = counter = bo.ModulatedOptimizer(optimizer, monitor, method(), seed=SEED)
+        modulation = modulation or method()
+        optimizer = counter = bo.ModulatedOptimizer(optimizer, monitor, modulation, seed=SEED)
     elif form == "attach before":
         counter = bo.attach(optimizer, monitor, method(), seed=SEED)
     scheduler = schedule(optimizer) if schedule else None
@@ -99,6 +101,13 @@ def test_the_loop_equals_the_plain_one(form, options, steps, same):
     train(parts, model_and_batches()[1], same.get("clip"))
     assert counter.stats() == {**counter.stats(), "modulated": steps, "without_scores": 0}
     assert same_bits(parts[0].unwrap_model(model), plain(model_and_batches()[1], **same))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_equals_the_plain_loop(name):
+    parts = setup(modulation=METHODS[name])
+    train(parts, model_and_batches()[1])
+    assert same_bits(parts[1], plain(model_and_batches()[1], modulation=METHODS[name]))
 
 
 @pytest.mark.parametrize("form", ["wrapper", "attach before", "attach after"])

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import balanceopt as bo
 from tests.frameworks.loops import (
     ENCODERS,
+    METHODS,
     SEED,
     STEPS,
     flat,
@@ -35,7 +36,7 @@ pytestmark = [
 ]
 
 
-def setup(form="wrapper", schedule=None, **options) -> Any:
+def setup(form="wrapper", schedule=None, modulation=None, **options) -> Any:
     """What a user sets up: fabric, model, optimizer, scheduler, and whoever counts the steps."""
     fabric = Fabric(accelerator="cpu", devices=1, **options)
     model, _ = model_and_batches()
@@ -43,7 +44,8 @@ def setup(form="wrapper", schedule=None, **options) -> Any:
     optimizer: Any = momentum(model)
     counter: Any = None
     if form == "wrapper":
-        optimizer = counter = bo.ModulatedOptimizer(optimizer, monitor, method(), seed=SEED)
+        modulation = modulation or method()
+        optimizer = counter = bo.ModulatedOptimizer(optimizer, monitor, modulation, seed=SEED)
     elif form == "attach before":
         counter = bo.attach(optimizer, monitor, method(), seed=SEED)
     scheduler = schedule(optimizer) if schedule else None
@@ -91,6 +93,13 @@ def test_the_loop_equals_the_plain_one(form, options, same):
     steps = STEPS // same.get("accumulate", 1)
     assert counter.stats() == {**counter.stats(), "modulated": steps, "without_scores": 0}
     assert same_bits(model.module, plain(model_and_batches()[1], **same))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_equals_the_plain_loop(name):
+    parts = setup(modulation=METHODS[name])
+    train(parts, model_and_batches()[1])
+    assert same_bits(parts[1].module, plain(model_and_batches()[1], modulation=METHODS[name]))
 
 
 @pytest.mark.parametrize("form", ["wrapper", "attach before", "attach after"])

@@ -1,0 +1,140 @@
+"""What a `.ckpt` brings back: BalanceCallback, OPM and re-learning under the real Lightning Trainer."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("lightning")
+
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import balanceopt as bo
+from balanceopt.integrations.lightning import BalanceCallback
+from tests.frameworks.loops import (
+    SEED,
+    STEPS,
+    counters,
+    flat,
+    halving,
+    method,
+    model_and_batches,
+    momentum,
+    unchanged,
+)
+from tests.frameworks.under_lightning import ENCODERS, MARKS, Lit, callback, everything, fit, loader, trainer
+from tests.training import same_bits, train
+
+pytestmark = MARKS
+
+
+def test_resuming_is_exact(tmp_path):
+    whole = Lit(schedule=halving)
+    fit(whole, callback(), max_epochs=3)
+
+    saver = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
+    trainer(callback(), saver, max_epochs=1).fit(Lit(schedule=halving), loader())
+    path = tmp_path / "epoch=0.ckpt"
+    saved = torch.load(path, weights_only=True)
+    assert counters(saved["optimizer_states"][0]) == {
+        "balanceopt_step": STEPS,
+        "balanceopt_seed": SEED,
+        "balanceopt_epoch": None,
+    }
+
+    resumed, balance = Lit(schedule=halving), callback(seed=SEED + 1)  # the checkpoint's seed holds
+    trainer(balance, max_epochs=3).fit(resumed, loader(), ckpt_path=path)
+    assert balance.stats()["modulated"] == 2 * STEPS
+    assert same_bits(resumed.net, whole.net)
+
+
+def test_a_checkpoint_written_after_the_fit_resumes_too(tmp_path):
+    whole = Lit()
+    fit(whole, callback(), max_epochs=2)
+    run = fit(Lit(), callback())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    resumed = Lit()
+    trainer(callback(), max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "end.ckpt")
+    assert same_bits(resumed.net, whole.net)
+
+
+def test_scores_that_hold_for_several_steps_are_resumed(tmp_path):
+    options = {"scores": "zero-out", "every": 4}
+    whole = Lit()
+    fit(whole, callback(**options), max_epochs=2)
+    run = fit(Lit(), callback(**options))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    resumed = Lit()
+    trainer(callback(**options), max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "end.ckpt")
+    assert same_bits(resumed.net, whole.net)
+
+
+def test_a_checkpoint_without_balancing_says_so(tmp_path):
+    run = trainer()
+    run.fit(Lit(), loader())
+    run.save_checkpoint(tmp_path / "bare.ckpt")
+    balance = callback()
+    with pytest.warns(UserWarning, match="a bare optimizer's state"):
+        trainer(balance, max_epochs=2).fit(Lit(), loader(), ckpt_path=tmp_path / "bare.ckpt")
+    assert balance.stats()["modulated"] == STEPS
+
+
+def test_a_checkpoint_with_balancing_goes_on_without(tmp_path):
+    run = fit(Lit(), callback())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    lit = Lit()
+    trainer(max_epochs=2).fit(lit, loader(), ckpt_path=tmp_path / "end.ckpt")
+    assert unchanged(lit)
+
+
+# -- OPM and re-learning beside it ---------------------------------------------------------------------------------
+
+
+def plain_everything(epochs):
+    model, given = model_and_batches()
+    monitor = bo.ModalityMonitor(model, dict(model.encoders.items()), head="head")
+    optimizer = bo.ModulatedOptimizer(momentum(model), monitor, method(), seed=SEED)
+    bo.PredictionModulator(monitor, seed=SEED)
+    scheduler = bo.ReLearnScheduler(
+        optimizer, monitor, flat(3), flat(2, first=3), every=2, optimizer_state="keep", seed=SEED
+    )
+    for epoch in range(epochs):
+        train(model, optimizer, given)
+        if epoch < epochs - 1:
+            scheduler.step()
+    return model
+
+
+def test_all_methods_together_equal_the_plain_loop():
+    lit, balance = Lit(), everything()
+    fit(lit, balance, max_epochs=4)
+    assert balance.modulator.stats()["dropping"] > 0
+    assert balance.scheduler.relearns == 1
+    assert same_bits(lit.net, plain_everything(4))
+    assert unchanged(lit)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_all_methods_together_are_resumed(epochs, tmp_path):
+    saver = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
+    trainer(everything(), saver, max_epochs=epochs).fit(Lit(), loader())
+    path = tmp_path / f"epoch={epochs - 1}.ckpt"
+    torch.load(path, weights_only=True)
+    resumed = Lit()
+    trainer(everything(), max_epochs=4).fit(resumed, loader(), ckpt_path=path)
+    assert same_bits(resumed.net, plain_everything(4))
+
+
+def test_a_checkpoint_without_their_state_says_so(tmp_path):
+    run = fit(Lit(), callback())
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.warns(UserWarning, match="no state of `relearn`"), pytest.warns(match="of `prediction`"):
+        trainer(everything(), max_epochs=2).fit(Lit(), loader(), ckpt_path=tmp_path / "end.ckpt")
+
+
+def test_prediction_modulation_alone():
+    balance = BalanceCallback(ENCODERS, "net.head", (), prediction=bo.PredictionModulator)
+    fit(Lit(), balance)
+    assert balance.handles == []
+    assert balance.modulator.stats()["forwards"] == STEPS

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from balanceopt.monitor._outputs import first_tensor
 from balanceopt.monitor._pass import Observed, Pass
 
 LabelSource = Literal["auto", "observe", "loss", "model", "gradient"]
@@ -60,9 +61,12 @@ class Labels:
         kwargs: Mapping[str, Any],
         reduce: str | None,
     ) -> None:
-        """Take those that a loss module was called with, and its `ignore_index`."""
+        """Take those that a loss module was called with on the pass's logits, and its `ignore_index`."""
         if current is None or current.closed or not self.allows("loss"):
             return
+        logits = first_tensor((args, kwargs))
+        if logits is not None and current.logits is not None and logits.numel() != current.logits.numel():
+            return  # an auxiliary head, with labels of its own
         if current.label_source in ("gradient", "model"):
             labels = labels_of_loss(args, kwargs, reduce)
             if labels is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -53,14 +53,21 @@ def _pick(output: Any, names: tuple[str, ...]) -> Tensor | None:
 
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor in a value of any structure; None where there is none."""
+    return next(tensors_in(value), None)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value of any structure, in order."""
     if isinstance(value, Tensor):
-        return value
-    if isinstance(value, Mapping):
-        items = list(value.values())
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors_in_each(value.values())
     elif isinstance(value, (tuple, list)):
-        items = list(value)
+        yield from _tensors_in_each(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [getattr(value, f.name) for f in dataclasses.fields(value)]
-    else:
-        return None
-    return next((t for t in map(first_tensor, items) if t is not None), None)
+        yield from _tensors_in_each(getattr(value, f.name) for f in dataclasses.fields(value))
+
+
+def _tensors_in_each(items: Iterable[Any]) -> Iterator[Tensor]:
+    for item in items:
+        yield from tensors_in(item)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts
+from balanceopt._warnings import warn_user
 from balanceopt.functional import feature_entropy
 from balanceopt.monitor._accumulator import Accumulator
 from balanceopt.monitor._pass import Pass
@@ -110,8 +110,7 @@ class Scorer:
         """The pass's sums, made once for all consumers."""
         if not done.settled:
             done.closed = done.settled = True
-            if done.labels is None and not self.recovers:
-                done.gradients.clear()
+            self._choose_labels(done)
             ignore = self.ignore_index if done.ignore_index is None else done.ignore_index
             result = settle(done, self.modalities, ignore)
             if result is not None:
@@ -124,6 +123,15 @@ class Scorer:
             done.unimodal, done.logits = None, None
             done.gradients.clear()
         return done.sums
+
+    def _choose_labels(self, done: Pass) -> None:
+        """Recover labels only where that is wanted, and where what the model was given as `labels=` is none."""
+        if self.recovers:
+            rows = None if done.logits is None else done.logits.shape[0]
+            if done.label_source == "model" and done.labels is not None and done.labels.numel() != rows:
+                done.labels, done.label_source = None, "gradient"
+        elif done.labels is None:
+            done.gradients.clear()
 
     def clear(self) -> None:
         """Forget all scores; no step has begun."""
@@ -148,4 +156,4 @@ class Scorer:
             raise RuntimeError(message)
         if not self._warned:
             self._warned = True
-            warnings.warn(message, stacklevel=2)
+            warn_user(message)

@@ -62,10 +62,7 @@ def _given(done: Pass, ignore_index: int) -> Targets:
     rows, classes = done.logits.shape
     labels = done.labels.to(done.logits.device)
     if classes == 1:
-        labels, classes = (
-            labels.long(),
-            2,
-        )  # a single logit: binary labels, often kept as floats for BCEWithLogitsLoss
+        labels, classes = _binary(labels), 2
     per_row = labels if labels.is_floating_point() and labels.dim() == 2 else labels.flatten()
     if per_row.shape[0] != rows:
         raise ValueError(
@@ -73,6 +70,14 @@ def _given(done: Pass, ignore_index: int) -> Targets:
             f"Found shape {tuple(labels.shape)}."
         )
     return as_targets(per_row, classes, ignore_index)
+
+
+def _binary(labels: Tensor) -> Tensor:
+    """Binary labels, often kept as floats for BCEWithLogitsLoss (and then perhaps smoothed), as class indices."""
+    if not labels.is_floating_point():
+        return labels.long()
+    inside = (labels > 0) & (labels < 1)
+    return torch.where(inside, labels.round(), labels).long()
 
 
 def _recovered(gradients: Sequence[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:

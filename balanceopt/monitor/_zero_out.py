@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt.modality import modules_outside
-from balanceopt.monitor._outputs import logits_of, map_tensors
+from balanceopt.monitor._outputs import logits_of, map_tensors, tensors_in
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._replay import forwards, quiet
 from balanceopt.monitor._rows import logit_rows
@@ -34,7 +34,7 @@ class ZeroOut:
                 "parts. Call the model, or pass `scores=` with a function from features to uni-modal logits."
             )
         for name, outputs in current.outputs.items():
-            if not any(_holds_features(output) for output in outputs):
+            if not any(x.is_floating_point() for x in tensors_in(outputs)):
                 raise RuntimeError(
                     f"the encoder of {name!r} returns a {type(outputs[0]).__name__}, in which nothing can be set to "
                     "zero. Return tensors, or pass `scores=` with a function from features to uni-modal logits."
@@ -100,17 +100,6 @@ class _Cached:
         output = self.outputs[self.calls % len(self.outputs)]
         self.calls += 1
         return output
-
-
-def _holds_features(output: Any) -> bool:
-    found: list[bool] = []
-
-    def look(x: Tensor) -> Tensor:
-        found.append(x.is_floating_point())
-        return x
-
-    map_tensors(look, output)
-    return any(found)
 
 
 def _zeros(x: Tensor) -> Tensor:

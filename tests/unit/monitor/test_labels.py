@@ -1,0 +1,527 @@
+"""Where a pass's labels come from: observed, a loss module, the model's own keyword, the gradient at the logits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import balanceopt as bo
+from tests.models import BatchDict, Concat, HuggingFaceStyle, batch, train_step, watch
+from tests.unit.monitor.helpers import Spy
+
+
+def counts_of(labels, classes=5):
+    return torch.bincount(labels[labels >= 0], minlength=classes).float().tolist()
+
+
+def taken(monitor, run):
+    """What one pass gives."""
+    scores = monitor.accumulator()
+    run()
+    sums = scores.take()
+    monitor.drop_accumulator(scores)
+    assert sums is not None
+    return sums
+
+
+def wrong(labels):
+    """Labels that differ from the loss's everywhere."""
+    return (labels + 1) % 5
+
+
+# observe
+
+
+@pytest.mark.parametrize("when", ["before forward", "after forward", "after backward"])
+@pytest.mark.parametrize("kind", [lambda y: y, lambda y: y.tolist(), lambda y: y.numpy(), lambda y: y.int()])
+def test_observed_labels_at_any_time(when, kind):
+    model = Concat()
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        for _ in range(3):
+            inputs, labels = batch(6)
+            given = kind(wrong(labels))
+            if when == "before forward":
+                monitor.observe(given)
+            loss = F.cross_entropy(model(*inputs), labels)
+            if when == "after forward":
+                monitor.observe(given)
+            loss.backward()
+            if when == "after backward":
+                monitor.observe(given)
+            sums = scores.take()
+            assert sums is not None
+            assert sums.label_counts.tolist() == counts_of(wrong(labels))
+        assert monitor.stats()["labels"] == {"observe": 3}
+        assert monitor.stats()["recovered_labels"] == {"rows": 0, "ambiguous": 0}
+
+
+def test_observed_labels_of_micro_batches():
+    model = Concat()
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        expected = torch.zeros(5)
+        for size in (3, 5, 4):
+            inputs, labels = batch(size)
+            F.cross_entropy(model(*inputs), labels).backward()
+            monitor.observe(wrong(labels))
+            expected += torch.bincount(wrong(labels), minlength=5)
+        sums = scores.take()
+        assert sums is not None
+        assert sums.label_counts.tolist() == expected.tolist()
+
+
+def test_soft_labels():
+    model = Concat()
+    with watch(model) as monitor:
+        spy = Spy(monitor)
+        scores = monitor.accumulator()
+        inputs, labels = batch(6)
+        soft = 0.7 * F.one_hot(labels, 5) + 0.3 * F.one_hot(labels.flip(0), 5)
+        monitor.observe(soft)
+        F.cross_entropy(model(*inputs), soft).backward()
+        sums = scores.take()
+    assert sums is not None
+    expected = (spy.unimodal[0]["audio"].softmax(1) * soft).sum()
+    assert sums.score[0].item() == pytest.approx(float(expected), rel=1e-5)
+    assert sums.count.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 255, 0])
+def test_ignored_samples(ignore_index):
+    model = Concat()
+    inputs, labels = batch(8)
+    labels = labels.clamp(min=1)
+    given = labels.clone()
+    given[:3] = ignore_index
+    with watch(model, ignore_index=ignore_index) as monitor:
+        monitor.observe(given)
+        sums = taken(monitor, lambda: train_step(model, inputs, labels))
+        assert sums.count.tolist() == [5, 5]
+        assert sums.label_counts.tolist() == counts_of(labels[3:])
+
+
+def test_all_samples_ignored():
+    model = Concat()
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        inputs, _ = batch(4)
+        monitor.observe(torch.full((4,), -100))
+        model(*inputs).sum().backward()
+        sums = scores.take()
+        assert sums is not None
+        assert not sums.present.any()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            torch.zeros(5, dtype=torch.long),
+            r"one entry for each of the 8 rows of the logits. Found shape \(5,\)",
+        ),
+        (torch.zeros(8, 3), "one column for each of the 5 classes"),
+        (torch.full((8,), 5), r"lie in \[0, 5\)"),
+        (torch.full((8,), 0.5), "class indices of shape"),
+    ],
+)
+def test_labels_that_do_not_fit_are_an_error_when_they_are_used(labels, message):
+    model = Concat()
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        monitor.observe(labels)
+        train_step(model, *batch(8))
+        with pytest.raises(ValueError, match=message):
+            scores.take()
+        assert scores.take() is None
+
+
+def test_only_observed_labels_where_asked_for():
+    model = Concat()
+    with watch(model, labels="observe") as monitor:
+        scores = monitor.accumulator()
+        train_step(model, *batch(8))
+        assert scores.take() is None
+        assert monitor.stats()["passes_without_scores"] == 1
+        assert "no labels or no features came with the pass: call monitor.observe" in monitor.silence()
+        monitor.observe(torch.zeros(8, dtype=torch.long))
+        assert taken(monitor, lambda: train_step(model, *batch(8))).count.tolist() == [8, 8]
+
+
+def test_reset_forgets_what_was_observed_for_the_next_pass():
+    model = Concat()
+    with watch(model) as monitor:
+        inputs, labels = batch(8)
+        monitor.observe(wrong(labels))
+        monitor.reset()
+        sums = taken(monitor, lambda: train_step(model, inputs, labels))
+        assert sums.label_counts.tolist() == counts_of(labels)
+
+
+# A watched loss module
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(),
+        nn.CrossEntropyLoss(label_smoothing=0.2),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 1.0, 2.0, 3.0])),
+    ],
+)
+def test_labels_of_the_loss_module(criterion):
+    model = Concat()
+    inputs, labels = batch(8)
+    with watch(model, labels=criterion) as monitor:
+        sums = taken(monitor, lambda: criterion(model(*inputs), labels).backward())
+        assert sums.label_counts.tolist() == counts_of(labels)
+        assert monitor.stats()["labels"] == {"loss": 1}
+        assert "labels='loss'" in repr(monitor)
+    assert not criterion._forward_hooks
+
+
+def test_ignore_index_of_the_loss_module():
+    criterion = nn.CrossEntropyLoss(ignore_index=2)
+    model = Concat()
+    inputs, labels = batch(8)
+    labels[:4] = 2
+    with watch(model) as monitor:
+        monitor.watch_loss(criterion)
+        sums = taken(monitor, lambda: criterion(model(*inputs), labels).backward())
+    assert sums.count.tolist() == [int((labels != 2).sum())] * 2
+
+
+def test_labels_given_by_keyword():
+    criterion = nn.CrossEntropyLoss()
+    model = Concat()
+    inputs, labels = batch(8)
+    with watch(model, labels=criterion) as monitor:
+        sums = taken(monitor, lambda: criterion(input=model(*inputs), target=labels).backward())
+        assert sums.label_counts.tolist() == counts_of(labels)
+
+
+def test_soft_targets_are_an_error_unless_reduced():
+    criterion = nn.CrossEntropyLoss()
+    model = Concat()
+    inputs, labels = batch(8)
+    soft = 0.9 * F.one_hot(labels, 5) + 0.02
+    with watch(model) as monitor:
+        handle = monitor.watch_loss(criterion)
+        with pytest.raises(ValueError, match=r"needs class indices as its target.*pass reduce='argmax'"):
+            criterion(model(*inputs), soft)
+        handle.remove()
+        monitor.watch_loss(criterion, reduce="argmax")
+        sums = taken(monitor, lambda: criterion(model(*inputs), soft).backward())
+        assert sums.label_counts.tolist() == counts_of(labels)
+
+
+def test_a_loss_without_graph_is_that_of_an_eval_pass():
+    criterion = nn.CrossEntropyLoss()
+    model = Concat()
+    inputs, labels = batch(8)
+    with watch(model, labels=criterion) as monitor:
+
+        def run():
+            logits = model(*inputs)
+            with torch.no_grad():
+                criterion(torch.randn(3, 5), torch.tensor([0, 0, 0]))
+            criterion(logits, labels).backward()
+
+        assert taken(monitor, run).label_counts.tolist() == counts_of(labels)
+
+
+def test_the_same_loss_on_other_outputs_too():
+    """An auxiliary head with labels of its own through the same instance."""
+    criterion = nn.CrossEntropyLoss()
+    model = Concat()
+    other = nn.Linear(5, 3)
+    (x, y), labels = batch(8)
+    with watch(model, labels=criterion) as monitor:
+
+        def run():
+            logits = model(x, y)
+            aux = criterion(other(x), torch.randint(3, (8,)))
+            (aux + criterion(logits, labels)).backward()
+
+        assert taken(monitor, run).label_counts.tolist() == counts_of(labels)
+
+
+def test_a_loss_module_that_returns_several_terms():
+    class Terms(nn.Module):
+        def forward(self, logits, target):
+            return {"ce": F.cross_entropy(logits, target), "norm": logits.square().mean()}
+
+    criterion, model = Terms(), Concat()
+    inputs, labels = batch(8)
+    with watch(model, labels=criterion) as monitor:
+        sums = taken(monitor, lambda: sum(criterion(model(*inputs), labels).values()).backward())
+        assert sums.label_counts.tolist() == counts_of(labels)
+
+
+# The model's own arguments
+
+
+@pytest.mark.parametrize("key", ["labels", "label"])
+def test_labels_in_a_batch_that_is_a_dictionary(key):
+    model = BatchDict()
+    (x, y), labels = batch(8)
+    with watch(model) as monitor:
+
+        def run():
+            F.cross_entropy(model({"audio": x, "visual": y, key: wrong(labels)}), labels).backward()
+
+        assert taken(monitor, run).label_counts.tolist() == counts_of(wrong(labels))
+        assert monitor.stats()["labels"] == {"model": 1}
+
+
+def test_labels_as_the_models_keyword():
+    model = HuggingFaceStyle()
+    (x, y), labels = batch(8)
+    for head in (model.head, model):
+        with watch(model, head=head) as monitor:
+            sums = taken(monitor, lambda: model(audio=x, visual=y, labels=labels).loss.backward())
+            assert sums.label_counts.tolist() == counts_of(labels)
+            assert monitor.stats()["labels"] == {"model": 1}
+
+
+def test_an_hf_style_model_whose_loss_is_outside():
+    model = HuggingFaceStyle()
+    (x, y), labels = batch(8)
+    with watch(model, head=model) as monitor:
+        sums = taken(monitor, lambda: F.cross_entropy(model(audio=x, visual=y).logits, labels).backward())
+        assert sums.label_counts.tolist() == counts_of(labels)
+        assert monitor.stats()["labels"] == {"gradient": 1}
+
+
+@pytest.mark.parametrize(
+    "not_labels", [torch.rand(8), torch.randint(2, (8, 3)), torch.ones(8, dtype=torch.bool)]
+)
+def test_a_keyword_that_holds_something_else(not_labels):
+    """Regression targets, several labels a sample: not what the scores need, and no reason to stop."""
+    model = BatchDict()
+    (x, y), labels = batch(8)
+    with watch(model) as monitor:
+
+        def run():
+            F.cross_entropy(model({"audio": x, "visual": y, "labels": not_labels}), labels).backward()
+
+        assert taken(monitor, run).label_counts.tolist() == counts_of(labels)
+        assert monitor.stats()["labels"] == {"gradient": 1}
+
+
+# Order
+
+
+def test_observed_before_loss_before_model_before_gradient():
+    criterion = nn.CrossEntropyLoss()
+    model = BatchDict()
+    (x, y), labels = batch(8)
+    inputs = {"audio": x, "visual": y}
+    keyword, lossy, observed = (labels.roll(i) for i in (1, 2, 3))
+    keyword, lossy, observed = wrong(keyword), wrong(wrong(lossy)), wrong(wrong(wrong(observed)))
+    with watch(model) as monitor:
+
+        def run(*, loss, give, observe):
+            if observe:
+                monitor.observe(observed)
+            logits = model({**inputs, **({"labels": keyword} if give else {})})
+            if loss:
+                criterion(logits, lossy).backward()
+            else:
+                F.cross_entropy(logits, labels).backward()
+
+        def found(**options: bool) -> Any:
+            return taken(monitor, lambda: run(**options)).label_counts.tolist()
+
+        assert found(loss=False, give=False, observe=False) == counts_of(labels)
+        assert found(loss=False, give=True, observe=False) == counts_of(keyword)
+        monitor.watch_loss(criterion)
+        assert found(loss=True, give=True, observe=False) == counts_of(lossy)
+        assert found(loss=True, give=True, observe=True) == counts_of(observed)
+        assert monitor.stats()["labels"] == {"observe": 1, "loss": 1, "model": 1, "gradient": 1}
+
+
+@pytest.mark.parametrize("source", ["observe", "loss", "model", "gradient"])
+def test_a_single_source_where_asked_for(source):
+    criterion = nn.CrossEntropyLoss()
+    model = BatchDict()
+    (x, y), labels = batch(8)
+    with watch(model, labels=source) as monitor:
+        monitor.watch_loss(criterion)
+
+        def run():
+            monitor.observe(labels)
+            criterion(model({"audio": x, "visual": y, "labels": labels}), labels).backward()
+
+        assert taken(monitor, run).label_counts.tolist() == counts_of(labels)
+        assert monitor.stats()["labels"] == {source: 1}
+
+
+# Recovery
+
+
+def recovered(model, inputs, loss, **options):
+    with watch(model, labels="gradient", **options) as monitor:
+        return taken(monitor, lambda: loss(model(*inputs)).backward()).label_counts.tolist()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 65536.0])
+@pytest.mark.parametrize("classes", [2, 3, 5, 40])
+def test_recovered_labels(scale, classes):
+    model = Concat(classes=classes)
+    inputs, labels = batch(16, classes=classes)
+    found = recovered(model, inputs, lambda z: scale * F.cross_entropy(z, labels))
+    assert found == counts_of(labels, classes)
+
+
+def test_recovered_labels_leave_ignored_rows_and_classes_of_weight_zero_out():
+    model = Concat()
+    inputs, labels = batch(16)
+    labels[:4] = -100
+    weight = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
+    found = recovered(model, inputs, lambda z: F.cross_entropy(z, labels, weight))
+    assert found == counts_of(torch.where(labels == 0, -100, labels))
+
+
+@pytest.mark.parametrize("smoothing", [0.05, 0.2])
+def test_label_smoothing_is_counted_and_warned_of(smoothing):
+    model = Concat()
+    inputs, labels = batch(64)
+    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    with watch(model) as monitor:
+        for _ in range(3):
+            optimizer = torch.optim.SGD(model.parameters(), 1.0)
+            criterion(model(*inputs), labels).backward()
+            optimizer.step()
+        scores = monitor.accumulator()
+        criterion(20 * model(*inputs), labels).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scores.take()
+            criterion(20 * model(*inputs), labels).backward()
+            scores.take()
+        assert monitor.stats()["recovered_labels"]["ambiguous"] > 0
+    assert [str(w.message).split(" rows")[1][:36] for w in caught] == [
+        " have several negative gradients at t"[:36]
+    ]
+
+
+def confuse(model, inputs, labels):
+    """A loss whose gradient has several negative entries in most rows."""
+    logits = model(*inputs)
+    return F.cross_entropy(logits, labels) - logits.mean()
+
+
+def test_doubtful_labels_are_an_error_when_strict():
+    model = Concat()
+    with watch(model, strict=True) as monitor:
+        scores = monitor.accumulator()
+        confuse(model, *batch(16)).backward()
+        with pytest.raises(
+            RuntimeError, match=r"rows have several negative gradients.*monitor.observe\(labels\)"
+        ):
+            scores.take()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_doubtful_labels_are_an_error_with_few_classes(classes):
+    model = Concat(classes=classes)
+    inputs, labels = batch(16, classes=classes)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        logits = model(*inputs)
+        (F.cross_entropy(logits, labels) - 3 * logits.mean()).backward()
+        with pytest.raises(RuntimeError, match="rows have several negative gradients"):
+            scores.take()
+
+
+def test_the_warning_names_the_users_line():
+    model = Concat()
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        confuse(model, *batch(64)).backward()
+        with pytest.warns(UserWarning, match="several negative gradients") as caught:
+            scores.take()
+    assert caught[0].filename == __file__
+
+
+def test_a_single_doubtful_row_among_many_is_no_reason_to_warn():
+    model = Concat()
+    inputs, labels = batch(200)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        logits = model(*inputs)
+        (F.cross_entropy(logits, labels, reduction="sum") - 2 * logits[0].sum()).backward()
+        sums = scores.take()
+        assert sums is not None
+        assert monitor.stats()["recovered_labels"] == {"rows": 200, "ambiguous": 1}
+
+
+def test_labels_given_are_not_judged_by_the_gradient():
+    model = Concat()
+    inputs, labels = batch(16)
+    with watch(model, strict=True) as monitor:
+        monitor.observe(labels)
+        sums = taken(monitor, lambda: confuse(model, inputs, labels).backward())
+    assert sums.label_counts.tolist() == counts_of(labels)
+
+
+# A single logit
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+@pytest.mark.parametrize("given", [None, "long", "float", "bool", "soft"])
+def test_a_binary_head_with_one_logit(squeeze, given):
+    model = Concat(classes=1)
+    inputs, _ = batch(8)
+    labels = torch.tensor([0, 1, 1, 0, 1, 1, 1, 0])
+    with watch(model) as monitor:
+        spy = Spy(monitor)
+
+        def run():
+            if given == "soft":
+                monitor.observe(labels * 0.8 + 0.1)
+            elif given is not None:
+                monitor.observe(getattr(labels, given)().view(8, 1))
+            logits = model(*inputs)
+            if squeeze:
+                F.binary_cross_entropy_with_logits(logits.squeeze(1), labels.float()).backward()
+            else:
+                F.binary_cross_entropy_with_logits(logits, labels.float().view(8, 1)).backward()
+
+        sums = taken(monitor, run)
+    assert sums.label_counts.tolist() == [3, 5]
+    z = spy.unimodal[0]["audio"].squeeze(1)
+    expected = torch.where(labels == 1, z.sigmoid(), 1 - z.sigmoid()).sum()
+    assert sums.score[0].item() == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_binary_head_that_returns_a_vector():
+    class Vector(Concat):
+        def fuse(self, features):
+            return super().fuse(features).squeeze(1)
+
+    model = Vector(classes=1)
+    inputs, _ = batch(8)
+    labels = torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 0])
+    for head in (model.head, model):
+        with bo.ModalityMonitor(model, model.modalities, head) as monitor:
+            sums = taken(
+                monitor, lambda: F.binary_cross_entropy_with_logits(model(*inputs), labels).backward()
+            )
+            assert sums.label_counts.tolist() == [3, 5]
+
+
+def test_binary_labels_out_of_range():
+    model = Concat(classes=1)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        monitor.observe(torch.full((8,), 3))
+        model(*batch(8)[0]).sum().backward()
+        with pytest.raises(ValueError, match=r"lie in \[0, 2\)"):
+            scores.take()

@@ -133,13 +133,15 @@ def _keep_all(part: Part, kept: Tensor, tensor: Tensor) -> Restore:
     return restore
 
 
-def _states(optimizer: Any) -> list[Any]:
-    """The state of the optimizer, and of those that it wraps in turn."""
+def _states(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The state of the optimizer, and of those that it holds in turn (Lookahead, ZeroRedundancyOptimizer)."""
     found: list[Any] = []
-    while isinstance(optimizer, torch.optim.Optimizer):
-        if all(optimizer.state is not other for other in found):
-            found.append(optimizer.state)
-        optimizer = getattr(optimizer, "optimizer", None)
+    waiting = [optimizer]
+    while waiting:
+        one = waiting.pop()
+        if all(one.state is not other for other in found):
+            found.append(one.state)
+            waiting += [value for value in vars(one).values() if isinstance(value, torch.optim.Optimizer)]
     return found
 
 

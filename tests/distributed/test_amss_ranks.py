@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -87,14 +88,21 @@ def train(wrap: str, options: dict[str, Any], rows: slice) -> tuple[dict[str, Te
         mesh = init_device_mesh("cpu", (2,))
         for part in (model.audio, model.visual, model.head, model):
             fully_shard(part, mesh=mesh)
-    if wrap == "ddp":
+    if wrap in ("ddp", "zero"):
         caller = DistributedDataParallel(model)
     encoders = {"audio": model.audio, "visual": model.visual}
     monitor = bo.ModalityMonitor(model, encoders, head="head")
     groups = bo.modality_groups(model, encoders)
-    optimizer = bo.MaskedSubnetworkSGD(
-        groups, monitor, lr=0.05, momentum=0.9, weight_decay=0.01, seed=7, **options
-    )
+    settings: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+    optimizer: bo.MaskedSubnetworkSGD | bo.ModulatedOptimizer
+    if wrap == "zero":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, on import
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+        base = ZeroRedundancyOptimizer(groups, torch.optim.SGD, **settings)
+        optimizer = bo.ModulatedOptimizer(base, monitor, bo.AMSS(**options), seed=7)
+    else:
+        optimizer = bo.MaskedSubnetworkSGD(groups, monitor, **settings, seed=7, **options)
     masks: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
     for step in range(STEPS):
         audio, visual, labels = (x[rows] for x in batch(step))
@@ -109,7 +117,7 @@ def train(wrap: str, options: dict[str, Any], rows: slice) -> tuple[dict[str, Te
     return parameters, {name: torch.stack(found) for name, found in masks.items()}
 
 
-CASES = [(wrap, name) for wrap in ("ddp", "fully_shard") for name in OPTIONS]
+CASES = [(wrap, name) for wrap in ("ddp", "fully_shard") for name in OPTIONS] + [("zero", "frozen")]
 
 
 def on_a_rank(rank: int) -> dict[tuple[str, str], Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import balanceopt as bo
+from balanceopt.functional import kept_units
 from tests.masking import factors, kept
-from tests.models import MLPHead, Multimodal, SumHeads, watch
+from tests.models import FUSIONS, MLPHead, Multimodal, SumHeads, watch
+from tests.relearning import loaders, train_epoch
 from tests.training import backward, batch, grad_of, groups_of, modulated, sgd, small_model, train
 
 INF, NAN = float("inf"), float("nan")
@@ -126,3 +129,50 @@ def test_a_line_search_sees_other_masks_each_time():
         bo.ModulatedOptimizer(base, watch(model), bo.AMSS())
     with pytest.raises(NotImplementedError, match="Use masked='gradient'"):
         bo.ModulatedOptimizer(base, watch(model), bo.AMSS(masked="frozen"))
+
+
+@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_fusion(fusion, modalities):
+    torch.manual_seed(0)
+    model = FUSIONS[fusion](modalities)
+    optimizer = bo.MaskedSubnetworkSGD(groups_of(model), watch(model), lr=0.1, momentum=0.9, seed=0)
+    with bo.Recorder(optimizer) as recorder:
+        for number in range(3):
+            optimizer.zero_grad()
+            inputs, labels = batch(number, small_model(modalities))
+            F.cross_entropy(model(*inputs), labels).backward()
+            optimizer.step()
+    assert optimizer.stats() == {**dict.fromkeys(optimizer.stats(), 0), "modulated": 3}
+    for name, (_, ratios) in recorder.series("keep_ratio").items():
+        first = next(model.modalities[name].parameters())
+        assert kept(grad_of(first)) == int(kept_units(len(first), torch.tensor(ratios[-1])))
+
+
+def test_micro_batches_are_one_batch():
+    found = []
+    for parts in (1, 4):
+        model, optimizer = modulated(bo.AMSS())
+        inputs, labels = batch(0, model)
+        with bo.Recorder(optimizer) as recorder:
+            for *xs, y in zip(*(x.chunk(parts) for x in inputs), labels.chunk(parts), strict=True):
+                (F.cross_entropy(model(*xs), y) / parts).backward()
+            optimizer.step()
+        found.append([values[0] for _, values in recorder.series("significance").values()])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_re_learning_goes_on_beside_it():
+    model = small_model()
+    monitor = watch(model)
+    optimizer = bo.MaskedSubnetworkSGD(
+        groups_of(model), monitor, lr=0.1, momentum=0.9, masked="frozen", seed=0
+    )
+    scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1, seed=0)
+    for _ in range(2):
+        train_epoch(model, optimizer, loaders()[0])
+        before = [p.detach().clone() for p in model.parameters()]
+        assert scheduler.step() is not None
+        assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert optimizer.stats()["modulated"] == 8
+    assert optimizer.stats()["without_scores"] == 0

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from balanceopt.distributed import Group
 from balanceopt.monitor._labels import Labels
-from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors
+from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors, tensors_in
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._passes import Passes, answers_of
 from balanceopt.monitor._rows import logit_rows
 from balanceopt.monitor._scorer import Scorer
-from balanceopt.monitor._supported import in_backward, next_node, outside_graphs
+from balanceopt.monitor._supported import in_backward, next_node, outside_graphs, plain, refuse_join
 
 Head = nn.Module | Mapping[str, nn.Module] | None
 Select = Mapping[str, Callable[[Any], Tensor]]
@@ -49,6 +50,7 @@ class Capture:
         scorer: Scorer,
         train_only: bool,
         select: Select,
+        group: Group,
     ) -> None:
         """Register the hooks; give passes their labels by `labels` and hand them to `scorer`."""
         self.model = model
@@ -61,6 +63,7 @@ class Capture:
         self._labels = labels
         self._scorer = scorer
         self._select = dict(select)
+        self._group = group
         self._unheard: deque[Pass] = deque(maxlen=_UNHEARD)
         self.handles = self._register()
 
@@ -114,6 +117,8 @@ class Capture:
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():
             return
+        if self._scorer.accumulators:
+            refuse_join(self._group)
         current = self.passes.begin(module)
         if current is not None:
             if self._scorer.needs_outputs:
@@ -175,7 +180,7 @@ class Capture:
         output: Any,
     ) -> None:
         # A pass in eval mode between a forward and its backward calls the loss too: its result has no graph.
-        if isinstance(output, Tensor) and output.requires_grad:
+        if any(term.requires_grad for term in tensors_in(output)):
             self._labels.from_loss(self.passes.latest, module, args, kwargs, reduce)
 
     @outside_graphs
@@ -185,7 +190,7 @@ class Capture:
         self.passes.backward_reached(current)
         if not current.ended:  # the loop called parts of the model: only now is it known that none is left
             self._scorer.end_forward(current)
-        rows = logit_rows(head, gradient.detach())
+        rows = logit_rows(head, plain(gradient))
         self._scorer.backward_reached(current, rows)
         for listener in self.gradient_listeners:
             listener(current, rows)
@@ -211,7 +216,7 @@ class Capture:
         current.head_calls += 1
         if name is None and current.listening and not logits.requires_grad:
             return  # an answer on the side, which nothing is trained by
-        current.head_inputs[name] = torch.empty(0, 0) if x is None else x.detach()
+        current.head_inputs[name] = torch.empty(0, 0) if x is None else plain(x)
         if name is None or not current.head_outputs:
             self._listen(current, head, logits)
         own = logit_rows(head, _copied(logits))
@@ -238,9 +243,11 @@ class Capture:
             self._listen(current, head, logits)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Who listens from outside (a scheduler with its loaders) is no part of the model.
-        return {**self.__dict__, "taps": [], "gradient_listeners": [], "_unheard": deque(maxlen=_UNHEARD)}
+        # Who listens from outside (a scheduler with its loaders) is no part of the model; nor is a loss that is gone.
+        alive = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
+        outside: dict[str, Any] = {"taps": [], "gradient_listeners": [], "_unheard": deque(maxlen=_UNHEARD)}
+        return {**self.__dict__, **outside, "handles": alive}
 
 
 def _copied(x: Tensor) -> Tensor:
-    return x.detach().clone()
+    return plain(x).clone()

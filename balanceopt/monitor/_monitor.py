@@ -112,6 +112,7 @@ class ModalityMonitor(Services):
             scorer=self._scorer,
             train_only=train_only,
             select=select or {},
+            group=group,
         )
         if isinstance(labels, nn.Module):
             self.watch_loss(labels)

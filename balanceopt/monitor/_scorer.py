@@ -15,6 +15,7 @@ from balanceopt.monitor._accumulator import Accumulator
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._settle import settle
 from balanceopt.monitor._sums import ModalitySums
+from balanceopt.monitor._supported import plain
 from balanceopt.monitor._unimodal import UnimodalLogits
 
 # Under plain cross-entropy no row has two negative gradients; this many may come from rounding.
@@ -89,7 +90,8 @@ class Scorer:
             self.classes = current.logits.shape[-1]
             current.unimodal = {}
             if not current.held_back and current.logits.shape[0] > 0:
-                current.unimodal = current.early or self.unimodal(current)
+                made = current.early or self.unimodal(current)
+                current.unimodal = {name: plain(logits) for name, logits in made.items()}
                 if any(accumulator.needs_entropy for accumulator in self.accumulators):
                     with torch.no_grad():
                         current.entropies = {

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from balanceopt.distributed import Group, active_group
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -35,9 +38,40 @@ def refuse_model(model: nn.Module) -> None:
             )
 
 
+def refuse_join(group: Group) -> None:
+    """Raise within a forward under `DistributedDataParallel.join()`, where ranks may run out of batches.
+
+    Raises:
+        NotImplementedError: naming the alternative.
+    """
+    running = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    joining = getattr(getattr(running, "_join_config", None), "enable", False)
+    if joining and active_group(group) is not None:
+        raise NotImplementedError(
+            "DistributedDataParallel.join() is not supported: a rank that ran out of batches is missing from the sum "
+            "of the scores, and the others would wait for it. Give every rank the same number of batches, as "
+            "torch.utils.data.DistributedSampler does."
+        )
+
+
 def in_backward() -> bool:
     """Whether autograd is running: a forward seen then is activation checkpointing's second one."""
     return torch._C._current_graph_task_id() != -1
+
+
+def in_vmap() -> bool:
+    """Whether a function transform other than `torch.func.grad` is at work, which shows no numbers."""
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack()
+    return stack is not None and any(level.key() != functorch.TransformType.Grad for level in stack)
+
+
+def plain(x: Tensor) -> Tensor:
+    """The tensor inside the wrappers of `torch.func.grad`, detached."""
+    x = x.detach()
+    while torch._C._functorch.is_gradtrackingtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def next_node() -> int:

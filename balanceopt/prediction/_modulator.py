@@ -261,6 +261,7 @@ class PredictionModulator:
             RuntimeError: if its labels are not known yet.
         """
         if current.labels is None:
+            current.closed = True  # the next labels are for the next forward
             raise RuntimeError(
                 "`same_batch=True` needs the labels before the forward: call monitor.observe(labels) before it, or "
                 "pass them to the model as `labels=`."

@@ -105,6 +105,7 @@ class DropProbabilities:
     def close(self) -> None:
         """Take no more scores."""
         if self._accumulator is not None:
+            self._accumulator.discard()  # labels that are observed from now on are for another pass
             self.monitor.drop_accumulator(self._accumulator)
 
     def _set(self, total: Tensor) -> None:

@@ -37,6 +37,15 @@ def test_remove_leaves_nothing_behind():
     assert not monitor._scorer.accumulators
 
 
+def test_labels_observed_after_it_was_removed_are_for_the_next_pass():
+    model, modulator = warm()
+    modulator.remove()
+    modulator.monitor.observe(class_zero(model)[1])
+    fused(model)
+    assert modulator.monitor.latest is not None
+    assert modulator.monitor.latest.label_source == "observe"
+
+
 def test_a_second_modulator_on_one_monitor_is_refused():
     _, modulator = dropping()
     with pytest.raises(ValueError, match="serves a PredictionModulator already"):
@@ -152,15 +161,21 @@ def test_forwards_that_no_hook_sees_are_said():
     assert not next(model.parameters())._post_accumulate_grad_hooks
 
 
-def test_an_encoder_that_never_ran_is_said_unless_presence_was_told():
-    model, modulator = warm(q_base=1)
-    fused(model)
-    inputs, labels = class_zero(model)
+def test_an_encoder_that_never_ran_is_said():
+    model, _ = warm(q_base=1)
+    inputs, _ = class_zero(model)
     audio = model.encoders["audio"]
-    assert modulator.monitor.latest is not None
-    modulator.monitor.latest.closed = True  # as a step of an optimizer does
-    modulator.monitor.observe(labels, present={"visual": torch.zeros(8, dtype=torch.bool)})
-    assert kept(audio(inputs[0])).all()
     assert not kept(audio(inputs[0])).any()
     with pytest.warns(UserWarning, match="encoder of 'visual' was not called"):
         audio(inputs[0])
+
+
+def test_where_its_absence_was_told_nothing_is_lost():
+    model, modulator = warm(q_base=1)
+    fused(model)
+    inputs, labels = class_zero(model)
+    assert modulator.monitor.latest is not None
+    modulator.monitor.latest.closed = True  # as a step of an optimizer does
+    modulator.monitor.observe(labels, present={"visual": torch.zeros(8, dtype=torch.bool)})
+    audio = model.encoders["audio"]
+    assert all(kept(audio(inputs[0])).all() for _ in range(2))

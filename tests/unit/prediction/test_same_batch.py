@@ -102,11 +102,14 @@ def test_labels_may_come_as_a_keyword_of_the_model():
 
 def test_labels_that_come_later_are_refused():
     model = small_model()
-    modulator_on(model)
+    modulator = modulator_on(model)
     backward(model, class_zero(model))
-    inputs, _ = class_zero(model)
+    inputs, labels = class_zero(model)
     with pytest.raises(RuntimeError, match="needs the labels before the forward"):
         model(*inputs)
+    modulator.monitor.observe(labels)
+    backward(model, (inputs, labels))
+    assert modulator.stats()["updates"] == 1
 
 
 def test_each_zero_out_score_is_made_once(monkeypatch):

@@ -15,18 +15,20 @@ from balanceopt._warnings import warn_user
 from balanceopt.functional import keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHint, Step, Undo
 from balanceopt.modulation._bases import cancels_constant_factor
-from balanceopt.modulation._draw import Batch, Design, Sampling, Scale, batches_of, draw
+from balanceopt.modulation._draw import Batch, Design, Importance, Masks, Sampling, Scale, batches_of, draw
 from balanceopt.modulation._frozen import Scratch, freeze
 from balanceopt.modulation._head import head_parts
 from balanceopt.modulation._ogm import scores_usable
 from balanceopt.modulation._parts import Part, masked_rows, shard_of, unit_norms
 from balanceopt.modulation._units import UnitRule, find_units
+from balanceopt.monitor import ModalityMonitor
 
-Importance = Literal["norm2", "norm"]
 Masked = Literal["gradient", "frozen"]
 
 # Sets of parameters with a gradient, such as turn up in alternation, whose units are remembered.
 _PLANS = 4
+# Elements from which it pays to look which rows are masked.
+_LARGE = 2**15
 
 
 class AMSS(Modulation):
@@ -125,6 +127,7 @@ class AMSS(Modulation):
                 OptimizerHint,
             )
 
+    @torch.no_grad()
     def modulate(self, step: Step) -> Undo | None:
         """Draw the step's masks and multiply the gradients by them."""
         plan = self._plan(step)
@@ -132,28 +135,30 @@ class AMSS(Modulation):
         known = on_host(usable)
         if not plan.parts or (known is not None and not known):
             return None
-        importance = unit_norms(plan.parts)
-        if self.importance == "norm2":
-            importance = [norms.square() for norms in importance]
-        design = Design(self.scale, self.sampling, self.max_weight)
+        design = Design(self.scale, self.sampling, self.importance, self.max_weight)
         active = step.sums.present & usable
-        masks = draw(plan.parts, plan.batches, importance, ratio, active, design, step.seed, step.number)
+        norms = unit_norms(plan.parts)
+        masks = draw(plan.parts, plan.batches, norms, ratio, active, design, step.seed, step.number)
         step.count("nonfinite_gradients", masks.nonfinite)
-        rows = [masked_rows(part, kept) for part, kept in zip(plan.parts, masks.kept, strict=True)]
         undo = None
         if self.masked == "frozen":
-            undo = freeze(plan.parts, masks.kept, rows, step.optimizer, self._scratch)
-        self._apply(plan.parts, masks.weights, rows)
+            undo = freeze(plan.parts, masks.kept, step.optimizer, self._scratch)
+        self._apply(plan.parts, masks)
         return undo
 
-    @torch.no_grad()
-    def _apply(self, parts: Sequence[Part], weights: Sequence[Tensor], rows: Sequence[Tensor | None]) -> None:
-        for part, weight, masked in zip(parts, weights, rows, strict=True):
+    def _apply(self, parts: Sequence[Part], masks: Masks) -> None:
+        few: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for part, kept, weight in zip(parts, masks.kept, masks.weights, strict=True):
             gradient = part.of(part.slot.grad)
-            if masked is not None and part.rows is not None and self.scale == "none":
-                gradient.index_fill_(part.rows, masked, 0)
+            large = gradient.numel() >= _LARGE and self.scale == "none"
+            masked = masked_rows(part, kept) if large else None
+            if masked is not None and part.rows is not None:
+                gradient.index_fill_(part.rows, masked, 0)  # writes only what is masked
             else:
-                gradient.mul_(part.spread(weight))
+                few[0].append(gradient)
+                few[1].append(part.spread(weight))
+        if few[0]:
+            torch._foreach_mul_(*few)
 
     def ratios(self, step: Step) -> tuple[Tensor, Tensor]:
         """The step's `(M,)` keep ratios, and whether its scores can be used at all, 0-d bool."""
@@ -175,28 +180,33 @@ class AMSS(Modulation):
         return shown
 
     def _plan(self, step: Step) -> _Plan:
-        monitor = step.monitor
-        if monitor is None:
+        """What to mask, made when another set of parameters has gradients than before."""
+        if step.monitor is None:
             raise ValueError("AMSS needs the step's monitor, to know the modules that hold the parameters.")
+        head = head_parts(step, step.monitor) if self.mask_head else []
+        graded = [[id(slot.parameter) for slot in step.slots.get(name, ())] for name in step.modalities]
+        graded.append([id(part.slot.parameter) for part in head])
+        key = (id(step.optimizer), step.sums.score.device, *map(tuple, graded))
+        if key not in self._plans:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = self._make_plan(step, step.monitor, head)
+        return self._plans[key]
+
+    def _make_plan(self, step: Step, monitor: ModalityMonitor, head: list[Part]) -> _Plan:
         slots = [
             (place, slot) for place, name in enumerate(step.modalities) for slot in step.slots.get(name, ())
         ]
-        head = head_parts(step, monitor) if self.mask_head else []
-        held = [*slots, *((part.modality, part.slot) for part in head)]
-        key = tuple((place, slot.index, id(slot.parameter), slot.grad.device) for place, slot in held)
-        if key not in self._plans:
-            found = find_units(
-                [slot.parameter for _, slot in slots], monitor.model, self.units, self.min_ndim
+        found = find_units([slot.parameter for _, slot in slots], monitor.model, self.units, self.min_ndim)
+        pairs = zip(slots, found, strict=True)
+        parts = [Part(slot, place, units) for (place, slot), units in pairs if units is not None] + head
+        if any(part.slot.grad.is_sparse for part in parts):
+            raise NotImplementedError(
+                "an encoder has sparse gradients, which AMSS can't mask. Use an embedding with sparse=False, or leave "
+                "it whole: AMSS(units={embedding: 'whole'})."
             )
-            pairs = zip(slots, found, strict=True)
-            parts = [Part(slot, place, units) for (place, slot), units in pairs if units is not None] + head
-            _refuse_sparse(parts)
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            self._plans[key] = _plan_of(parts)
-        plan = self._plans[key]
-        _refuse_sparse(plan.parts)
-        return plan
+        own = [shard_of(part) if hasattr(part.slot.parameter, "device_mesh") else part for part in parts]
+        return _Plan(own, batches_of(own))
 
     def _check_options(self) -> None:
         for name, kind in (
@@ -232,16 +242,3 @@ class _Plan:
 
     parts: Sequence[Part]
     batches: Sequence[Batch]
-
-
-def _plan_of(parts: Sequence[Part]) -> _Plan:
-    own = [shard_of(part) if hasattr(part.slot.parameter, "device_mesh") else part for part in parts]
-    return _Plan(own, batches_of(own))
-
-
-def _refuse_sparse(parts: Sequence[Part]) -> None:
-    if any(part.slot.grad.is_sparse for part in parts):
-        raise NotImplementedError(
-            "an encoder has sparse gradients, which AMSS can't mask. Use an embedding with sparse=False, or leave it "
-            "whole: AMSS(units={embedding: 'whole'})."
-        )

@@ -21,6 +21,7 @@ from balanceopt.modulation._parts import Part
 
 Scale = Literal["none", "unbiased", "ratio", "official"]
 Sampling = Literal["importance", "topk", "uniform"]
+Importance = Literal["norm2", "norm"]
 
 # Of the mask's generators, so that noise of the same seed, step and parameter has nothing to do with the masks.
 _SALT = 0x5851F42D4C957F2D
@@ -34,6 +35,7 @@ class Design:
 
     scale: Scale
     sampling: Sampling
+    importance: Importance
     max_weight: float | None
 
     @property
@@ -72,6 +74,13 @@ class Batch:
         self.modality = torch.tensor([part.modality for part in own], device=self.device)
         self.inside = torch.arange(max(self.counts), device=self.device) < self.sizes[:, None]
 
+    def rows(self, padded: Tensor) -> Sequence[Tensor]:
+        """The rows of `(U, n_max)` without their padding."""
+        rows: tuple[Tensor, ...] = padded.unbind(0)
+        if min(self.counts) == padded.shape[1]:
+            return rows
+        return [row[:count] for row, count in zip(rows, self.counts, strict=True)]
+
 
 def batches_of(parts: Sequence[Part]) -> list[Batch]:
     """Cut into batches by device, dtype, and size to a factor of eight, so that padding stays small."""
@@ -93,7 +102,7 @@ def uniforms_for(part: Part, count: int, seed: int, step: int) -> Tensor:
 def draw(
     parts: Sequence[Part],
     batches: Sequence[Batch],
-    importance: Sequence[Tensor],
+    norms: Sequence[Tensor],
     ratio: Tensor,
     active: Tensor,
     design: Design,
@@ -105,7 +114,7 @@ def draw(
     Args:
         parts: what to mask.
         batches: `batches_of(parts)`.
-        importance: `(n,)` by part.
+        norms: `(n,)` norms of the units' gradients, by part.
         ratio: `(M,)` keep ratios.
         active: bool `(M,)`, modalities that are masked at all.
         design: how.
@@ -117,7 +126,8 @@ def draw(
     nonfinite = torch.zeros((), dtype=torch.int64, device=ratio.device)
     for batch in batches:
         own = [parts[place] for place in batch.places]
-        s = pad_sequence([importance[place] for place in batch.places], batch_first=True).double()
+        s = pad_sequence([norms[place] for place in batch.places], batch_first=True)
+        s = (s.square() if design.importance == "norm2" else s).double()
         total = s.sum(1)
         finite = torch.isfinite(total)
         usable = (finite & (total > 0) & active.to(batch.device)[batch.modality])[:, None]
@@ -130,8 +140,10 @@ def draw(
         chosen = chosen | ~usable
         weight = torch.where(usable, weight, 1).to(batch.dtype)
         nonfinite += (~finite).sum().to(ratio.device)
-        for row, (place, count) in enumerate(zip(batch.places, batch.counts, strict=True)):
-            kept[place], weights[place] = chosen[row, :count], weight[row, :count]
+        for place, own_kept, own_weight in zip(
+            batch.places, batch.rows(chosen), batch.rows(weight), strict=True
+        ):
+            kept[place], weights[place] = own_kept, own_weight
     return Masks(weights, kept, nonfinite)
 
 

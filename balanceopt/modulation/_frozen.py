@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from balanceopt.modulation._base import Undo
-from balanceopt.modulation._parts import Part
+from balanceopt.modulation._parts import Part, masked_rows
 
 Restore = Callable[[Tensor], None]
 
@@ -54,7 +54,6 @@ class Scratch:
 def freeze(
     parts: Sequence[Part],
     kept: Sequence[Tensor],
-    masked_rows: Sequence[Tensor | None],
     optimizer: torch.optim.Optimizer,
     scratch: Scratch,
 ) -> Undo:
@@ -63,17 +62,16 @@ def freeze(
     Args:
         parts: what is masked.
         kept: bool `(n,)` by part.
-        masked_rows: by part, the units that are not kept, or None where only the device knows how many there are.
         optimizer: the base.
         scratch: memory to remember them in.
     """
     scratch.clear()
     states = _states(optimizer)
-    restores = [
-        _freeze_part(part, own, rows, states, scratch)
-        for part, own, rows in zip(parts, kept, masked_rows, strict=True)
-        if rows is None or rows.numel() > 0
-    ]
+    restores = []
+    for part, own in zip(parts, kept, strict=True):
+        rows = masked_rows(part, own)
+        if rows is None or rows.numel() > 0:
+            restores.append(_freeze_part(part, own, rows, states, scratch))
 
     def put_back() -> None:
         with torch.no_grad():

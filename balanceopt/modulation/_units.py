@@ -98,26 +98,39 @@ class UnitView:
         """Number of units."""
         return prod(self.sizes[d] for d in self.kept)
 
-    @property
+    @cached_property
     def only_dim(self) -> int | None:
         """The dimension of `view` that numbers the units, where it is one."""
         return self.kept[0] if len(self.kept) == 1 else None
 
+    @cached_property
+    def _is_split(self) -> bool:
+        return any(len(split) != 1 for split in self.splits)
+
+    @cached_property
+    def _others(self) -> tuple[int, ...]:
+        return tuple(d for d in range(len(self.sizes)) if d not in self.kept)
+
+    @cached_property
+    def _spread_shape(self) -> tuple[int, ...]:
+        return tuple(size if d in self.kept else 1 for d, size in enumerate(self.sizes))
+
     def view(self, tensor: Tensor) -> Tensor:
         """The tensor, read in `sizes`; always possible without a copy, since dimensions are only split."""
-        return tensor.view(self.sizes)
+        return tensor.view(self.sizes) if self._is_split else tensor
 
     def norms(self, tensor: Tensor) -> Tensor:
         """`(n,)` norm of each unit, in float32 or wider."""
-        values = self.view(tensor).unsqueeze(-1)  # a dimension to reduce even where every element is a unit
-        others = tuple(d for d in range(values.dim()) if d not in self.kept)
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        norms: Tensor = torch.linalg.vector_norm(values, dim=others, dtype=wide)
-        return norms.flatten()
+        values = self.view(tensor)
+        wide = tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
+        if not self._others:  # every element is a unit: there is nothing to reduce
+            return values.abs().to(wide.to_real()).flatten()
+        norms: Tensor = torch.linalg.vector_norm(values, dim=self._others, dtype=wide)
+        return norms if norms.dim() == 1 else norms.flatten()
 
     def spread(self, values: Tensor) -> Tensor:
         """`(n,)` values, one for each unit, in a shape that broadcasts with `view`."""
-        return values.view([size if d in self.kept else 1 for d, size in enumerate(self.sizes)])
+        return values.view(self._spread_shape)
 
     def numbers(self, device: torch.device) -> Tensor:
         """The number of each element's unit, in a shape that broadcasts with the tensor itself."""

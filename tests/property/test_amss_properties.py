@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import balanceopt as bo
-from balanceopt.functional import inclusion_probabilities, keep_ratio, kept_units, unit_importance
+from balanceopt.functional import inclusion_probabilities, keep_ratio, kept_units
 from balanceopt.functional._sampling import systematic_sample_padded
 from balanceopt.modulation import MaskUnits, Slot
 from balanceopt.modulation._draw import Design, batches_of, draw
@@ -56,9 +56,9 @@ def drawn(model: Encoders, count: int, **options: Any) -> Tensor:
     p = model.get_parameter(NAME)
     units = MaskUnits().on(p.shape)
     parts = [Part(Slot(index, p), 0, units) for index in range(count)]
-    norms = units.norms(grad_of(p)) if modulation.importance == "norm" else unit_importance(grad_of(p))
+    norms = units.norms(grad_of(p))
     ratio, _ = modulation.ratios(step)
-    design = Design(modulation.scale, modulation.sampling, modulation.max_weight)
+    design = Design(modulation.scale, modulation.sampling, modulation.importance, modulation.max_weight)
     masks = draw(parts, batches_of(parts), [norms] * count, ratio, ratio > 0, design, 5, 0)
     return torch.stack(masks.weights).double()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import faulthandler
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
@@ -141,7 +144,18 @@ def test_ranks_agree_where_one_has_nothing(tmp_path):
     assert not first[3].skipped
 
 
-def go_back_sharded(rank, mesh, what):
+def through_a_checkpoint(scheduler, folder):
+    """The state as torch.distributed.checkpoint gives it back."""
+    save_checkpoint({"scheduler": scheduler.state_dict()}, checkpoint_id=folder)
+    found = copy.deepcopy(scheduler.state_dict())
+    for value in found["initial"].values():
+        value.zero_()
+    state = {"scheduler": {**found, "last_epoch": 0, "relearns": 0}}
+    load_checkpoint(state, checkpoint_id=folder)
+    return state["scheduler"]
+
+
+def go_back_sharded(rank, mesh, what, folder):
     model, initial = untrained()
     early = None
     if what == "encoders":
@@ -162,7 +176,8 @@ def go_back_sharded(rank, mesh, what):
     found = scheduler.step()
     assert {n: p.to_local().data_ptr() for n, p in model.named_parameters()} == parts
     after = {n: p.full_tensor() for n, p in model.named_parameters()}
-    saved = scheduler.state_dict()
+    saved = through_a_checkpoint(scheduler, f"{folder}/{what}")
+    assert (saved["last_epoch"], saved["relearns"]) == (1, 1)
     scheduler.load_state_dict(saved)
     again = scheduler.state_dict()["initial"]
     whole = {n: v.full_tensor() for n, v in saved["initial"].items()}
@@ -177,7 +192,7 @@ CASES = ("root", "encoders", "later")
 def sharded(rank, folder):
     start(rank, folder)
     mesh = init_device_mesh("cpu", (RANKS,))
-    torch.save([go_back_sharded(rank, mesh, what) for what in CASES], f"{folder}/{rank}.pt")
+    torch.save([go_back_sharded(rank, mesh, what, folder) for what in CASES], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import random
 import sys
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -318,6 +318,22 @@ class TestProgress:
         assert scheduled()[2].diagnose()
         with pytest.raises(ImportError, match=r"pip install 'balanceopt\[progress\]'"):
             scheduled(progress=True)[2].diagnose()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+def test_compiled_models():
+    torch._dynamo.reset()
+    model = Concat(encoder=batch_norm)
+    plain = bo.diagnose(*loaders(), monitor=watch(model), seed=0)
+    model.encoders["audio"] = cast(nn.Module, torch.compile(model.encoders["audio"], backend="eager"))
+    monitor = watch(model)
+    whole = torch.compile(model, backend="eager")
+    whole(*batch()[0]).sum().backward()
+    before = [m.training for m in model.modules()]
+    found = bo.diagnose(*loaders(), monitor=monitor, seed=0)
+    assert [m.training for m in model.modules()] == before
+    assert found.train_count == plain.train_count
+    torch._dynamo.reset()
 
 
 def test_a_monitor_without_hooks_is_refused():

@@ -190,3 +190,31 @@ def test_untagged_parameters_belong_to_their_encoders():
     train(model, optimizer, batches(model, 3))
     train(twin, tagged, batches(twin, 3))
     assert same_bits(model, twin)
+
+
+def test_under_a_grad_scaler_it_is_the_same():
+    model, optimizer = masked(momentum=0.9, masked="frozen")
+    twin, plain = masked(momentum=0.9, masked="frozen")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for inputs, labels in batches(model, 3):
+        optimizer.zero_grad()
+        scaler.scale(torch.nn.functional.cross_entropy(model(*inputs), labels)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    train(twin, plain, batches(twin, 3))
+    assert same_bits(model, twin)
+
+
+def test_a_step_that_the_grad_scaler_skips_moves_nothing():
+    model, optimizer = masked(momentum=0.9, masked="frozen")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    before = [p.detach().clone() for p in model.parameters()]
+    inputs, labels = batches(model, 1)[0]
+    scaler.scale(torch.nn.functional.cross_entropy(model(*inputs), labels)).backward()
+    grad_of(model.get_parameter("head.weight"))[0, 0] = torch.inf
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert optimizer.stats()["modulated"] == 0
+    train(model, optimizer, batches(model, 1, first=1))
+    assert optimizer.stats()["modulated"] == 1

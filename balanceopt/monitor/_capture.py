@@ -102,6 +102,7 @@ class Capture:
         handles = [
             self.model.register_forward_pre_hook(self._on_start, with_kwargs=True),
             self.model.register_forward_hook(self._on_end, with_kwargs=True),
+            self.model.register_forward_hook(self._on_left, always_call=True),
         ]
         for name, encoder in self.encoders.items():
             # The first hook of an encoder: what it sees is what the encoder made, before any other hook changes it.
@@ -116,6 +117,7 @@ class Capture:
     @outside_graphs
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():
+            self._scorer.seen.note("reruns")
             return
         if self._scorer.accumulators:
             refuse_join(self._group)
@@ -171,6 +173,12 @@ class Capture:
         current.end_node = next_node()
         self._scorer.end_forward(current)
 
+    @outside_graphs
+    def _on_left(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Also after an exception: what is called from now on is no part of that forward."""
+        if not in_backward():
+            self.passes.end()
+
     def _on_loss(
         self,
         reduce: str | None,
@@ -212,7 +220,7 @@ class Capture:
         self, name: str | None, current: Pass, head: nn.Module, logits: Tensor, x: Tensor | None = None
     ) -> None:
         """Keep the joint logits, or add a modality's own to them, and listen for their gradient."""
-        self._scorer.seen["heads"] += 1
+        self._scorer.seen.note("heads")
         current.head_calls += 1
         if name is None and current.listening and not logits.requires_grad:
             return  # an answer on the side, which nothing is trained by

@@ -42,5 +42,4 @@ def early_sums(
         label_source=current.label_source,
         present=current.present,
     )
-    result = settle(known, modalities, ignore_index)
-    return None if result is None else result.sums
+    return settle(known, modalities, ignore_index)

@@ -16,6 +16,7 @@ from balanceopt.monitor._capture import Capture, Select
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._labels import LabelSource as LabelSource
 from balanceopt.monitor._scorer import Scorer
+from balanceopt.monitor._seen import is_compiled
 from balanceopt.monitor._services import Services
 from balanceopt.monitor._supported import refuse_model
 from balanceopt.monitor._unimodal import UserScores, choose_scores
@@ -87,6 +88,7 @@ class ModalityMonitor(Services):
                 f"`labels` should be one of {get_args(LabelSource)} or a loss module. Found {labels!r}."
             )
         self.model = unwrap(model)
+        self._was_compiled = is_compiled(model)
         self.encoders = resolve_encoders(model, encoders)
         self.modalities = tuple(self.encoders)
         modality_parameters(model, self.encoders)  # an encoder without parameters of its own is refused now
@@ -162,14 +164,14 @@ class ModalityMonitor(Services):
 
     def stats(self) -> dict[str, Any]:
         """What was seen so far: how scores are made, passes, and where their labels came from."""
-        seen = self._scorer.seen
+        seen, recovery = self._scorer.seen.total, self._scorer.recovery
         sources = {name: seen[f"labels:{name}"] for name in get_args(LabelSource)[1:]}
         return {
             "scores": self._scores,
             "passes": seen["passes"],
             "passes_without_scores": seen["unscored"],
             "labels": {name: count for name, count in sources.items() if count},
-            "recovered_labels": self._scorer.recovered.read(),
+            "recovered_labels": {"rows": 0, "ambiguous": 0} if recovery is None else recovery.counts(),
             "missing": {name: seen[f"missing:{name}"] for name in self.modalities},
         }
 

@@ -101,7 +101,7 @@ class Passes:
 
     def _new(self) -> Pass:
         current = Pass(held_back=self._scorer.holds_back(), first_node=next_node())
-        self._scorer.seen["forwards"] += 1
+        self._scorer.seen.note("forwards")
         for earlier in self._alive:
             if earlier.end_node is None:  # its forward broke off, or was one of parts
                 earlier.end_node = current.first_node

@@ -52,6 +52,7 @@ def quiet(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
         stack.enter_context(_gathered(modules))
         stack.enter_context(_nothing_compiled())
         stack.enter_context(_no_global_hooks())
+        stack.enter_context(_no_checkpoint_warnings())
         for module in modules:
             # Straight into __dict__: nn.Module's own attribute setter costs more than the whole fusion on small models.
             changes: dict[str, Any] = {name: OrderedDict() for name in _HOOKS if module.__dict__.get(name)}
@@ -88,6 +89,24 @@ def _nothing_compiled() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def _no_checkpoint_warnings() -> Iterator[None]:
+    """Within it reentrant activation checkpointing does not complain of inputs without gradients.
+
+    Not by `warnings.catch_warnings`, which makes every warning that was shown once show again.
+    """
+    module: Any = sys.modules.get("torch.utils.checkpoint")
+    check = getattr(module, "check_backward_validity", None)
+    if check is None:
+        yield
+        return
+    module.check_backward_validity = lambda inputs: None
+    try:
+        yield
+    finally:
+        module.check_backward_validity = check
 
 
 @contextmanager

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from balanceopt._deferred import DeferredCounts
-from balanceopt._warnings import warn_user
 from balanceopt.functional import feature_entropy
 from balanceopt.monitor._accumulator import Accumulator
 from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._recovery import Recovery
+from balanceopt.monitor._seen import Seen
 from balanceopt.monitor._settle import settle
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._supported import plain
 from balanceopt.monitor._unimodal import UnimodalLogits
-
-# Under plain cross-entropy no row has two negative gradients; this many may come from rounding.
-_AMBIGUOUS_PART = 0.01
-_FEWEST_CLASSES_FOR_LINE = 4
 
 
 class Scorer:
@@ -29,7 +24,8 @@ class Scorer:
     Attributes:
         unimodal: how uni-modal logits are made; None for features only.
         classes: C, once a pass was seen.
-        seen: how often what happened, for `stats()`.
+        seen: how often what happened.
+        recovery: reads labels from gradients; None where that is not wanted.
         accumulators: one for each consumer.
         window: how many steps' passes were begun: the phase of `every`.
         fresh: no pass has begun since the last step ended.
@@ -50,15 +46,12 @@ class Scorer:
         self.unimodal = unimodal
         self.every = every
         self.ignore_index = ignore_index
-        self.strict = strict
-        self.recovers = recovers
+        self.recovery = Recovery(strict=strict) if recovers else None
         self.classes: int | None = None
-        self.seen: Counter[str] = Counter()
+        self.seen = Seen()
         self.accumulators: list[Accumulator] = []
-        self.recovered = DeferredCounts(("rows", "ambiguous"), self._judge_recovery)
         self.window = 0
         self.fresh = True
-        self._warned = False
 
     @property
     def needs_outputs(self) -> bool:
@@ -85,7 +78,8 @@ class Scorer:
     def end_forward(self, current: Pass) -> None:
         """Make the uni-modal logits while the features are at hand, then let the features go."""
         for name in self.modalities:
-            self.seen[f"missing:{name}"] += name not in current.features
+            if name not in current.features:
+                self.seen.note(f"missing:{name}")
         if current.logits is not None and self.unimodal is not None:
             self.classes = current.logits.shape[-1]
             current.unimodal = {}
@@ -103,7 +97,8 @@ class Scorer:
     def backward_reached(self, current: Pass, gradient: Tensor) -> None:
         """Take the gradient `(N, C)` at the joint logits; the first one makes the pass count."""
         if not current.gradients:
-            self.seen["passes"] += 1
+            self.seen.note("passes")
+            current.closed = not self.accumulators  # nobody waits for its labels
             for accumulator in self.accumulators:
                 accumulator.add(current)
         current.gradients.append(gradient)
@@ -112,28 +107,24 @@ class Scorer:
         """The pass's sums, made once for all consumers."""
         if not done.settled:
             done.closed = done.settled = True
-            self._choose_labels(done)
+            self._refuse_misfit(done)
             ignore = self.ignore_index if done.ignore_index is None else done.ignore_index
-            result = settle(done, self.modalities, ignore)
-            if result is not None:
-                done.sums = result.sums
-                self.seen[f"labels:{done.label_source}"] += 1
-                if result.ambiguous is not None:
-                    self.recovered.add(torch.tensor(result.rows), result.ambiguous)
+            done.sums = settle(done, self.modalities, ignore, self.recovery)
+            if done.sums is not None:
+                self.seen.note(f"labels:{done.label_source}")
+                self.seen.note_score()
             elif not done.held_back:
-                self.seen["unscored"] += 1
+                self.seen.note("unscored")
             done.unimodal, done.logits = None, None
             done.gradients.clear()
         return done.sums
 
-    def _choose_labels(self, done: Pass) -> None:
-        """Recover labels only where that is wanted, and where what the model was given as `labels=` is none."""
-        if self.recovers:
-            rows = None if done.logits is None else done.logits.shape[0]
-            if done.label_source == "model" and done.labels is not None and done.labels.numel() != rows:
-                done.labels, done.label_source = None, "gradient"
-        elif done.labels is None:
-            done.gradients.clear()
+    def _refuse_misfit(self, done: Pass) -> None:
+        """What the model was given as `labels=` may be no class indices: then read them from the gradient."""
+        rows = None if done.logits is None else done.logits.shape[0]
+        misfit = done.label_source == "model" and done.labels is not None and done.labels.numel() != rows
+        if misfit and self.recovery is not None:
+            done.labels, done.label_source = None, "gradient"
 
     def clear(self) -> None:
         """Forget all scores; no step has begun."""
@@ -145,17 +136,3 @@ class Scorer:
         """Notice that a step ended, for `every`: by those who step, or where nobody does by anyone."""
         if accumulator.steps or not any(a.steps for a in self.accumulators):
             self.fresh = True
-
-    def _judge_recovery(self, counts: dict[str, int]) -> None:
-        if counts["ambiguous"] <= _AMBIGUOUS_PART * counts["rows"]:
-            return
-        message = (
-            f"{counts['ambiguous']} of {counts['rows']} rows have several negative gradients at the logits: soft "
-            "targets, label smoothing or an auxiliary loss on the logits. Labels recovered from them may be wrong: "
-            "pass labels via monitor.observe(labels) or monitor.watch_loss(loss)."
-        )
-        if self.strict or (self.classes or 2) < _FEWEST_CLASSES_FOR_LINE:
-            raise RuntimeError(message)
-        if not self._warned:
-            self._warned = True
-            warn_user(message)

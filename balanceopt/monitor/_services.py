@@ -17,6 +17,7 @@ from balanceopt.monitor._matching import Projection
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._per_head import PerHead
 from balanceopt.monitor._scorer import Scorer
+from balanceopt.monitor._seen import is_compiled, why_silent
 from balanceopt.monitor._split import SplitHead
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._unimodal import UnimodalLogits
@@ -38,6 +39,7 @@ class Services:
     modalities: tuple[str, ...]
     head: Head
     group: Group
+    _was_compiled: bool
     _capture: Capture
     _scorer: Scorer
 
@@ -160,7 +162,7 @@ class Services:
     @property
     def recovers_labels(self) -> bool:
         """Whether labels may be read from the gradient at the joint logits."""
-        return self._scorer.recovers
+        return self._scorer.recovery is not None
 
     @property
     def window(self) -> int:
@@ -213,30 +215,7 @@ class Services:
         """Why no score may have come, in words for the user."""
         if not self.active:
             return "the monitor's hooks were removed"
-        seen = self._scorer.seen
-        reasons = []
-        if any("_compiled_call_impl" in m.__dict__ and m._compiled_call_impl for m in self.model.modules()):
-            reasons.append(
-                "the model was compiled: build the monitor before the first call of the compiled model, or call "
-                "torch._dynamo.reset()"
-            )
-        if seen["forwards"] and not seen["heads"]:
-            reasons.append(
-                "the head's hook did not fire: the head was replaced, or only its weights are used"
-            )
-        elif not seen["forwards"]:
-            reasons.append(
-                "no forward of the model in training mode was seen (fine-tuning in eval mode: train_only=False)"
-            )
-        elif not seen["passes"]:
-            reasons.append("no backward reached the head's output (frozen model, or no loss on it)")
-        elif seen["unscored"]:
-            reasons.append("no labels or no features came with the pass: call monitor.observe(labels)")
-        reasons.append(
-            "otherwise: model compiled before the monitor was built, wrong or replaced head, head used functionally, "
-            "frozen model"
-        )
-        return "; ".join(reasons)
+        return why_silent(self._scorer.seen, compiled=self._was_compiled or is_compiled(self.model))
 
     @property
     def _chosen(self) -> UnimodalLogits | None:

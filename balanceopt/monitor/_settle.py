@@ -3,58 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from balanceopt.functional import recover_labels
 from balanceopt.functional._labels import INVALID
 from balanceopt.functional._targets import Targets, as_targets
 from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._recovery import Recovery
+from balanceopt.monitor._recovery import two_classes as two_classes
 from balanceopt.monitor._sums import ModalitySums
 
 
-@dataclass(frozen=True)
-class Settled:
-    """What a pass gave.
-
-    Attributes:
-        sums: its sums.
-        rows: how many rows it had.
-        ambiguous: 0-d, how many of them looked unlike hard-label cross-entropy; None where labels were given.
-    """
-
-    sums: ModalitySums
-    rows: int
-    ambiguous: Tensor | None
-
-
 @torch.no_grad()
-def settle(done: Pass, modalities: Sequence[str], ignore_index: int) -> Settled | None:
+def settle(
+    done: Pass, modalities: Sequence[str], ignore_index: int, recovery: Recovery | None = None
+) -> ModalitySums | None:
     """The sums of a pass that backward has reached; None where it has no uni-modal logits or no labels.
 
     Raises:
         ValueError: if the labels given don't fit the logits.
+        RuntimeError: if those read from gradients are too doubtful.
     """
     if not done.unimodal or done.logits is None:
         return None
-    classes = done.logits.shape[-1]
-    ambiguous = None
     if done.labels is not None:
         targets = _given(done, ignore_index)
-    elif done.gradients:
-        labels, several = _recovered(done.gradients, done.logits)
-        ambiguous = several.sum()
-        targets = as_targets(labels, max(classes, 2), INVALID)
+    elif done.gradients and recovery is not None:
+        labels = recovery.labels(done.gradients, done.logits)
+        targets = as_targets(labels, max(done.logits.shape[-1], 2), INVALID)
     else:
         return None
-    return Settled(_sums(done, targets, modalities), done.logits.shape[0], ambiguous)
-
-
-def two_classes(logits: Tensor) -> Tensor:
-    """A single logit z is the pair (0, z): softmax of it is the sigmoid."""
-    return torch.cat([torch.zeros_like(logits), logits], -1) if logits.shape[-1] == 1 else logits
+    return _sums(done, targets, modalities)
 
 
 def _given(done: Pass, ignore_index: int) -> Targets:
@@ -78,19 +58,6 @@ def _binary(labels: Tensor) -> Tensor:
         return labels.long()
     inside = (labels > 0) & (labels < 1)
     return torch.where(inside, labels.round(), labels).long()
-
-
-def _recovered(gradients: Sequence[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels from the first backward that shows them, row by row."""
-    labels = torch.full(logits.shape[:1], INVALID, device=logits.device)
-    ambiguous = torch.zeros_like(labels, dtype=torch.bool)
-    for gradient in gradients:
-        g = torch.cat([-gradient, gradient], -1) if logits.shape[-1] == 1 else gradient
-        read = recover_labels(g, two_classes(logits))
-        unknown = labels == INVALID
-        labels = torch.where(unknown, read.labels, labels)
-        ambiguous |= unknown & read.ambiguous
-    return labels, ambiguous
 
 
 def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> ModalitySums:

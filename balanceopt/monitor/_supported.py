@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from balanceopt.distributed import Group, active_group
+
+# What torch says where a hook breaks a graph that should be whole.
+_NO_FULL_GRAPH = "balanceopt's ModalityMonitor looks at the numbers: compile the model without fullgraph=True"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -87,5 +91,7 @@ def running_node() -> int:
 
 def outside_graphs(function: Function) -> Function:
     """Keep a hook out of compiled graphs: it looks at numbers and keeps them."""
-    disabled: Function = torch.compiler.disable(function)
+    knows_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
+    options: dict[str, Any] = {"reason": _NO_FULL_GRAPH} if knows_reason else {}
+    disabled: Function = torch.compiler.disable(function, **options)
     return disabled

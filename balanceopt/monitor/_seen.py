@@ -1,0 +1,64 @@
+"""What a monitor saw, and what to say when it saw no score."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+
+class Seen:
+    """How often what happened: in all, and since the last score."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.total: Counter[str] = Counter()
+        self.recent: Counter[str] = Counter()
+
+    def note(self, what: str) -> None:
+        """Something happened."""
+        self.total[what] += 1
+        self.recent[what] += 1
+
+    def note_score(self) -> None:
+        """A pass was scored: what was wrong before is over."""
+        self.recent.clear()
+
+
+def why_silent(seen: Seen, *, compiled: bool) -> str:
+    """Why no score may have come since the last one, in words for the user."""
+    recent = seen.recent
+    reasons = []
+    if compiled and not recent["heads"]:
+        reasons.append(
+            "the model was compiled: build the monitor before the first call of the compiled model, or call "
+            "torch._dynamo.reset()"
+        )
+    if recent["forwards"] and not recent["heads"]:
+        reasons.append("the head's hook did not fire: the head was replaced, or only its weights are used")
+    elif not recent["forwards"] and recent["reruns"]:
+        reasons.append(
+            "the whole model is inside reentrant activation checkpointing, whose first run has no gradients: use "
+            "checkpoint(..., use_reentrant=False)"
+        )
+    elif not recent["forwards"]:
+        reasons.append(
+            "no forward of the model in training mode was seen (fine-tuning in eval mode: train_only=False)"
+        )
+    elif not recent["passes"]:
+        reasons.append("no backward reached the head's output (frozen model, or no loss on it)")
+    elif recent["unscored"]:
+        reasons.append("no labels or no features came with the pass: call monitor.observe(labels)")
+    reasons.append(
+        "otherwise: model compiled before the monitor was built, wrong or replaced head, head used functionally, "
+        "frozen model"
+    )
+    return "; ".join(reasons)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was used on the model or on a part of it."""
+    return any(
+        "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
+        for module in model.modules()
+    )

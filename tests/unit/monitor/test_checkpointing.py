@@ -1,0 +1,154 @@
+"""Activation checkpointing, both modes, with encoders, the head, or the whole model inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tests.models import Concat, Gated, SumHeads, batch, mlp, train_step, watch, with_dropout
+from tests.unit.monitor.helpers import Spy, sums_of
+
+BOTH = pytest.mark.parametrize("reentrant", [False, True])
+MODELS = pytest.mark.parametrize("make", [Concat, SumHeads, Gated])
+
+
+def checkpointed(make: Any, *, reentrant, encoders=False, heads=False, encoder=mlp):
+    """A model whose encoders' or heads' calls are checkpointed."""
+
+    class Checkpointed(make):
+        def encode(self, *inputs):
+            if not encoders:
+                return super().encode(*inputs)
+            return [
+                checkpoint(e, x, use_reentrant=reentrant)
+                for e, x in zip(self.encoders.values(), inputs, strict=True)
+            ]
+
+        def fuse(self, features):
+            if not heads:
+                return super().fuse(features)
+            return checkpoint(
+                lambda *z: super(Checkpointed, self).fuse(list(z)), *features, use_reentrant=reentrant
+            )
+
+    return Checkpointed(encoder=encoder)
+
+
+def leaves(inputs):
+    """Reentrant checkpoints need inputs with gradients."""
+    return [x.clone().requires_grad_() for x in inputs]
+
+
+def assert_same(found, expected):
+    assert found is not None
+    assert expected is not None
+    torch.testing.assert_close(found.flat(), expected.flat())
+
+
+@BOTH
+@MODELS
+@pytest.mark.parametrize(
+    "parts", [{"encoders": True}, {"heads": True}, {"encoders": True, "heads": True}], ids=str
+)
+def test_one_record_with_the_right_labels(make, reentrant, parts):
+    model = checkpointed(make, reentrant=reentrant, **parts)
+    plain = make()
+    plain.load_state_dict(model.state_dict())
+    inputs, labels = batch()
+    expected = sums_of(plain, inputs, labels)
+    with watch(model) as monitor:
+        scores, spy = monitor.accumulator(), Spy(monitor)
+        for _ in range(2):
+            train_step(model, leaves(inputs), labels)
+            assert_same(scores.take(), expected)
+    assert len(spy.passes) == 2
+    assert monitor.stats()["passes"] == 2
+
+
+@BOTH
+@MODELS
+def test_two_forwards_before_the_backwards(make, reentrant):
+    model = checkpointed(make, reentrant=reentrant, encoders=True, heads=True)
+    plain = make()
+    plain.load_state_dict(model.state_dict())
+    batches = [batch(4), batch(6)]
+    a, b = (sums_of(plain, *one) for one in batches)
+    assert a is not None
+    assert b is not None
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        losses = [F.cross_entropy(model(*leaves(inputs)), labels) for inputs, labels in batches]
+        torch.stack(losses).sum().backward()
+        assert_same(scores.take(), a + b)
+        losses = [F.cross_entropy(model(*leaves(inputs)), labels) for inputs, labels in batches]
+        losses[1].backward()
+        assert_same(scores.take(), b)
+        losses[0].backward()
+        assert_same(scores.take(), a)
+
+
+@BOTH
+def test_gradients_and_the_random_stream_are_as_without_a_monitor(reentrant):
+    def gradients(*, watched):
+        torch.manual_seed(2)
+        model = checkpointed(Gated, reentrant=reentrant, encoders=True, heads=True, encoder=with_dropout)
+        monitor = watch(model) if watched else None
+        scores = monitor.accumulator() if monitor else None
+        inputs, labels = batch()
+        train_step(model, leaves(inputs), labels)
+        assert scores is None or scores.take() is not None
+        return [p.grad for p in model.parameters()], torch.get_rng_state()
+
+    (plain, stream), (watched, watched_stream) = gradients(watched=False), gradients(watched=True)
+    assert all(map(torch.equal, plain, watched))
+    assert torch.equal(stream, watched_stream)
+
+
+@BOTH
+def test_transforms_are_called_again_with_the_same_pass(reentrant):
+    """As a drop mask must be: the second run of an encoder is given what the first one was."""
+    model = checkpointed(Concat, reentrant=reentrant, encoders=True)
+    inputs, labels = batch()
+    calls = []
+
+    def transform(name, current, z):
+        calls.append((name, id(current)))
+        mask = current.notes.setdefault(name, torch.rand(8, 1) > 0.5)
+        return z * mask
+
+    with watch(model) as monitor:
+        monitor.add_transform(transform)
+        losses = [F.cross_entropy(model(*leaves(inputs)), labels) for _ in range(2)]
+        first = list(calls)
+        torch.stack(losses).sum().backward()
+    assert len(set(first)) == 4
+    assert sorted(calls[4:]) == sorted(first if not reentrant else calls[4:])
+    assert set(calls) == set(first)
+
+
+def test_the_whole_model_checkpointed_without_reentry():
+    model = Concat()
+    inputs, labels = batch()
+    expected = sums_of(model, inputs, labels)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        logits = checkpoint(model, *inputs, use_reentrant=False)
+        assert logits is not None
+        F.cross_entropy(logits, labels).backward()
+        assert_same(scores.take(), expected)
+
+
+def test_the_whole_model_checkpointed_with_reentry_is_not_silent():
+    """Its only forward with gradients is within backward; the step without scores says so."""
+    model = Concat()
+    inputs, labels = batch()
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        F.cross_entropy(checkpoint(model, *leaves(inputs), use_reentrant=True), labels).backward()
+        assert scores.take() is None
+        assert "the whole model is inside reentrant activation checkpointing" in monitor.silence()
+        assert "use_reentrant=False" in monitor.silence()

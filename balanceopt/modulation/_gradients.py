@@ -10,6 +10,7 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._random import add_gaussians_
 from balanceopt.modulation._base import Slot
+from balanceopt.modulation._shards import all_finite, stds
 
 
 @torch.no_grad()
@@ -17,7 +18,7 @@ def scale_grads_(slots: Sequence[Slot], coefficient: Tensor) -> Tensor:
     """Multiply the gradients by a 0-d `coefficient`; returns how many were not finite and left alone, 0-d."""
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
-        finite = torch.stack([_all_finite(slot.grad) for slot in own])
+        finite = all_finite([slot.grad for slot in own])
         left += (~finite).sum().to(left.device)
         _scale_([own[i].grad for i in _to_touch(finite)], coefficient.to(device), finite)
     return left
@@ -33,7 +34,7 @@ def scale_and_add_noise_(
     """
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
-        sigma = torch.stack([_std(slot.grad) for slot in own])
+        sigma = stds([slot.grad for slot in own])
         finite = torch.isfinite(sigma)
         left += (~finite).sum().to(left.device)
         touched = _to_touch(finite)
@@ -67,20 +68,3 @@ def _by_device(slots: Sequence[Slot]) -> dict[torch.device, list[Slot]]:
     for slot in slots:
         groups.setdefault(slot.grad.device, []).append(slot)
     return groups
-
-
-def _std(grad: Tensor) -> Tensor:
-    """Population standard deviation of all elements of the (whole) tensor; not finite if any element is not."""
-    std = grad.to(torch.promote_types(grad.dtype, torch.float32)).std(correction=0)
-    return _local(std)
-
-
-def _all_finite(grad: Tensor) -> Tensor:
-    """Whether all elements are finite, 0-d: a sum is, unless a term is not (or the terms are beyond use)."""
-    values = grad.coalesce().values() if grad.is_sparse else grad
-    return torch.isfinite(_local(values.sum(dtype=torch.promote_types(values.dtype, torch.float32))))
-
-
-def _local(value: Tensor) -> Tensor:
-    full = getattr(value, "full_tensor", None)
-    return value if full is None else full()

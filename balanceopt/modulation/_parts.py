@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt.modulation._base import Slot
+from balanceopt.modulation._shards import local_part, summed_over_shards
 from balanceopt.modulation._units import UnitView
 
 
@@ -63,8 +64,7 @@ class ShardedPart(Part):
 
     def of(self, tensor: Tensor) -> Tensor:
         """This rank's shard of the part."""
-        local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-        return self._block(local)
+        return self._block(local_part(tensor))
 
     def spread(self, values: Tensor) -> Tensor:
         """The units' values at the elements of the shard."""
@@ -102,16 +102,11 @@ def shard_of(part: Part) -> ShardedPart:
             "the head's weight is sharded by columns, so it can't be masked by modality. Use mask_head=False."
         )
     numbers = part.units.numbers(p.device)
-    placements = [q if isinstance(q, Shard) else Replicate() for q in p.placements]
-    room = [
-        size if d in sharded and part.columns is None else own
-        for d, (size, own) in enumerate(zip(p.shape, numbers.shape, strict=True))
+    # Along a dimension of size 1 they broadcast, however the parameter is cut there.
+    placements = [
+        q if isinstance(q, Shard) and numbers.shape[q.dim] > 1 else Replicate() for q in p.placements
     ]
-    if 0 in sharded:
-        room[0] = p.shape[0]
-    local = distribute_tensor(
-        numbers.expand(room).contiguous(), p.device_mesh, placements, src_data_rank=None
-    )
+    local = distribute_tensor(numbers.contiguous(), p.device_mesh, placements, src_data_rank=None)
     return ShardedPart(part.slot, part.modality, part.units, part.columns, local.to_local())
 
 
@@ -123,28 +118,7 @@ def masked_rows(part: Part, kept: Tensor) -> Tensor | None:
 
 def unit_norms(parts: Sequence[Part]) -> list[Tensor]:
     """`(n,)` norms of every part's units, over the whole tensors: sharded ones are summed over the ranks together."""
-    norms: dict[int, Tensor] = {}
-    sharded: dict[Any, list[int]] = {}
-    for place, part in enumerate(parts):
-        if isinstance(part, ShardedPart):
-            p: Any = part.slot.parameter
-            kinds = tuple(placement.is_shard() for placement in p.placements)
-            sharded.setdefault((p.device_mesh, kinds), []).append(place)
-        else:
-            norms[place] = part.norms()
-    for (mesh, kinds), places in sharded.items():
-        norms.update(_summed(parts, places, mesh, kinds))
-    return [norms[place] for place in range(len(parts))]
-
-
-def _summed(
-    parts: Sequence[Part], places: Sequence[int], mesh: Any, kinds: Sequence[bool]
-) -> Mapping[int, Tensor]:
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    own = [part for part in (parts[place] for place in places) if isinstance(part, ShardedPart)]
-    sums = torch.cat([part.squares() for part in own])
-    placements = [Partial() if kind else Replicate() for kind in kinds]
-    total: Tensor = DTensor.from_local(sums, mesh, placements, run_check=False).full_tensor()
-    pieces = total.sqrt().split([part.units.count for part in own])
-    return dict(zip(places, pieces, strict=True))
+    own = [part.squares() if isinstance(part, ShardedPart) else part.norms() for part in parts]
+    summed = summed_over_shards([part.slot.parameter for part in parts], own)
+    pairs = zip(parts, summed, strict=True)
+    return [found.sqrt() if isinstance(part, ShardedPart) else found for part, found in pairs]

@@ -163,6 +163,12 @@ class Engine:
         """Modulate the gradients, count the step."""
         sums = self._take()
         slots, gradients = self._owners.slots()
+        if sums is not None and not gradients:
+            self._warn(
+                "stale",
+                "scores came, but no parameter of this optimizer has a gradient: nothing was updated. Build the "
+                "optimizer after `fully_shard` or a move that replaces parameters.",
+            )
         if (sums is None and not self._any_nonzero(gradients)) or not gradients:
             return
         several = len(self.monitor.modalities) > 1

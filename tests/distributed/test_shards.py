@@ -1,0 +1,212 @@
+"""Every method under fully_shard: what one process makes, whatever the shards; and how much of a parameter is whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import balanceopt as bo
+from tests.models import Concat
+from tests.parallel import METHODS, Run, alone, difference, shard
+from tests.ranks import on_ranks
+from tests.training import groups_of, sgd
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+
+STEPS = 8
+WATCHED = {"warmup": 10**6}
+WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
+
+
+def by_columns(model: nn.Module) -> nn.Module:
+    """Where they can be cut evenly, which FSDP asks for."""
+
+    def place(p: Tensor) -> Shard:
+        return Shard(1) if p.dim() > 1 and p.shape[1] % dist.get_world_size() == 0 else Shard(0)
+
+    return shard(model, shard_placement_fn=place)
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    return shard(
+        model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    )
+
+
+def hybrid(model: nn.Module) -> nn.Module:
+    return shard(model, init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards")))
+
+
+WRAPS: dict[str, Any] = {"rows": shard, "columns": by_columns, "bfloat16": in_bfloat16}
+# Masks of the head need whole columns.
+CASES = [(wrap, method) for wrap in WRAPS for method in METHODS if (wrap, method) != ("columns", "frozen")]
+HYBRID = [("hybrid", method) for method in METHODS]
+
+
+def train_all(rank: int, ranks: int) -> dict[Any, Any]:
+    told: dict[Any, Any] = {}
+    for case in CASES + (HYBRID if ranks == 4 else []):
+        wrap = {**WRAPS, "hybrid": hybrid}[case[0]]
+        run = Run(case[1], wrap, rank=rank, ranks=ranks, options=WATCHED)
+        told[case] = run.train(STEPS).told()
+    told["memory"] = {
+        (kind, method): largest_allocation(method, WRAPS[kind])
+        for kind in ("rows", "columns")
+        for method in ("OGM-GE", "AMSS", "AMSS+")
+    }
+    told["collectives"] = {method: collectives(rank, ranks, method) for method in METHODS}
+    told["later"] = sharded_later(rank, ranks)
+    return told
+
+
+@pytest.fixture(scope="module", params=WORLDS)
+def ranks(request: pytest.FixtureRequest) -> int:
+    """How many there are."""
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: int, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each rank told."""
+    return on_ranks(train_all, tmp_path_factory.mktemp("shards"), ranks, ranks=ranks)
+
+
+def agree(told: list[Any], case: Any, ranks: int) -> None:
+    first, *others = (rank[case] for rank in told)
+    assert all(difference(first, other) == 0 for other in others)
+    expected = alone(case[1], STEPS, ranks, options=WATCHED)
+    assert first["stats"] == expected["stats"]
+    # bfloat16 has eight bits: forward and backward run in it, the step does not. A mask may fall otherwise.
+    assert difference(first, expected) < (math.inf if case[0] == "bfloat16" else 2e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_shards_make_what_one_process_makes(trained: list[Any], ranks: int, case: Any):
+    agree(trained, case, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+@pytest.mark.parametrize("case", HYBRID, ids="-".join)
+def test_copies_of_shards_make_what_one_process_makes(trained: list[Any], ranks: int, case: Any):
+    agree(trained, case, ranks)
+
+
+# -- memory and communication -----------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """The number of bytes of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                local = getattr(value, "_local_tensor", value)
+                self.found = max(self.found, local.numel() * local.element_size())
+        return result
+
+
+WIDE, ROWS = 600, 512
+
+
+class Wide(Concat):
+    """One weight of `(WIDE, 1200)` beside small ones."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            encoder=lambda n, d: nn.Sequential(nn.Linear(n, 1200), nn.Linear(1200, d)), width=WIDE
+        )
+
+
+def largest_allocation(method: str, wrap: Any) -> float:
+    """In the modulation of a step: bytes of the largest tensor, as a part of the largest parameter's."""
+    torch.manual_seed(0)
+    model = Wide()
+    wrap(model)
+    monitor = bo.ModalityMonitor(model, model.modalities, head=model.heads)
+    optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, METHODS[method](), seed=1)
+    inputs = [torch.randn(4, n) for n in (5, 6)]
+    torch.nn.functional.cross_entropy(model(*inputs), torch.arange(4)).backward()
+    with Largest() as largest:
+        optimizer.step()
+    return largest.found / (4 * max(p.numel() for p in model.parameters()))
+
+
+def test_no_more_than_a_shard_is_made(trained: list[Any], ranks: int):
+    """By rows each rank makes its own part; by columns noise is made whole, and cut."""
+    for rank in trained:
+        for (kind, method), part in rank["memory"].items():
+            limit = 1.0 if kind == "columns" and method == "OGM-GE" else 1 / ranks
+            assert part <= limit + 0.01, (kind, method, part)
+
+
+def collectives(rank: int, ranks: int, method: str) -> int:
+    """How many collectives a step takes."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    run = Run(method, shard, rank=rank, ranks=ranks).train(1)
+    counts: list[int] = []
+    inner = run.optimizer
+    mode = CommDebugMode()
+
+    def before(*_: Any) -> None:
+        mode.__enter__()
+
+    def after(*_: Any) -> None:
+        mode.__exit__(None, None, None)
+        counts.append(mode.get_total_counts())
+
+    inner.register_step_pre_hook(before)
+    inner.register_step_post_hook(after)
+    run.train(1, first=4)
+    return counts[0]
+
+
+def test_collectives_do_not_grow_with_parameters(trained: list[Any]):
+    """The sums of the scores; a modality's moments, all tensors together; the norms of all units together."""
+    counts = {"OPM": 0, "OGM lr": 1, "OGM": 2, "OGM-GE": 3, "AMSS": 2, "AMSS+": 2, "frozen": 2, "all": 4}
+    assert all(rank["collectives"] == counts for rank in trained)
+
+
+# -- when the model is sharded ----------------------------------------------------------------------------------------
+
+
+def sharded_later(rank: int, ranks: int) -> dict[str, Any]:
+    """The monitor first, then the shards, then the optimizer; and the optimizer first."""
+    run = Run("OGM-GE", shard, rank=rank, ranks=ranks)
+    early = Concat()
+    monitor = bo.ModalityMonitor(early, early.modalities, head=early.heads)
+    stale = sgd(groups_of(early))
+    wrapped = bo.ModulatedOptimizer(sgd(groups_of(early)), monitor)
+    shard(early)
+    fresh = bo.ModulatedOptimizer(sgd(groups_of(early)), monitor, bo.OGM(0.5), seed=1)
+    with pytest.raises(ValueError, match="none of the monitor's model's parameters") as error:
+        bo.ModulatedOptimizer(stale, monitor)
+    told = {"stale": str(error.value)}
+    run.model, run.caller, run.monitor, run.optimizer = early, early, monitor, fresh
+    run.backward(run.part(0, slice(None), None))
+    with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):
+        wrapped.step()
+    fresh.step()
+    told["modulated"] = fresh.stats()["modulated"]
+    return told
+
+
+def test_the_order_of_monitor_shards_and_optimizer(trained: list[Any], ranks: int):
+    for rank in trained:
+        assert "after `fully_shard`" in rank["later"]["stale"]
+        assert rank["later"]["modulated"] == 1

@@ -21,7 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
 
-demo: $(VENV)/.extra-demo ## train on real data with and without balancing; DATA=folder to use your own copy
+demo: $(VENV)/.extra-demo ## train on real data with and without balancing; DATA=file.npz to use your own copy
 	@$(BIN)/python -m benchmarks.demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(VENV)/.extra-test ## run the tests, without the slow ones; ARGS="-k ogm" goes to pytest

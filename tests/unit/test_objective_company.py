@@ -111,8 +111,7 @@ class TestCompany:
     @pytest.mark.filterwarnings(
         "ignore:The .grad attribute of a Tensor that is not a leaf"
     )  # dynamo looks at it
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    @pytest.mark.parametrize("heads", ["own", "shared"])
+    @pytest.mark.parametrize(("backend", "heads"), [("eager", "own"), ("aot_eager", "shared")])
     def test_compiled_models(self, backend, heads):
         def loop(model, monitor, extra):
             compiled = torch.compile(model, backend=backend)

@@ -71,9 +71,9 @@ class Epoch:
 # -- table -----------------------------------------------------------------------------------------------------------
 
 
-def rows() -> dict[str, Build]:
-    """Every method, then the same with uni-modal losses."""
-    plain = {name: METHODS[name] for name in ROWS}
+def rows(names: Sequence[str] = ROWS) -> dict[str, Build]:
+    """Methods, then the same with uni-modal losses."""
+    plain = {name: METHODS[name] for name in names}
     return {**plain, **{f"{name} + uni-modal losses": with_unimodal_losses(b) for name, b in plain.items()}}
 
 
@@ -237,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--noise", choices=["image", "audio"], help="white noise on one modality of av_digits"
     )
+    parser.add_argument("--rows", nargs="+", default=ROWS, choices=METHODS, help="methods of the table")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, help="instead of the recipe's own")
     parser.add_argument("--out", type=Path, default=Path("out/relearn"))
@@ -248,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stem = options.out / f"{name}{f'_noise_{options.noise}' if options.noise else ''}"
     options.out.mkdir(parents=True, exist_ok=True)
     if "table" in options.parts:
-        _make_table(sets, recipe, stem)
+        _make_table(sets, recipe, stem, rows(options.rows))
     if "curves" in options.parts:
         plain, again = (epochs_of(sets[0], recipe, 0, relearns=r) for r in (False, True))
         content = {"joint": [asdict(e) for e in plain], "re-learning": [asdict(e) for e in again]}
@@ -258,16 +259,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _compare_sources(sets, recipe, stem)
 
 
-def _make_table(sets: dict[int, MultimodalData], recipe: Recipe, stem: Path) -> None:
+def _make_table(
+    sets: dict[int, MultimodalData], recipe: Recipe, stem: Path, builds: dict[str, Build]
+) -> None:
     modalities = sets[0].modalities
     runs: dict[str, list[Run]] = {f"{m} alone": [] for m in modalities}
-    runs |= {name: [] for name in rows()}
+    runs |= {name: [] for name in builds}
     with need("tqdm").tqdm(total=len(sets) * len(runs), unit=" runs") as bar:
         for seed, data in sets.items():
             for modality in modalities:
                 runs[f"{modality} alone"].append(alone(data, modality, recipe, seed))
                 bar.update()
-            for name, build in rows().items():
+            for name, build in builds.items():
                 runs[name].append(train(data, build, recipe, seed))
                 bar.update()
             content = {name: [asdict(run) for run in found] for name, found in runs.items()}

@@ -64,25 +64,34 @@ def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
             "`grad` and `logits` should have the same shape (B, C), C >= 2. "
             f"Found {tuple(grad.shape)} and {tuple(logits.shape)}."
         )
-    g = grad.double()
+    where = torch.device("cpu") if grad.device.type == "mps" else grad.device  # MPS has no float64
+    found = _read(grad.to(where).double(), logits.to(where).double(), torch.finfo(grad.dtype).eps)
+    return RecoveredLabels(*(x.to(grad.device) for x in found))
+
+
+def _read(g: Tensor, logits: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Labels and ambiguous rows, from gradients that carry a relative error of `rounding`."""
     largest = g.abs().amax(1, keepdim=True)
     usable = (torch.isfinite(largest) & (largest > 0)).squeeze(1)
     g = torch.where(usable.unsqueeze(1), g / largest, 0)
-    p = logits.double().softmax(1)
+    p = logits.softmax(1)
     negatives = (g < -_CLEAR).sum(1)
+    several = negatives > 1
 
     most_probable = p.argmax(1)
     memorised = g.gather(1, most_probable.unsqueeze(1)).squeeze(1).abs() <= _CLEAR
     told = usable & ((negatives == 1) | ((negatives == 0) & memorised))
     labels = torch.where(negatives == 0, most_probable, g.argmin(1))
-    if grad.shape[1] >= _FEWEST_FOR_LINE:
-        rounding = torch.finfo(grad.dtype).eps
-        off_the_line, exact = _label_off_the_line(g, p, rounding)
+    if g.shape[1] >= _FEWEST_FOR_LINE:
         # Under label smoothing the only negative entry can be another class's: then the rest is not proportional to p.
         doubtful = (negatives == 1) & ~_proportional_without(labels, g, p, rounding)
-        labels = torch.where((negatives > 1) | doubtful & exact, off_the_line, labels)
-        told |= usable & (negatives > 1)
-    return RecoveredLabels(torch.where(told, labels, INVALID), usable & (negatives > 1))
+        if g.device.type != "cpu" or bool(
+            (several | doubtful).any()
+        ):  # looking would wait for another device
+            off_the_line, exact = _label_off_the_line(g, p, rounding)
+            labels = torch.where(several | doubtful & exact, off_the_line, labels)
+        told |= usable & several
+    return torch.where(told, labels, INVALID), usable & several
 
 
 def _proportional_without(label: Tensor, g: Tensor, p: Tensor, rounding: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -101,7 +102,7 @@ class Capture:
     def _register(self) -> list[RemovableHandle]:
         handles = [
             self.model.register_forward_pre_hook(self._on_start, with_kwargs=True),
-            self.model.register_forward_hook(self._on_end, with_kwargs=True),
+            self.model.register_forward_hook(self._on_end, with_kwargs=True, always_call=True),
             self.model.register_forward_hook(self._on_left, always_call=True),
         ]
         for name, encoder in self.encoders.items():
@@ -165,7 +166,8 @@ class Capture:
         if in_backward():
             return
         current = self.passes.end()
-        if current is None:
+        broke_off = output is None and sys.exc_info()[0] is not None
+        if current is None or broke_off:
             return
         logits = logits_of(output)
         if logits is not None and self.head is self.model:

@@ -36,7 +36,8 @@ class ModalityMonitor(Services):
         model: the whole model. May be wrapped in DistributedDataParallel or compiled (attach before the first call).
         encoders: each modality's encoder, a module of `model` or its dotted name.
         head: what turns features into logits: a module or its name; a mapping from modality to its own head (sum or
-            late fusion); the model itself where its output is the logits; None to watch features only.
+            late fusion); the model itself where its output is the logits; None to watch features only. Classes stand
+            last in the logits; first after the batch for convolutions.
         scores: how uni-modal logits are made: `"split"` (a linear head over concatenated features, exact Eq. 8),
             `"per-head"`, `"zero-out"` (any fusion), a function from `{modality: features}` to logits, or `"auto"`:
             the first of them that is exact.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -29,16 +30,28 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return function(value)
     if isinstance(value, Mapping):
         changed = {key: map_tensors(function, item) for key, item in value.items()}
-        return changed if type(value) is dict else type(value)(**changed)
+        return changed if type(value) is dict else _with_items(value, changed)
     if isinstance(value, tuple):
         items = [map_tensors(function, item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
         return [map_tensors(function, item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: map_tensors(function, getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
+        twin = copy.copy(value)
+        for f in dataclasses.fields(value):
+            object.__setattr__(twin, f.name, map_tensors(function, getattr(value, f.name)))  # frozen ones too
+        return twin
     return value
+
+
+def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same type with other items; a dict for one that can't be changed."""
+    if not isinstance(value, MutableMapping):
+        return items
+    twin = copy.copy(value)
+    for key, item in items.items():
+        twin[key] = item
+    return twin
 
 
 def _pick(output: Any, names: tuple[str, ...]) -> Tensor | None:

@@ -43,7 +43,8 @@ def _given(done: Pass, ignore_index: int) -> Targets:
     labels = done.labels.to(done.logits.device)
     if classes == 1:
         labels, classes = _binary(labels), 2
-    per_row = labels if labels.is_floating_point() and labels.dim() == 2 else labels.flatten()
+    soft = labels.is_floating_point() and labels.dim() > 1
+    per_row = labels.flatten(0, -2) if soft else labels.flatten()
     if per_row.shape[0] != rows:
         raise ValueError(
             f"labels from {done.label_source} should have one entry for each of the {rows} rows of the logits. "

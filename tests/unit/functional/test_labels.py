@@ -83,6 +83,25 @@ def test_label_smoothing_from_four_classes(classes, confidence):
     assert (recover_labels(g, logits).labels == labels).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("classes", [5, 100])
+def test_label_smoothing_of_a_trained_model(classes):
+    """Trained for 300 steps, where most rows have several negative entries."""
+    x, labels = torch.randn(128, 16), torch.randint(classes, (128,))
+    layers = torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, classes)
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        logits = model(x)
+        logits.retain_grad()
+        F.cross_entropy(logits, labels, label_smoothing=0.1).backward()
+        optimizer.step()
+    assert logits.grad is not None
+    found = recover_labels(logits.grad, logits)
+    assert found.ambiguous.float().mean() > 0.3
+    assert torch.equal(found.labels, labels)
+
+
 def test_three_classes_with_several_negatives_are_refused():
     logits = torch.tensor([[6.0, 0.0, 0.1], [0.0, 0.1, 0.2]])
     g = gradient(logits, lambda x: F.cross_entropy(x, torch.tensor([0, 2]), label_smoothing=0.3))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import balanceopt as bo
-from tests.models import BatchDict, Concat, HuggingFaceStyle, batch, train_step, watch
+from tests.models import BatchDict, Concat, HuggingFaceStyle, Tokens, batch, train_step, watch
 from tests.unit.monitor.helpers import Spy
 
 
@@ -90,6 +90,20 @@ def test_soft_labels():
     expected = (spy.unimodal[0]["audio"].softmax(1) * soft).sum()
     assert sums.score[0].item() == pytest.approx(float(expected), rel=1e-5)
     assert sums.count.tolist() == [6, 6]
+
+
+def test_soft_labels_for_each_position():
+    model = Concat(encoder=Tokens)
+    inputs, _ = batch(4)
+    soft = torch.rand(4, 3, 5).softmax(-1)
+    with watch(model) as monitor:
+        monitor.observe(soft)
+        scores = monitor.accumulator()
+        F.cross_entropy(model(*inputs).flatten(0, 1), soft.flatten(0, 1)).backward()
+        sums = scores.take()
+    assert sums is not None
+    assert sums.count.tolist() == [12, 12]
+    torch.testing.assert_close(sums.label_counts, soft.sum((0, 1)))
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 255, 0])

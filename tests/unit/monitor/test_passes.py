@@ -185,23 +185,37 @@ def test_an_exception_in_forward_leaves_the_next_pass_as_it_should_be():
         assert_sums(scores.take(), expected)
 
 
-def test_an_exception_in_forward_and_then_a_loop_of_parts():
+@pytest.mark.parametrize("training", [True, False])
+def test_an_exception_in_forward_and_then_a_loop_of_parts(training):
     """What broke off is not what goes on."""
 
     class Fragile(Concat):
         def forward(self, *inputs):
+            self.encode(*inputs)
             raise ValueError("broken")
 
     model = Fragile()
     inputs, labels = batch()
     with watch(model) as monitor:
         scores = monitor.accumulator()
+        model.train(training)
         with pytest.raises(ValueError, match="broken"):
-            model(*inputs)
-        F.cross_entropy(model.fuse(model.encode(*inputs)), labels).backward()
-        sums = scores.take()
-    assert sums is not None
-    assert sums.count.tolist() == [8, 8]
+            model(*batch(3)[0])
+        model.train()
+        for _ in range(2):
+            F.cross_entropy(model.fuse(model.encode(*inputs)), labels).backward()
+            sums = scores.take()
+            assert sums is not None
+            assert sums.count.tolist() == [8, 8]
+
+
+def test_a_model_called_while_an_exception_is_handled(model, monitor):
+    scores = monitor.accumulator()
+    try:
+        raise KeyError
+    except KeyError:
+        train_step(model, *batch())
+    assert scores.take() is not None
 
 
 # Loops that call the parts

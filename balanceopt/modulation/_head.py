@@ -23,6 +23,8 @@ def head_parts(step: Step, monitor: ModalityMonitor) -> list[Part]:
     slots = _slots(step.optimizer)
     parts = []
     for position, name in enumerate(step.modalities):
+        if monitor.head_columns and name not in monitor.head_columns:
+            continue  # no pass has had this modality yet
         weight, columns = _weight(monitor, name)
         slot = slots.get(id(weight))
         if slot is None:

@@ -73,5 +73,9 @@ class Accumulator:
             self._sums = sums if self._sums is None else self._sums + sums
 
     def __getstate__(self) -> dict[str, object]:
-        # A pass holds tensors of a graph, which can neither be copied nor pickled.
-        return {**self.__dict__, "_latest": None}
+        # A pass holds tensors of a graph, which can neither be copied nor pickled: it is scored now. Nor are gradients
+        # copied, and the scores of a step belong to them.
+        if self.steps:
+            return {**self.__dict__, "_sums": None, "_latest": None, "_held_back": False}
+        self._fold()
+        return dict(self.__dict__)

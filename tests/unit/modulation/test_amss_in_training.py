@@ -10,7 +10,7 @@ from torch import Tensor
 import balanceopt as bo
 from balanceopt.functional import kept_units
 from tests.masking import factors, kept
-from tests.models import FUSIONS, MLPHead, Multimodal, SumHeads, watch
+from tests.models import FUSIONS, Concat, MLPHead, Multimodal, SumHeads, watch
 from tests.relearning import loaders, train_epoch
 from tests.training import backward, batch, grad_of, groups_of, modulated, sgd, small_model, train
 
@@ -49,6 +49,21 @@ def test_a_head_that_is_not_linear_can_not_be_masked():
         ValueError, match=r"`mask_head=True` needs a linear head.*Found Sequential, .*'zero-out'"
     ):
         head_factors(MLPHead())
+
+
+def test_the_part_of_a_modality_that_no_pass_has_had_yet_is_left_alone():
+    class NoText(Concat):
+        def encode(self, *inputs: Tensor) -> list[Tensor]:
+            features = zip(self.modalities.values(), inputs[:2], strict=False)
+            return [*(encoder(x) for encoder, x in features), torch.zeros(len(inputs[0]), 4)]
+
+    model = NoText(3)
+    optimizer = bo.MaskedSubnetworkSGD(groups_of(model), watch(model), lr=0.1, seed=0, mask_head=True)
+    backward(model, batch(0, model))
+    whole = grad_of(model.head.weight).clone()
+    optimizer.step()
+    masked = (grad_of(model.head.weight) != whole).split(4, dim=1)
+    assert [bool(part.any()) for part in masked] == [True, True, False]
 
 
 def test_a_head_that_the_optimizer_does_not_hold_is_left_alone():

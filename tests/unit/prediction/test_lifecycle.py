@@ -125,6 +125,16 @@ def test_copies_of_the_model_carry_their_own():
     assert modulator.stats()["forwards"] == 2
 
 
+def test_a_copy_goes_on_from_the_same_scores():
+    model, modulator = warm()
+    step(model, 1)
+    twin, twins = copy.deepcopy((model, modulator))
+    for one in (model, twin):
+        step(one, 2)
+    assert torch.equal(twins.q, modulator.q)
+    assert twins.stats() == modulator.stats()
+
+
 def test_it_survives_pickling_with_the_model():
     model = small_model()
     modulator = bo.PredictionModulator(watch(model), seed=1)

@@ -1,0 +1,86 @@
+"""Long training with everything on: nothing grows."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import balanceopt as bo
+from tests.everything import Everything, everything, hooks_on
+from tests.training import batch
+
+EPOCH = 50
+
+
+def resident() -> float:
+    """MiB of memory that this process holds."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        pytest.skip("no /proc on this system")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def objects() -> Counter[str]:
+    gc.collect()
+    return Counter(type(one).__name__ for one in gc.get_objects())
+
+
+def train(run: Everything, first: int, steps: int) -> None:
+    for step in range(first, first + steps):
+        run.train(step % 64)
+        if step % 3 == 0:
+            run.model.eval()
+            with torch.no_grad():
+                run.model(*batch(step, run.model, 2)[0])
+            run.model.train()
+        if (step + 1) % EPOCH == 0:
+            run.scheduler.step()
+            run.balanced.state_dict()
+
+
+def soak(warmup: int, steps: int, *, every: int) -> tuple[int, Counter[str], float]:
+    """What `steps` more steps left behind: bytes, objects by kind, MiB."""
+    run = everything(max_relearns=None, every=4)
+    recorder = bo.Recorder(run.balanced, run.modulator, run.scheduler, every=every)
+    tracemalloc.start()  # from the start: what replaces an older object is no growth
+    train(run, 0, warmup)
+    hooks, handles = hooks_on(run.model), len(run.monitor._capture.handles)
+    rows = len(recorder.rows())
+    before, held, traced = objects(), resident(), tracemalloc.get_traced_memory()[0]
+    train(run, warmup, steps)
+    left = objects() - before
+    grown, more = tracemalloc.get_traced_memory()[0] - traced, resident() - held
+    tracemalloc.stop()
+    assert (hooks_on(run.model), len(run.monitor._capture.handles)) == (hooks, handles)
+    assert run.balanced.stats()["modulated"] == warmup + steps
+    assert run.modulator.stats()["forwards"] == warmup + steps
+    assert run.scheduler.last_epoch == (warmup + steps) // EPOCH
+    assert run.scheduler.relearns == run.scheduler.last_epoch // 4
+    assert all(bool(p.isfinite().all()) for p in run.model.parameters())
+    recorded = len(recorder.rows()) - rows
+    assert left.pop("Row", 0) == recorded
+    run.remove()
+    assert hooks_on(run.model) == 0
+    return grown - 200 * recorded, left, more  # what a row takes, about
+
+
+def test_500_steps_leave_nothing_behind():
+    grown, left, _ = soak(100, 400, every=100)
+    assert grown < 40_000, grown
+    assert sum(left.values()) < 60, left.most_common(5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_20000_steps_leave_nothing_behind():
+    grown, left, more = soak(1000, 19_000, every=1000)
+    print(f"\n20,000 steps: {grown} bytes, {sum(left.values())} objects, {more:.1f} MiB more")
+    assert grown < 40_000, grown
+    assert sum(left.values()) < 60, left.most_common(5)
+    assert more < 20

@@ -66,7 +66,12 @@ class Capture:
         self._select = dict(select)
         self._group = group
         self._unheard: deque[Pass] = deque(maxlen=_UNHEARD)
-        self.handles = self._register()
+        self.handles: list[RemovableHandle] = []
+        try:
+            self._register()
+        except BaseException:  # a module that takes no hooks, as a scripted one
+            self.remove()
+            raise
 
     def watch_loss(self, module: nn.Module, reduce: str | None) -> RemovableHandle:
         """Take labels from the calls of a loss module."""
@@ -99,21 +104,18 @@ class Capture:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def _register(self) -> list[RemovableHandle]:
-        handles = [
-            self.model.register_forward_pre_hook(self._on_start, with_kwargs=True),
-            self.model.register_forward_hook(self._on_end, with_kwargs=True, always_call=True),
-            self.model.register_forward_hook(self._on_left, always_call=True),
-        ]
+    def _register(self) -> None:
+        keep = self.handles.append
+        keep(self.model.register_forward_pre_hook(self._on_start, with_kwargs=True))
+        keep(self.model.register_forward_hook(self._on_end, with_kwargs=True, always_call=True))
         for name, encoder in self.encoders.items():
             # The first hook of an encoder: what it sees is what the encoder made, before any other hook changes it.
-            handles.append(encoder.register_forward_hook(partial(self._on_encoder, name), prepend=True))
+            keep(encoder.register_forward_hook(partial(self._on_encoder, name), prepend=True))
         if isinstance(self.head, Mapping):
             for name, head in self.head.items():
-                handles.append(head.register_forward_hook(partial(self._on_head, name), with_kwargs=True))
+                keep(head.register_forward_hook(partial(self._on_head, name), with_kwargs=True))
         elif self.head is not None and self.head is not self.model:
-            handles.append(self.head.register_forward_hook(partial(self._on_head, None), with_kwargs=True))
-        return handles
+            keep(self.head.register_forward_hook(partial(self._on_head, None), with_kwargs=True))
 
     @outside_graphs
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,7 +127,7 @@ class Capture:
         current = self.passes.begin(module)
         if current is not None:
             if self._scorer.needs_outputs:
-                current.inputs = (args, kwargs)
+                current.inputs = map_tensors(plain, (args, kwargs))
             self._labels.from_call(current, args, kwargs)
 
     @outside_graphs
@@ -174,12 +176,6 @@ class Capture:
             self._take_logits(None, current, module, logits)
         current.end_node = next_node()
         self._scorer.end_forward(current)
-
-    @outside_graphs
-    def _on_left(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Also after an exception: what is called from now on is no part of that forward."""
-        if not in_backward():
-            self.passes.end()
 
     def _on_loss(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,21 +40,30 @@ class ZeroOut:
                     f"the encoder of {name!r} returns a {type(outputs[0]).__name__}, in which nothing can be set to "
                     "zero. Return tensors, or pass `scores=` with a function from features to uni-modal logits."
                 )
+        with self._quiet():
+            return {name: self._alone(name, current) for name in current.outputs}
+
+    def join(self, current: Pass) -> None:
+        """Make a sharded fusion whole with the other ranks."""
+        with self._quiet():
+            pass
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        """Once for all modalities: ranks may see different ones, and make sharded parameters whole together."""
         # Looked up each time: layers may have been replaced, and one that slipped through would run in training mode.
         fusion = modules_outside(self.model, self.encoders.values())
-        return {name: self._alone(name, current, fusion) for name in current.outputs}
+        return quiet([*fusion, *self.encoders.values()], next(self.model.parameters()).device)
 
-    def _alone(self, kept: str, current: Pass, fusion: Sequence[nn.Module]) -> Tensor:
+    def _alone(self, kept: str, current: Pass) -> Tensor:
         stubs: list[tuple[nn.Module, Callable[..., Any]]] = [
             (self.encoders[name], _Cached(outputs if name == kept else map_tensors(_zeros, outputs)))
             for name, outputs in current.outputs.items()
         ]
         assert current.inputs is not None
-        args, kwargs = current.inputs
+        args, kwargs = map_tensors(_same, current.inputs)  # a forward may take its batch apart
         if self.head is not self.model:
             stubs.append((self.head, _stop_after(self.head.forward, current.answering_call)))
-        device = next(iter(current.features.values())).device
-        with quiet([*fusion, *self.encoders.values()], device), forwards(stubs):
+        with forwards(stubs):
             try:
                 output = self.model.forward(*args, **kwargs)
             except _Reached as reached:
@@ -100,6 +110,10 @@ class _Cached:
         output = self.outputs[self.calls % len(self.outputs)]
         self.calls += 1
         return output
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -57,6 +57,17 @@ def test_with_leaves_no_hook_after_an_exception_of_the_monitor():
     assert no_hooks(model)
 
 
+def test_a_module_that_takes_no_hooks_leaves_none_on_the_others():
+    model = Concat()
+    with pytest.warns(DeprecationWarning, match="jit.script"):
+        model.encoders["visual"] = torch.jit.script(model.encoders["visual"])
+    with pytest.raises(RuntimeError, match="not supported on ScriptModules"):
+        watch(model)
+    assert no_hooks(model.encoders["audio"])
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
 def test_remove_between_forward_and_backward():
     model = Concat()
     monitor = watch(model)

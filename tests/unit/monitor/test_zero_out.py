@@ -298,6 +298,23 @@ def test_a_forward_that_catches_exceptions():
     torch.testing.assert_close(unimodal_of(model, inputs, labels), by_hand(model, inputs))
 
 
+def test_a_forward_that_takes_its_batch_apart():
+    class Popping(Gated):
+        def forward(self, batch):  # type: ignore[override]
+            batch.pop("labels", None)
+            return self.fuse([encoder(batch["inputs"].pop(0)) for encoder in self.encoders.values()])
+
+    model = Popping()
+    inputs, labels = batch(8)
+    expected = by_hand(model, inputs)
+    given = {"inputs": list(inputs), "labels": labels}
+    with watch(model) as monitor:
+        spy = Spy(monitor)
+        F.cross_entropy(model(given), labels).backward()
+    torch.testing.assert_close(spy.unimodal, [expected])
+    assert given == {"inputs": []}
+
+
 def test_what_comes_after_the_head_does_not_run():
     class Loud(Gated):
         runs = 0

@@ -27,7 +27,8 @@ def resnet18() -> list[Shape]:
 
 def many_small() -> list[Shape]:
     """199 tensors of a few thousand elements."""
-    return [shape for _ in range(66) for shape in ((32, 16, 3, 3), (32,), (64, 48))] + [(64, 64)]
+    layer: list[Shape] = [(32, 16, 3, 3), (32,), (64, 48)]
+    return layer * 66 + [(64, 64)]
 
 
 def transformer(width: int = 1024, layers: int = 8) -> list[Shape]:

@@ -84,7 +84,7 @@ def train(method: str, linear_head: bool, wrap: str, rows: slice) -> dict[str, t
 
 def sharded(rank, cases):
     rows = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
-    return {case: train(*case, rows) for case in cases}
+    return {(method, linear, wrap): train(method, linear, wrap, rows) for method, linear, wrap in cases}
 
 
 CASES = [

@@ -196,7 +196,7 @@ def sharded_later(rank: int, ranks: int) -> dict[str, Any]:
     fresh = bo.ModulatedOptimizer(sgd(groups_of(early)), monitor, bo.OGM(0.5), seed=1)
     with pytest.raises(ValueError, match="none of the monitor's model's parameters") as error:
         bo.ModulatedOptimizer(stale, monitor)
-    told = {"stale": str(error.value)}
+    told: dict[str, Any] = {"stale": str(error.value)}
     run.model, run.caller, run.monitor, run.optimizer = early, early, monitor, fresh
     run.backward(run.part(0, slice(None), None))
     with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient"):

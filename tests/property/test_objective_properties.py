@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from balanceopt.functional._labels import INVALID
 from balanceopt.monitor._pass import Pass
-from balanceopt.objective._rows import INVALID, rows_of
+from balanceopt.objective._rows import rows_of
 
 seeds = st.integers(0, 2**16)
 spreads = st.sampled_from([0.01, 1.0, 5.0, 30.0])

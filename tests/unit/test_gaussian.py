@@ -17,7 +17,11 @@ CPU = torch.device("cpu")
 
 def stream(numel: int, key: Key = KEY, first: int = 0) -> torch.Tensor:
     out = torch.full((numel,), math.nan)
-    for_gaussian_pieces(numel, key, CPU, lambda start, stop, values: out[start:stop].copy_(values), first)
+
+    def fill(start: int, stop: int, values: torch.Tensor) -> None:
+        out[start:stop] = values
+
+    for_gaussian_pieces(numel, key, CPU, fill, first)
     return out
 
 

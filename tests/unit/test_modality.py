@@ -95,7 +95,7 @@ def test_a_module_shared_by_encoders_belongs_to_nobody():
 def test_a_parameter_tied_to_the_head_belongs_to_nobody():
     model = Concat(width=5, encoder=linear)
     model.head = tied = nn.Linear(5, 5)
-    model.encoders["audio"].register_parameter("weight", tied.weight)
+    model.encoders["audio"].weight = tied.weight
     groups = bo.modality_groups(model, model.modalities)
     assert tags(groups) == [("audio", 1), ("visual", 2), (None, 2)]
     assert id(model.head.weight) in ids(groups[-1]["params"])

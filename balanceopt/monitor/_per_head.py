@@ -34,6 +34,9 @@ class PerHead:
             found[name] = self._without_drop(name, current) if dropped else output.float()
         return found
 
+    def join(self, current: Pass) -> None:
+        """Nothing: the heads' own outputs are used."""
+
     def live(self, name: str, features: Tensor) -> Tensor:
         """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
         # Not called as a module: this is not the pass's own call, which hooks wait for.

@@ -83,7 +83,9 @@ class Scorer:
         if current.logits is not None and self.unimodal is not None:
             self.classes = current.logits.shape[-1]
             current.unimodal = {}
-            if not current.held_back and current.logits.shape[0] > 0:
+            if not current.held_back and current.logits.shape[0] == 0:
+                self.unimodal.join(current)
+            elif not current.held_back:
                 made = current.early or self.unimodal(current)
                 current.unimodal = {name: plain(logits) for name, logits in made.items()}
                 if any(accumulator.needs_entropy for accumulator in self.accumulators):

@@ -57,6 +57,10 @@ class SplitHead:
                     found[name] = nn.functional.linear(z.float(), weight[:, self.columns[name]], share)
         return found
 
+    def join(self, current: Pass) -> None:
+        """Make a sharded head whole with the other ranks."""
+        self._detached()
+
     @property
     def settled(self) -> bool:
         """Whether passes have shown all there is to know."""

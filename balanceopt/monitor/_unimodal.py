@@ -93,6 +93,9 @@ class UnimodalLogits(Protocol):
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         """Logits `(N, C)` of each modality that was present; empty where this pass can't tell."""
 
+    def join(self, current: Pass) -> None:
+        """Take part in what the ranks do together in every pass, where this one has no row."""
+
 
 class UserFunction:
     """Uni-modal logits from the user's own function of the features."""
@@ -104,6 +107,9 @@ class UserFunction:
         self.function = function
         self.modalities = list(modalities)
         self.name = f"function {getattr(function, '__name__', type(function).__name__)}"
+
+    def join(self, current: Pass) -> None:
+        """Nothing that is known of."""
 
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -156,6 +162,10 @@ class Automatic:
                 raise
             self.give_up()
             return self.chosen(current)
+
+    def join(self, current: Pass) -> None:
+        """As the one chosen."""
+        self.chosen.join(current)
 
     def give_up(self) -> None:
         """Take `otherwise` from now on."""

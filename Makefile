@@ -34,7 +34,7 @@ test-distributed: $(VENV)/.extra-test ## run the tests that start several proces
 	@$(BIN)/python -m pytest -m distributed $(ARGS)
 
 test-frameworks: $(VENV)/.extra-test $(VENV)/.extra-accelerate $(VENV)/.extra-lightning $(VENV)/.extra-transformers ## run the tests with Lightning, Transformers and Accelerate
-	@$(BIN)/python -m pytest -m frameworks $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) -m frameworks $(ARGS)
 
 check: $(VENV)/.extra-test $(VENV)/.extra-check ## lint, format and type checks
 	@$(BIN)/ruff check .

@@ -66,7 +66,7 @@ class Balance:
         self.seed = seed
         self.strict = strict
         self.count_epochs = count_epochs
-        self.monitor: ModalityMonitor | None = encoders if isinstance(encoders, ModalityMonitor) else None
+        self._monitor: ModalityMonitor | None = encoders if isinstance(encoders, ModalityMonitor) else None
         self.handles: list[AttachedModulation] = []
         self.listeners: list[Listener] = []
         self._owns_monitor = not given
@@ -75,6 +75,17 @@ class Balance:
         self._options = options
         self._beside = Beside(prediction, relearn)
         self._optimizers: list[torch.optim.Optimizer] = []
+
+    @property
+    def monitor(self) -> ModalityMonitor:
+        """The run's monitor; after the run its `stats()` can still be read.
+
+        Raises:
+            RuntimeError: before the first run.
+        """
+        if self._monitor is None:
+            raise RuntimeError("the monitor is built when training starts: there is none yet.")
+        return self._monitor
 
     @property
     def modulator(self) -> Any:
@@ -91,8 +102,8 @@ class Balance:
         self._beside.remove()
         for handle in self.handles:
             handle.remove(keep_state=True)
-        if self._owns_monitor and self.monitor is not None:
-            self.monitor.remove()  # its stats() can still be read
+        if self._owns_monitor and self._monitor is not None:
+            self._monitor.remove()
         self._optimizers = []
 
     def stats(self) -> dict[str, int]:
@@ -116,8 +127,7 @@ class Balance:
         What is watched is the part of `model` that `watched(model, encoders and heads)` says.
         """
         if self._owns_monitor:
-            self.monitor = self._build(model, watched)
-        assert self.monitor is not None
+            self._monitor = self._build(model, watched)
         self._attach(optimizers)
         self._beside.start(self.monitor, self._trained(optimizers)[0], self._hear, resumed=resumed)
 
@@ -137,7 +147,6 @@ class Balance:
 
     def _trained(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         """Those that train an encoder; all where none does, since frozen encoders may join one later."""
-        assert self.monitor is not None
         own = {id(p) for parameters in self.monitor.parameters.values() for p in parameters}
         found = [o for o in optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
         return found or list(optimizers)
@@ -145,7 +154,7 @@ class Balance:
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Attach to those that train an encoder; nothing to do where they are the same as before."""
         same = len(optimizers) == len(self._optimizers) and all(map(is_, optimizers, self._optimizers))
-        if self.monitor is None or same:
+        if same:
             return
         for handle in self.handles:
             handle.remove(keep_state=True)

@@ -108,7 +108,7 @@ class BalanceCallback(Balance, Callback):
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Give the batch's labels to the pass that made this loss."""
-        if self._labels is None or self.monitor is None:
+        if self._labels is None:
             return
         latest = self.monitor.latest
         if latest is not None and latest is not self._observed:  # a second backward of one pass brings none

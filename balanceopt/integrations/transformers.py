@@ -103,8 +103,7 @@ class BalanceCallback(Balance, TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget scores that no step used: the gradients of a step that the scaler skipped are thrown away."""
-        if self.monitor is not None:
-            self.monitor.reset()
+        self.monitor.reset()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take everything off."""

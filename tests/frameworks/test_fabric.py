@@ -38,7 +38,8 @@ pytestmark = [
 
 def setup(form="wrapper", schedule=None, modulation=None, **options) -> Any:
     """What a user sets up: fabric, model, optimizer, scheduler, and whoever counts the steps."""
-    fabric = Fabric(accelerator="cpu", devices=1, **options)
+    fabric = Fabric(**{"accelerator": "cpu", "devices": 1, **options})
+    fabric.launch()
     model, _ = model_and_batches()
     monitor = bo.ModalityMonitor(model, ENCODERS, head="head")
     optimizer: Any = momentum(model)

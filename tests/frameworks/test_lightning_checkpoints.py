@@ -49,6 +49,40 @@ def test_resuming_is_exact(tmp_path):
     assert same_bits(resumed.net, whole.net)
 
 
+class Remembering:
+    """A loader that says where it is, as Lightning asks for to resume in the middle of an epoch."""
+
+    def __init__(self):
+        self.batches, self.at = model_and_batches()[1], 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.at %= len(self.batches)
+        while self.at < len(self.batches):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_in_the_middle_of_an_epoch_is_exact(accumulate, tmp_path):
+    options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = Lit()
+    trainer(callback(), saver, **options).fit(whole, Remembering())
+    resumed, balance = Lit(), callback()
+    trainer(balance, **options).fit(resumed, Remembering(), ckpt_path=tmp_path / "step=2.ckpt")
+    assert balance.stats()["modulated"] == 2 * STEPS // accumulate - 2
+    assert same_bits(resumed.net, whole.net)
+
+
 def test_a_checkpoint_written_after_the_fit_resumes_too(tmp_path):
     whole = Lit()
     fit(whole, callback(), max_epochs=2)

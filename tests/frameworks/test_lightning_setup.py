@@ -8,6 +8,7 @@ pytest.importorskip("lightning")
 
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ from tests.frameworks.under_lightning import (
     loader,
     trainer,
 )
-from tests.training import same_bits
+from tests.training import same_bits, small_model
 
 pytestmark = MARKS
 
@@ -126,6 +127,30 @@ def test_an_optimizer_that_is_replaced_is_followed():
     run = fit(lit, balance, max_epochs=2)
     assert balance.stats()["modulated"] == STEPS
     assert bare(run.optimizers[0])
+
+
+def test_the_older_package_works_too():
+    older: Any = pytest.importorskip("pytorch_lightning")
+
+    base: Any = older.LightningModule
+
+    class Older(base):
+        training_step = Lit.training_step
+
+        def __init__(self):
+            super().__init__()
+            self.net = small_model()
+
+        def configure_optimizers(self):
+            return momentum(self)
+
+    lit, balance = Older(), callback()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    older.Trainer(callbacks=[balance], accelerator="cpu", devices=1, max_epochs=1, **options).fit(
+        lit, loader()
+    )
+    assert balance.stats()["modulated"] == STEPS
+    assert same_bits(lit.net, plain(model_and_batches()[1]))
 
 
 @pytest.mark.parametrize("kind", ["DataParallel", "deepspeed"])

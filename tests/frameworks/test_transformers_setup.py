@@ -10,7 +10,11 @@ pytest.importorskip("accelerate")
 
 from types import SimpleNamespace
 
+import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import BertConfig, BertModel, PreTrainedModel, Trainer, ViTConfig, ViTModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import balanceopt as bo
 from balanceopt.integrations.transformers import BalanceCallback, _base_of
@@ -22,9 +26,11 @@ from tests.frameworks.loops import (
     method,
     unchanged,
 )
-from tests.frameworks.under_transformers import MARKS, Net, callback, trainer
+from tests.frameworks.under_transformers import MARKS, Net, arguments, callback, trainer
 
 pytestmark = MARKS
+
+SMALL = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 def test_nothing_is_left_after_training(tmp_path):
@@ -64,6 +70,48 @@ def test_encoders_and_head_may_be_functions_of_the_model(tmp_path):
     )
     trainer(tmp_path, Net(), balance).train()
     assert balance.stats()["modulated"] == STEPS
+
+
+class TextAndPicture(PreTrainedModel):
+    """A pre-trained model's own class, with encoders of Transformers; their outputs have a `pooler_output`."""
+
+    config_class = BertConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.text = BertModel(config)
+        self.picture = ViTModel(
+            ViTConfig(
+                image_size=8, patch_size=4, num_channels=1, **{name: getattr(config, name) for name in SMALL}
+            )
+        )
+        self.classifier = nn.Linear(2 * config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, input_ids, pixel_values, labels=None):
+        parts = (self.text(input_ids).pooler_output, self.picture(pixel_values).pooler_output)
+        logits = self.classifier(torch.cat(parts, -1))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def test_a_pretrained_model_is_balanced(tmp_path):
+    samples = [
+        {"input_ids": torch.tensor([1, i % 3 + 2]), "pixel_values": torch.randn(1, 8, 8), "labels": i % 3}
+        for i in range(8)
+    ]
+    model = TextAndPicture(BertConfig(vocab_size=9, **SMALL))
+    balance = BalanceCallback({"text": "text", "picture": "picture"}, "classifier", method(apply_to="lr"))
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    Trainer(model, args, train_dataset=samples, callbacks=[balance]).train()
+    assert balance.monitor.stats() == {**balance.monitor.stats(), "scores": "split", "labels": {"model": 2}}
+    assert balance.stats()["modulated"] == 2
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").is_file()
+
+
+def test_there_is_no_monitor_before_training():
+    with pytest.raises(RuntimeError, match="built when training starts"):
+        callback().monitor.stats()
 
 
 def test_labels_that_the_trainer_keeps_to_itself_come_from_the_gradient(tmp_path):

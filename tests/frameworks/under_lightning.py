@@ -53,6 +53,26 @@ class Lit(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
+class Direct(LightningModule):
+    """The same with everything right on it, and a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        net = small_model()
+        self.encoders, self.head = net.encoders, net.head
+
+    def forward(self, audio, visual):
+        features = [self.encoders["audio"](audio), self.encoders["visual"](visual)]
+        return self.head(torch.cat(features, -1))
+
+    def training_step(self, batch, batch_idx):
+        inputs, labels = batch
+        return F.cross_entropy(self(*inputs), labels)
+
+    def configure_optimizers(self):
+        return momentum(self)
+
+
 class Manual(Lit):
     def __init__(self, **options):
         super().__init__(**options)
@@ -77,8 +97,10 @@ def trainer(*callbacks, **options):
     return Trainer(callbacks=list(callbacks), **{"max_epochs": 1, **quiet, **options})
 
 
-def callback(modulation=None, **options):
-    return BalanceCallback(ENCODERS, "net.head", modulation or method(), **{"seed": SEED, **options})
+def callback(modulation=None, *, direct=False, **options):
+    encoders = {name: path.removeprefix("net.") for name, path in ENCODERS.items()} if direct else ENCODERS
+    head = "head" if direct else "net.head"
+    return BalanceCallback(encoders, head, modulation or method(), **{"seed": SEED, **options})
 
 
 def loader(count=STEPS):

@@ -85,9 +85,8 @@ def _read(g: Tensor, logits: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
     if g.shape[1] >= _FEWEST_FOR_LINE:
         # Under label smoothing the only negative entry can be another class's: then the rest is not proportional to p.
         doubtful = (negatives == 1) & ~_proportional_without(labels, g, p, rounding)
-        if g.device.type != "cpu" or bool(
-            (several | doubtful).any()
-        ):  # looking would wait for another device
+        needed = several | doubtful
+        if needed.device.type != "cpu" or needed.numpy().any():  # looking would wait for another device
             off_the_line, exact = _label_off_the_line(g, p, rounding)
             labels = torch.where(several | doubtful & exact, off_the_line, labels)
         told |= usable & several

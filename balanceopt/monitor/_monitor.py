@@ -82,12 +82,7 @@ class ModalityMonitor(Services):
         strict: bool = False,
     ) -> None:
         refuse_model(model)
-        if every < 1:
-            raise ValueError(f"`every` should be at least 1. Found every = {every}.")
-        if not isinstance(labels, nn.Module) and labels not in get_args(LabelSource):
-            raise ValueError(
-                f"`labels` should be one of {get_args(LabelSource)} or a loss module. Found {labels!r}."
-            )
+        _check_options(labels, every)
         self.model = unwrap(model)
         self._was_compiled = is_compiled(model)
         self.encoders = resolve_encoders(model, encoders)
@@ -193,4 +188,13 @@ class ModalityMonitor(Services):
         return (
             f"ModalityMonitor(modalities={list(self.modalities)}, scores={scores!r}, "
             f"labels={self._labels.allowed!r})"
+        )
+
+
+def _check_options(labels: LabelSource | nn.Module, every: int) -> None:
+    if every < 1:
+        raise ValueError(f"`every` should be at least 1. Found every = {every}.")
+    if not isinstance(labels, nn.Module) and labels not in get_args(LabelSource):
+        raise ValueError(
+            f"`labels` should be one of {get_args(LabelSource)} or a loss module. Found {labels!r}."
         )

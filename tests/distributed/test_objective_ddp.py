@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
-import faulthandler
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
 from tests.models import CLASSES, Concat, batch
+from tests.ranks import on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 
@@ -25,18 +20,6 @@ ROWS = 12
 CASES = [
     (heads, inject, lazy) for heads in ("own", "shared") for inject in (False, True) for lazy in (False, True)
 ]
-
-
-def start(rank, folder):
-    faulthandler.dump_traceback_later(100, exit=True)  # no worker outlives its test
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
 
 
 def made():
@@ -80,8 +63,7 @@ def watch(model):
     return bo.ModalityMonitor(model, inner.modalities, head=inner.head)
 
 
-def in_ddp(rank, folder):
-    start(rank, folder)
+def in_ddp(rank):
     rows = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
     results = []
     for case in CASES:
@@ -100,13 +82,11 @@ def in_ddp(rank, folder):
         results.append(train(sharded, watch(sharded), case, rows))
     with pytest.raises(NotImplementedError, match="not supported for a sharded head"):
         bo.UnimodalObjective(watch(sharded), CLASSES, heads="shared", inject=True)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_equals_one_process_on_all_samples(tmp_path):
-    spawn(in_ddp, (str(tmp_path),), nprocs=RANKS)
-    ranks = [torch.load(Path(tmp_path) / f"{rank}.pt") for rank in range(RANKS)]
+    ranks = on_ranks(in_ddp, tmp_path)
     expected = []
     for case in CASES:
         for accumulate in (1, 2):
@@ -123,8 +103,7 @@ def test_equals_one_process_on_all_samples(tmp_path):
             torch.testing.assert_close(first[name], value, msg=name, rtol=1e-6, atol=1e-8)
 
 
-def with_a_modality_that_one_rank_lacks(rank, folder):
-    start(rank, folder)
+def with_a_modality_that_one_rank_lacks(rank):
 
     class Partial(Concat):
         def forward(self, *inputs):
@@ -138,12 +117,10 @@ def with_a_modality_that_one_rank_lacks(rank, folder):
     inputs, labels = batch()
     logits = model(*(inputs if rank == 0 else inputs[:1]))
     (F.cross_entropy(logits, labels) + objective(labels)).backward()
-    torch.save([p.grad for p in objective.parameters()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return [p.grad for p in objective.parameters()]
 
 
 def test_a_modality_that_one_rank_lacks(tmp_path):
-    spawn(with_a_modality_that_one_rank_lacks, (str(tmp_path),), nprocs=RANKS)
-    first, second = (torch.load(Path(tmp_path) / f"{rank}.pt") for rank in range(RANKS))
+    first, second = on_ranks(with_a_modality_that_one_rank_lacks, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(bool(g.any()) for g in first)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
-import datetime
-import faulthandler
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 import balanceopt as bo
 from tests.models import Concat, batch_norm, watch
+from tests.ranks import on_ranks
 from tests.relearning import move_away, samples, train_epoch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -28,23 +24,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 RANKS = 2
 # How the training and the validation samples are cut over the ranks: unevenly.
 CUTS = ((40, 20), (13, 27))
-
-
-def start(rank, folder):
-    faulthandler.dump_traceback_later(100, exit=True)  # no worker outlives its test
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
-
-
-def spawned(worker, folder, *args):
-    spawn(worker, (str(folder), *args), nprocs=RANKS)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 def untrained():
@@ -80,8 +59,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def in_ddp(rank, folder):
-    start(rank, folder)
+def in_ddp(rank):
     results = []
     for settings in SETTINGS:
         model, initial = untrained()
@@ -92,12 +70,11 @@ def in_ddp(rank, folder):
         loaders = [DataLoader(s, n) for s, n in zip(shards, batch_sizes, strict=True)]
         scheduler = scheduler_of(wrapped, initial, *loaders, **settings)
         results.append((scheduler.step(), model.state_dict(), scheduler.relearns))
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_equals_one_process_on_all_samples(tmp_path):
-    ranks = spawned(in_ddp, tmp_path)
+    ranks = on_ranks(in_ddp, tmp_path)
     for settings, *results in zip(SETTINGS, *ranks, strict=True):
         model, initial = untrained()
         torch.manual_seed(100)
@@ -111,9 +88,8 @@ def test_equals_one_process_on_all_samples(tmp_path):
                 torch.testing.assert_close(value, model.state_dict()[name])
 
 
-def with_gaps(rank, folder):
+def with_gaps(rank):
     """One rank has no training batch; the other never sees a modality; a third case has one class."""
-    start(rank, folder)
     model, initial = untrained()
     train, val = data()
     batches = [tuple(x[None] for x in part[0]) for part in (train, val)]
@@ -131,12 +107,11 @@ def with_gaps(rank, folder):
         {"audio": torch.randn(20, 3)} if rank else {"audio": torch.randn(20, 3), "visual": torch.randn(20, 2)}
     )
     results.append(bo.diagnose((features, labels), (features, labels), monitor=empty.monitor, seed=0))
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_ranks_agree_where_one_has_nothing(tmp_path):
-    first, second = spawned(with_gaps, tmp_path)
+    first, second = on_ranks(with_gaps, tmp_path)
     assert first == second
     assert first[0].train_count == {"audio": 60, "visual": 60}
     assert first[0].val_count == {"audio": 80, "visual": 80}
@@ -190,14 +165,12 @@ CASES = ("root", "encoders", "later")
 
 
 def sharded(rank, folder):
-    start(rank, folder)
     mesh = init_device_mesh("cpu", (RANKS,))
-    torch.save([go_back_sharded(rank, mesh, what, folder) for what in CASES], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return [go_back_sharded(rank, mesh, what, folder) for what in CASES]
 
 
 def test_sharded_parameters_go_back(tmp_path):
-    ranks = spawned(sharded, tmp_path)
+    ranks = on_ranks(sharded, tmp_path, tmp_path)
     _, initial = untrained()
     for results in ranks:
         for (found, before, after, whole), (other, *_) in zip(results, ranks[0], strict=True):

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
-from torch.multiprocessing.spawn import spawn
 
 from balanceopt.functional import (
     KMeansResult,
@@ -25,6 +24,7 @@ from balanceopt.functional import (
     reinit_strength,
     soft_reinit_,
 )
+from tests.ranks import on_ranks
 
 MFEAT = Path(__file__).parents[4] / "shared" / "data" / "mfeat.npz"
 
@@ -451,9 +451,7 @@ class TestSoftReinit:
 CUTS = [[0, 70, 200], [0, 0, 200], [0, 200, 200]]  # with each rank once without rows
 
 
-def _sharded(rank: int, rendezvous: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def _sharded(rank: int) -> list[tuple]:
     group = dist.group.WORLD
     _kmeans_start.START_ROWS = 60
     _kmeans_start.START_ROWS_PER_CLUSTER = 1
@@ -481,16 +479,14 @@ def _sharded(rank: int, rendezvous: str, folder: str) -> None:
             kmeans(scaled, 201, group=group)
         with pytest.raises(ValueError, match="should span at most"):
             purity(found.assignments, labels[rows] * 10**9, group=group)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.distributed
 def test_features_spread_over_ranks_give_the_result_of_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(_kmeans_start, "START_ROWS", 60)
     monkeypatch.setattr(_kmeans_start, "START_ROWS_PER_CLUSTER", 1)
-    spawn(_sharded, (f"file://{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
-    ranks = [torch.load(f"{tmp_path}/{rank}.pt") for rank in range(2)]
+    ranks = on_ranks(_sharded, tmp_path)
     x, labels = blobs(200, 6, width=5, spread=6.0)
     scaled = minmax_scale(x)
     far = torch.full((6, 5), 50.0)

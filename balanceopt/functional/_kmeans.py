@@ -7,7 +7,8 @@ then leave a rank, and the result is that of one process on the features concate
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,7 @@ from balanceopt.functional._kmeans_start import (
     rows_at,
 )
 from balanceopt.functional._rows import Ranks, check_features, row_blocks
+from balanceopt.functional._together import Steps, on_host, run_together
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ def _sum_by_sorting(block: Tensor, labels: Tensor, clusters: int) -> Tensor:
 
 def _reseed(
     points: Points, labels: Tensor, centroids: Tensor, sums: Tensor, counts: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Steps[tuple[Tensor, Tensor]]:
     """Sums and counts with each empty cluster given one of the rows farthest from their centroids."""
     ranks = points.ranks
     empty = (counts == 0).nonzero()[:, 0]
@@ -81,14 +83,14 @@ def _reseed(
     place = torch.nn.functional.pad(place[: len(empty)], missing)
     cluster = labels[place] if len(labels) else place
     # Every rank's farthest rows, then the farthest of all.
-    far = ranks.stack(far).flatten()
+    far = (yield from ranks.stack(far)).flatten()
     order = far.argsort(descending=True, stable=True)[: len(empty)]
     order = order[far[order] > 0]
     empty = empty[: len(order)]
-    old = ranks.stack(cluster).flatten()[order]
-    targets = ranks.stack(place + points.offset).flatten()[order]
+    old = (yield from ranks.stack(cluster)).flatten()[order]
+    targets = (yield from ranks.stack(place + points.offset)).flatten()[order]
     ends = torch.arange(1, len(points.rows) + 1, device=labels.device)
-    rows = rows_at(points, ends, points.offset, targets).double()
+    rows = (yield from rows_at(points, ends, points.offset, targets)).double()
     sums = sums.index_add(0, old, -rows).index_copy_(0, empty, rows)
     ones = torch.ones_like(old, dtype=counts.dtype)
     return sums, counts.index_add(0, old, -ones).index_copy_(0, empty, ones)
@@ -101,59 +103,64 @@ def _run(
     generator: torch.Generator | None,
     max_iterations: int,
     tolerance: float,
-) -> KMeansResult:
+) -> Steps[KMeansResult]:
     """One start and its iterations, on the normalised scale."""
     if isinstance(init, Tensor):
         start = (init.to(points.mean) * points.factor - points.mean).to(points.rows.dtype)
     else:
         choose = plus_plus_start if init == "k-means++" else random_start
-        start = choose(points, clusters, generator)
-    labels, centroids, iterations = _lloyd(points, start, max_iterations, tolerance)
-    inertia = points.ranks.sum(_squared_distances(points, labels, centroids).double().sum())
+        start = yield from choose(points, clusters, generator)
+    labels, centroids, iterations = yield from _lloyd(points, start, max_iterations, tolerance)
+    inertia = yield from points.ranks.sum(_squared_distances(points, labels, centroids).double().sum())
     return KMeansResult(labels, centroids, inertia, iterations)
 
 
 def _lloyd(
     points: Points, centroids: Tensor, max_iterations: int, tolerance: float
-) -> tuple[Tensor, Tensor, int]:
+) -> Steps[tuple[Tensor, Tensor, int]]:
     """Labels, centroids and number of iterations."""
-    ranks = points.ranks
     labels = torch.full((len(points.rows),), -1, device=centroids.device)
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=centroids.device)
-    for iteration in range(1, max_iterations + 1):
+    shift = sums.new_full((), math.inf)
+    for iteration in range(max_iterations + 1):
         previous, labels = labels, _assign(points, centroids)
-        changed = (labels != previous).nonzero()[:, 0]
-        # The same rows in every cluster: the centroids are their means already.
-        if not int(ranks.sum(torch.tensor(len(changed), device=labels.device))):
+        changed = labels != previous
+        here = changed.sum(dtype=torch.float64)
+        own = sums.new_zeros(len(centroids)).index_add_(0, labels, sums.new_ones(len(labels)))
+        counted = yield from points.ranks.sum(torch.cat([own, here[None]]))
+        counts, everywhere = counted[:-1], counted[-1]
+        # The one thing in an iteration that the host waits for.
+        facts = yield from on_host(torch.stack([shift, everywhere, here, (counts == 0).sum()]))
+        moved, changes, changes_here, empty = facts.tolist()
+        if moved <= tolerance * points.variance or iteration == max_iterations:
             return labels, centroids, iteration
-        sums = _update_sums(points.rows, sums, previous, labels, changed)
-        previous_centroids, centroids = centroids, _means(points, labels, centroids, sums)
+        # The same rows in every cluster: the centroids are their means already.
+        if not changes:
+            return labels, centroids, iteration + 1
+        sums = _update_sums(points.rows, sums, previous, labels, changed, int(changes_here))
+        total = yield from points.ranks.sum(sums)
+        if empty:
+            total, counts = yield from _reseed(points, labels, centroids, total, counts)
+        means = torch.where(counts[:, None] > 0, total / counts[:, None], centroids.double())
+        previous_centroids, centroids = centroids, means.to(centroids.dtype)
         shift = (centroids - previous_centroids).double().square().sum()
-        if float(shift) <= tolerance * points.variance:
-            break
-    return _assign(points, centroids), centroids, iteration
+    raise AssertionError("not reached")
 
 
-def _update_sums(rows: Tensor, sums: Tensor, previous: Tensor, labels: Tensor, changed: Tensor) -> Tensor:
-    """This rank's `(K, D)` float64 sums of the rows of each cluster, from the rows that changed when few did."""
-    if 8 * len(changed) <= len(rows):
-        few = rows[changed].double()
-        gained = _sum_by_cluster(few, labels[changed], len(sums))
-        return sums + gained - _sum_by_cluster(few, previous[changed], len(sums))
+def _update_sums(
+    rows: Tensor, sums: Tensor, previous: Tensor, labels: Tensor, changed: Tensor, count: int
+) -> Tensor:
+    """This rank's `(K, D)` float64 sums of the rows of each cluster, from the `count` that changed when few did."""
+    if 8 * count <= len(rows):
+        which = torch.nonzero_static(changed, size=count)[:, 0]
+        few = rows[which].double()
+        gained = _sum_by_cluster(few, labels[which], len(sums))
+        return sums + gained - _sum_by_cluster(few, previous[which], len(sums))
     sums, first = torch.zeros_like(sums), 0
     for block in row_blocks(rows):
         sums += _sum_by_cluster(block, labels[first : first + len(block)], len(sums))
         first += len(block)
     return sums
-
-
-def _means(points: Points, labels: Tensor, centroids: Tensor, sums: Tensor) -> Tensor:
-    """The new centroids: means over all ranks, with empty clusters seeded again or left where they were."""
-    counts = torch.bincount(labels, minlength=len(centroids)).double()
-    sums, counts = points.ranks.sum(sums), points.ranks.sum(counts)
-    if bool((counts == 0).any()):
-        sums, counts = _reseed(points, labels, centroids, sums, counts)
-    return torch.where(counts[:, None] > 0, sums / counts[:, None], centroids.double()).to(centroids.dtype)
 
 
 def _squared_distances(points: Points, labels: Tensor, centroids: Tensor) -> Tensor:
@@ -219,6 +226,23 @@ def kmeans(
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 1-2; start:
         Arthur and Vassilvitskii, k-means++, 2007, greedy as in scikit-learn.
     """
+    steps = kmeans_steps(features, num_clusters, generator, init, max_iterations, tolerance, n_init, group)
+    with full_precision([features.device.type]):
+        (result,) = run_together([steps], group)
+    return result
+
+
+def kmeans_steps(
+    features: Tensor,
+    num_clusters: int,
+    generator: torch.Generator | None = None,
+    init: str | Tensor = "k-means++",
+    max_iterations: int = 300,
+    tolerance: float = 1e-4,
+    n_init: int = 1,
+    group: dist.ProcessGroup | None = None,
+) -> Steps[KMeansResult]:
+    """`kmeans` as a computation beside others."""
     check_features(features)
     for name, value in (
         ("num_clusters", num_clusters),
@@ -235,14 +259,17 @@ def kmeans(
         )
     if not isinstance(init, Tensor) and init not in ("k-means++", "random"):
         raise ValueError(f"`init` should be 'k-means++', 'random' or a tensor. Found {init!r}.")
-    with _full_precision(features.device.type):
-        points = normalise(features, Ranks(group))
-        if points.total < num_clusters:
-            raise ValueError(
-                f"`features` should have at least `num_clusters = {num_clusters}` rows. Found {points.total}."
-            )
-        runs = (_run(points, num_clusters, init, generator, max_iterations, tolerance) for _ in range(n_init))
-        best = min(runs, key=lambda run: float(run.inertia))
+    points = yield from normalise(features, Ranks(group))
+    del features  # it may be a copy that nobody else needs
+    if points.total < num_clusters:
+        raise ValueError(
+            f"`features` should have at least `num_clusters = {num_clusters}` rows. Found {points.total}."
+        )
+    best = yield from _run(points, num_clusters, init, generator, max_iterations, tolerance)
+    for _ in range(n_init - 1):
+        run = yield from _run(points, num_clusters, init, generator, max_iterations, tolerance)
+        if (yield from on_host(run.inertia < best.inertia)):
+            best = run
     # Back from the normalised scale.
     dtype = best.centroids.dtype
     centroids = ((best.centroids.double() + points.mean) / points.factor).to(dtype)
@@ -250,8 +277,11 @@ def kmeans(
     return KMeansResult(best.assignments, centroids, inertia, best.iterations)
 
 
-def _full_precision(device_type: str) -> AbstractContextManager[object]:
+@contextmanager
+def full_precision(device_types: Iterable[str]) -> Iterator[None]:
     """Distances keep their digits inside a user's autocast region."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    with ExitStack() as stack:
+        for device_type in device_types:
+            if torch.amp.is_autocast_available(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield

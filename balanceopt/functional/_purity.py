@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from balanceopt.functional._rows import Ranks
+from balanceopt.functional._together import Steps, on_host, run_together
 
 # Cells up to which purity counts in a dense table of clusters by classes.
 TABLE_CELLS = 2**22
@@ -36,6 +37,12 @@ def purity(assignments: Tensor, labels: Tensor, *, group: dist.ProcessGroup | No
     Reference:
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 3.
     """
+    (share,) = run_together([purity_steps(assignments, labels, group)], group)
+    return share
+
+
+def purity_steps(assignments: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Steps[Tensor]:
+    """`purity` as a computation beside others."""
     for name, values in (("assignments", assignments), ("labels", labels)):
         if values.dim() != 1 or values.is_floating_point() or values.is_complex():
             raise ValueError(
@@ -46,16 +53,18 @@ def purity(assignments: Tensor, labels: Tensor, *, group: dist.ProcessGroup | No
             f"`labels` should have one entry per assignment ({len(assignments)}). Found {len(labels)}."
         )
     ranks = Ranks(group)
-    total = int(ranks.sum(torch.tensor(len(labels), device=labels.device)))
+    counted = yield from ranks.sum(torch.tensor(len(labels), device=labels.device))
+    total = int((yield from on_host(counted)))
     if total == 0:
         raise ValueError("`labels` should have at least one entry. Found none.")
     clusters, classes = assignments.long(), labels.to(assignments.device).long()
-    first_cluster, cluster_count = _value_range(clusters, ranks)
-    first_class, class_count = _value_range(classes, ranks)
+    first_cluster, cluster_count = yield from _value_range(clusters, ranks)
+    first_class, class_count = yield from _value_range(classes, ranks)
     if cluster_count * class_count <= TABLE_CELLS:
         cells = (clusters - first_cluster) * class_count + (classes - first_class)
         table = torch.bincount(cells, minlength=cluster_count * class_count)
-        return ranks.sum(table.view(cluster_count, class_count)).amax(1).sum() / total
+        table = yield from ranks.sum(table.view(cluster_count, class_count))
+        return table.amax(1).sum() / total
     if group is not None:
         raise ValueError(
             f"`assignments` and `labels` should span at most {TABLE_CELLS} pairs of values over the ranks. "
@@ -68,7 +77,7 @@ def purity(assignments: Tensor, labels: Tensor, *, group: dist.ProcessGroup | No
     return largest.sum() / total
 
 
-def _value_range(values: Tensor, ranks: Ranks) -> tuple[int, int]:
+def _value_range(values: Tensor, ranks: Ranks) -> Steps[tuple[int, int]]:
     """Least value and number of integers from it to the largest, over all ranks."""
     if len(values):
         low, high = values.amin(), values.amax()
@@ -78,6 +87,7 @@ def _value_range(values: Tensor, ranks: Ranks) -> tuple[int, int]:
             values.new_full((), -torch.iinfo(torch.int64).max),
         )
     # The complement instead of the negative: the least int64 has no negative.
-    extrema = ranks.max(torch.stack([~low, high])).tolist()
+    largest = yield from ranks.max(torch.stack([~low, high]))
+    extrema = (yield from on_host(largest)).tolist()
     first = ~extrema[0]
     return first, extrema[1] - first + 1

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from balanceopt.functional._together import Ask, Steps
+
 # Entries of the largest temporary, features or distances of a block of rows: in cache on a CPU, a small part
 # of the memory elsewhere.
 BLOCK_ENTRIES_CPU = 2**20
@@ -22,29 +24,21 @@ class Ranks:
         self.index = 0 if group is None else dist.get_rank(group)
         self.count = 1 if group is None else dist.get_world_size(group)
 
-    def sum(self, values: Tensor) -> Tensor:
-        if self.group is None:
-            return values
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
-        return total
+    def sum(self, values: Tensor) -> Steps[Tensor]:
+        return values if self.group is None else (yield Ask(values, "sum"))
 
-    def max(self, values: Tensor) -> Tensor:
-        if self.group is None:
-            return values
-        largest = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        return largest
+    def max(self, values: Tensor) -> Steps[Tensor]:
+        return values if self.group is None else (yield Ask(values, "max"))
 
-    def stack(self, values: Tensor) -> Tensor:
+    def stack(self, values: Tensor) -> Steps[Tensor]:
         """`(ranks, ...)`, every rank's values."""
         slots = values.new_zeros(self.count, *values.shape)
         slots[self.index] = values
-        return self.sum(slots)
+        return (yield from self.sum(slots))
 
-    def from_first(self, values: Tensor) -> Tensor:
+    def from_first(self, values: Tensor) -> Steps[Tensor]:
         """Rank 0's values: what ranks drew each for itself becomes the same everywhere."""
-        return self.sum(values if self.index == 0 else torch.zeros_like(values))
+        return (yield from self.sum(values if self.index == 0 else torch.zeros_like(values)))
 
 
 def check_features(features: Tensor) -> None:
@@ -66,7 +60,7 @@ def row_blocks(features: Tensor, width: int = 0) -> list[Tensor]:
     return [features[first : first + step] for first in range(0, max(1, len(features)), step)]
 
 
-def column_range(features: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def column_range(features: Tensor, ranks: Ranks) -> Steps[tuple[Tensor, Tensor]]:
     """Least and largest value of each column over all ranks, in float32 or wider."""
     # `aminmax` over the rows is an order of magnitude slower than these two.
     low = torch.full_like(features[:0].sum(0), math.inf, dtype=wide(features[:0]).dtype)
@@ -77,5 +71,5 @@ def column_range(features: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
             high = torch.maximum(high, block.amax(0))
     extrema = torch.stack([-low, high])
     # A maximum over ranks may lose NaN, which has to be seen on all of them.
-    extrema = ranks.max(torch.where(extrema.isnan(), math.inf, extrema))
+    extrema = yield from ranks.max(torch.where(extrema.isnan(), math.inf, extrema))
     return -extrema[0], extrema[1]

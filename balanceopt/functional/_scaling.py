@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from balanceopt.functional._rows import Ranks, check_features, column_range, row_blocks
+from balanceopt.functional._together import Steps, on_host, run_together
 
 
 @torch.no_grad()
@@ -39,10 +40,16 @@ def minmax_scale(features: Tensor, *, group: dist.ProcessGroup | None = None) ->
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024: the authors'
         published code (`code/ours.py`).
     """
+    (scaled,) = run_together([minmax_scale_steps(features, group)], group)
+    return scaled
+
+
+def minmax_scale_steps(features: Tensor, group: dist.ProcessGroup | None) -> Steps[Tensor]:
+    """`minmax_scale` as a computation beside others."""
     check_features(features)
-    low, high = column_range(features, Ranks(group))
+    low, high = yield from column_range(features, Ranks(group))
     spread = high - low
-    if not bool(torch.isfinite(spread).all()):
+    if not (yield from on_host(torch.isfinite(spread).all())):
         raise ValueError(
             "`features` should be finite with at least one row. Found an entry or range that is not."
         )

@@ -13,7 +13,11 @@ from torch import Tensor
 from balanceopt._pooling import Pool, check_pool
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import Group, active_group, shared_seed
-from balanceopt.functional import kmeans, minmax_scale, purity, reinit_strength
+from balanceopt.functional import reinit_strength
+from balanceopt.functional._kmeans import full_precision, kmeans_steps
+from balanceopt.functional._purity import purity_steps
+from balanceopt.functional._scaling import minmax_scale_steps
+from balanceopt.functional._together import Steps, on_host, run_together
 from balanceopt.relearn._diagnosis import Diagnosis, assemble
 from balanceopt.relearn._samples import Samples, random_rows
 
@@ -104,16 +108,17 @@ def diagnose_samples(
     skipped = {name: why for name in modalities if (why := _why_skipped(found[name], clusters))}
     for name, why in skipped.items():
         warn_user(f"modality {name!r} was left out of the diagnosis: {why}.")
-    purities = {}
-    for name in modalities:
-        if name not in skipped:
-            both = (train.get(name), val.get(name))
-            totals = (found[name].train, found[name].val)
-            parts = [_on_this_rank(own, found[name].width, both) for own in both]
-            first, second = (
-                _purity(part, n, clusters, chosen, ranks) for part, n in zip(parts, totals, strict=True)
-            )
-            purities[name] = (first, second)
+    known = [name for name in modalities if name not in skipped]
+    computations = []
+    for name in known:
+        both = (train.get(name), val.get(name))
+        for own, total in zip(both, (found[name].train, found[name].val), strict=True):
+            part = _on_this_rank(own, found[name].width, both)
+            computations.append(_purity_steps(part, total, clusters, chosen, ranks))
+    devices = {s.features.device.type for part in (train, val) for s in part.values()}
+    with full_precision(devices):
+        values = run_together(computations, ranks)
+    purities = dict(zip(known, zip(values[::2], values[1::2], strict=True), strict=True))
     counts = {name: (f.train, f.val) for name, f in found.items()}
     return assemble(modalities, purities, counts, skipped, lambda gap: _strength(gap, chosen), clusters)
 
@@ -182,22 +187,26 @@ def _on_this_rank(own: Samples | None, width: int, both: Sequence[Samples | None
     return Samples(like.new_empty(0, width), torch.empty(0, dtype=torch.int64))
 
 
-def _purity(
+def _purity_steps(
     samples: Samples, total: int, clusters: int, chosen: Options, ranks: dist.ProcessGroup | None
-) -> float:
+) -> Steps[float]:
     features: Tensor = samples.features
     if features.dtype != torch.float64:
         features = features.float()  # half precision would be too coarse for the scaling too
     if chosen.normalize == "minmax":
-        features = minmax_scale(features, group=ranks)
+        features = yield from minmax_scale_steps(features, ranks)
     # The same start for every modality and split: equal features then have no gap.
     generator = torch.Generator().manual_seed(chosen.seed)
-    result = kmeans(
+    steps = kmeans_steps(
         features, clusters, generator=generator, init=chosen.init, n_init=chosen.n_init, group=ranks
     )
-    labels = samples.labels.to(features.device)
-    share = float(purity(result.assignments, labels, group=ranks))
-    return round(share * total) / total  # of integers: without float32's rounding
+    device = features.device
+    del features  # the scaled copy goes as soon as k-means has its own
+    result = yield from steps
+    share = yield from purity_steps(result.assignments, samples.labels.to(device), ranks)
+    return (
+        round(float((yield from on_host(share))) * total) / total
+    )  # of integers: without float32's rounding
 
 
 def _strength(gap: float, chosen: Options) -> float:

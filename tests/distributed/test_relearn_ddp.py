@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 import balanceopt as bo
 from tests.models import Concat, batch_norm, watch
+from tests.parallel import counting_collectives
 from tests.ranks import on_ranks
 from tests.relearning import move_away, samples, train_epoch
 
@@ -182,3 +183,23 @@ def test_sharded_parameters_go_back(tmp_path):
                 torch.testing.assert_close(value, (1 - alpha) * before[name] + alpha * initial[name])
                 assert (name in whole) == (owner is not None)
                 assert owner is None or torch.equal(whole[name], initial[name])
+
+
+def with_more_modalities(rank):
+    """Collectives of a diagnosis of one modality, and of four that are alike."""
+    labels = torch.arange(40) % 4
+    torch.manual_seed(rank)
+    z = torch.randn(40, 5) + labels[:, None]
+    found = []
+    for count in (1, 4):
+        features = {f"m{i}": z for i in range(count)}
+        with counting_collectives() as calls:
+            diagnosis = bo.diagnose((features, labels), (features, labels), seed=0)
+        found.append((len(calls), set(diagnosis.train_purity.values())))
+    return found
+
+
+def test_modalities_are_clustered_side_by_side(tmp_path):
+    for (alone, purity), (together, purities) in on_ranks(with_more_modalities, tmp_path):
+        assert together == alone > 0
+        assert purity == purities

@@ -13,6 +13,8 @@ from balanceopt._gaussian import Key, for_gaussian_pieces, gaussian_heads
 _WORD = 2**64 - 1
 # Tensors up to this size are served together: for each alone, operations would cost more than their arithmetic.
 _SMALL = 2**14
+# How many elements of whole rows are made at a time for a part that holds some columns of them.
+_OF_ROWS = 2**18
 
 
 def generator_for(seed: int, step: int, index: int, device: torch.device) -> torch.Generator:
@@ -62,10 +64,16 @@ def add_gaussians_(
 
 
 def _add_to_one(tensor: Tensor, scale: Tensor, key: Key) -> None:
-    local, first = _local_part(tensor)
+    local, place = _local_part(tensor)
     if local is None:
         tensor.add_(_distributed(tensor, key).mul_(scale))
         return
+    if local.numel() == 0:
+        return
+    if local.shape[1:] != tensor.shape[1:]:
+        _add_to_columns(local, place, tensor.shape, scale, key)
+        return
+    first = place[0] * math.prod(tensor.shape[1:]) if place else 0
     numbers = local.view(-1) if local.is_contiguous() else local.reshape(-1)
 
     def add(start: int, stop: int, values: Tensor) -> None:
@@ -87,26 +95,38 @@ def mixed(*words: int) -> int:
     return state
 
 
-def _local_part(tensor: Tensor) -> tuple[Tensor | None, int]:
-    """This process's part of a tensor and its place in the whole, counted in elements; None where it has gaps."""
+def _add_to_columns(local: Tensor, place: Sequence[int], shape: torch.Size, scale: Tensor, key: Key) -> None:
+    """Noise for a part that holds some columns: some whole rows are made at a time, and cut."""
+    columns = tuple(slice(o, o + n) for o, n in zip(place[1:], local.shape[1:], strict=True))
+    length = math.prod(shape[1:])
+    for rows in local.split(max(1, _OF_ROWS // length)):
+        made = torch.empty(len(rows), *shape[1:], device=local.device)
+        flat = made.view(-1)
+
+        def fill(start: int, stop: int, values: Tensor, flat: Tensor = flat) -> None:
+            flat[start:stop].copy_(values)
+
+        for_gaussian_pieces(flat.numel(), key, local.device, fill, place[0] * length)
+        rows.add_(made[(slice(None), *columns)].mul_(scale))
+        place = (place[0] + len(rows), *place[1:])
+
+
+def _local_part(tensor: Tensor) -> tuple[Tensor | None, Sequence[int]]:
+    """This process's part of a tensor and where in the whole it begins; None where it has gaps."""
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None:
-        return tensor, 0
+        return tensor, (0,) * tensor.dim()
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    placements = tensor.placements  # type: ignore[attr-defined]
-    if any(type(p) not in (Replicate, Shard) for p in placements):
-        return None, 0
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    if tuple(shape[1:]) != tuple(tensor.shape[1:]):
-        return None, 0
-    local = tensor.to_local()  # type: ignore[attr-defined]
-    return local, int(offset[0]) * math.prod(tensor.shape[1:]) if offset else 0
+    if any(type(p) not in (Replicate, Shard) for p in tensor.placements):  # type: ignore[attr-defined]
+        return None, ()
+    _, place = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)  # type: ignore[attr-defined]
+    return tensor.to_local(), place  # type: ignore[attr-defined]
 
 
 def _distributed(tensor: Tensor, key: Key) -> Tensor:
-    """Noise for a tensor whose shards are not whole rows: made in full, and cut."""
+    """Noise for a tensor cut in a way of its own (strided shards): made in full, and cut."""
     from torch.distributed.tensor import distribute_tensor
 
     full = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)

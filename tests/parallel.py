@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
-from tests.models import Concat, Multimodal, watch
+from tests.models import Concat, Gated, Multimodal, watch
 from tests.training import batch, groups_of, sgd, small_model
 
 ROWS = 12
-# How many rows of a batch each rank gets.
-CUTS = {1: (12,), 2: (9, 3), 4: (6, 3, 2, 1)}
+# How many rows of a batch each rank gets. The last one gets a single row: the second of two micro-batches has none.
+CUTS = {1: (12,), 2: (11, 1), 4: (6, 3, 2, 1)}
 NOTHING = -100
 
 Rows = Sequence[int]
@@ -67,7 +67,7 @@ class Run:
     """One model in training by a method.
 
     Args:
-        method: of `METHODS`.
+        method: of `METHODS`, or "bare".
         wrap: what makes the module to call, and may shard the model in place.
         rank: whose rows it trains on.
         ranks: over how many the batch is cut.
@@ -99,7 +99,7 @@ class Run:
             bo.PredictionModulator(self.monitor, seed=seed, **(options or {})) if method in DROPPING else None
         )
         self.optimizer: torch.optim.Optimizer = base(groups_of(self.model), momentum=0.9)
-        modulations = METHODS[method]()
+        modulations = METHODS.get(method, list)()
         if modulations:
             self.optimizer = bo.ModulatedOptimizer(self.optimizer, self.monitor, modulations, seed=seed)
         self.qs: list[Tensor] = []
@@ -207,6 +207,13 @@ def counting_collectives() -> Iterator[list[tuple[str, int]]]:
     own: dict[str, Any] = {name: noted(name, getattr(dist, name)) for name in COLLECTIVES}
     with mock.patch.multiple(dist, **own):
         yield calls
+
+
+def gated() -> Gated:
+    """A fusion whose uni-modal logits take `zero-out`; the same one each time."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        return Gated()
 
 
 class MayLack(Concat):

@@ -9,13 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 TIMEOUT = datetime.timedelta(seconds=60)
-# No process outlives its test.
+# Seconds for each two processes. None outlives its test: every test of ranks has a longer `timeout` than this.
 PATIENCE = 170
+FOUR = pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE + 70)])
+# How many ranks a test runs on, for fixtures.
+WORLDS = [2, FOUR]
 
 
 def on_ranks(work: Callable[..., Any], folder: Path, *args: Any, ranks: int = 2) -> list[Any]:
@@ -28,7 +32,7 @@ def on_ranks(work: Callable[..., Any], folder: Path, *args: Any, ranks: int = 2)
 
 
 def _run(rank: int, work: Callable[..., Any], folder: str, ranks: int, args: tuple[Any, ...]) -> None:
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    faulthandler.dump_traceback_later(PATIENCE * ranks / 2, exit=True)
     torch.set_num_threads(1)
     torch.manual_seed(100 + rank)
     dist.init_process_group(

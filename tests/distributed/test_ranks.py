@@ -19,14 +19,15 @@ from tests.parallel import (
     alone,
     counting_collectives,
     difference,
+    gated,
 )
-from tests.ranks import on_ranks
+from tests.ranks import WORLDS, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 LONG, SHORT = 200, 12
 WATCHED = {"warmup": 10**6}  # q follows the scores, and nothing is dropped
-WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
+ZERO_OUT = ("OGM-GE", "AMSS", "OPM", "all")
 
 
 def ddp(model: torch.nn.Module) -> DistributedDataParallel:
@@ -42,6 +43,9 @@ def train_all(rank: int, ranks: int) -> dict[str, Any]:
     for method in METHODS:
         told["long", method] = run(rank, ranks, method, seed=None).train(LONG).told()
         told["short", method] = run(rank, ranks, method, options=WATCHED).train(SHORT).told()
+    for method in ZERO_OUT:
+        training = run(rank, ranks, method, model=gated(), options=WATCHED).train(SHORT)
+        told["zero-out", method] = {**training.told(), "scores": training.monitor.stats()["scores"]}
     told["collectives"] = {method: collectives(run(rank, ranks, method)) for method in METHODS}
     told["group"] = in_pairs(rank, ranks)
     told["joined"] = joined(rank, ranks)
@@ -78,6 +82,19 @@ def test_ranks_make_what_one_process_makes(trained: list[Any], ranks: int, metho
     assert difference(found, expected) < 2e-6
     assert found["stats"] == expected["stats"]
     torch.testing.assert_close(found["q"], expected["q"])
+
+
+@pytest.mark.parametrize("method", ZERO_OUT)
+def test_ranks_make_what_one_process_makes_of_a_fusion_that_is_run_again(
+    trained: list[Any], ranks: int, method: str
+):
+    first, *others = (rank["zero-out", method] for rank in trained)
+    assert first["scores"] == "zero-out"
+    assert all(difference(first, other) == 0 for other in others)
+    expected = alone(method, SHORT, ranks, model=gated(), options=WATCHED)
+    assert difference(first, expected) < 2e-6
+    assert first["stats"] == expected["stats"]
+    torch.testing.assert_close(first["q"], expected["q"])
 
 
 # -- collectives -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from balanceopt.monitor import ModalityMonitor
 from balanceopt.monitor._labels import LabelSource
 from balanceopt.optim import AttachedModulation, attach
 from balanceopt.optim._engine import Listener
+from balanceopt.optim._kept import SEED
 
 Head = nn.Module | str | Mapping[str, nn.Module | str] | None
 WhichEncoders = Encoders | Callable[[Any], Encoders] | ModalityMonitor
@@ -166,6 +167,8 @@ class Balance:
                 seed = self.seed
                 if place:
                     seed = place + (torch.initial_seed() if seed is None else seed)
+                if SEED in optimizer.param_groups[0]:
+                    seed = None  # a checkpoint's seed holds: a run that is resumed goes on as it was
                 strict = {} if self.strict is None else {"strict": self.strict}
                 handle = attach(optimizer, self.monitor, self.modulation, seed=seed, **strict)
                 handle.listeners.append(self._hear)

@@ -133,7 +133,8 @@ def attach(
         optimizer: the base. Inside Accelerate's wrapper attach to its `.optimizer`.
         monitor: a `ModalityMonitor` on the model that the optimizer trains, built with a head.
         modulation: the method, or several to act in order.
-        seed: of all randomness; None for `torch.initial_seed()` of the first rank, read now.
+        seed: of all randomness; None for what a checkpoint left in the groups, else `torch.initial_seed()` of the first
+            rank, read now.
         strict: raise after ten steps in a row without any score; False to warn only.
 
     Returns:

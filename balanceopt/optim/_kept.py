@@ -8,6 +8,7 @@ import torch
 
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import shared_seed
+from balanceopt.modulation._shards import local_part
 from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums
 
 STEP, SEED, EPOCH, HELD, WINDOW = (
@@ -18,6 +19,10 @@ BARE_STATE = (
     "the checkpoint holds a bare optimizer's state: it is loaded, and balanceopt's step counter and seed "
     "start anew."
 )
+NOT_COUNTED = (
+    "the optimizer state that was loaded has been trained, and balanceopt's step counter in it is 0: the checkpoint is "
+    "taken for a bare optimizer's, and steps count from 0."
+)
 
 
 class Kept:
@@ -27,7 +32,8 @@ class Kept:
         optimizer: the base, whose groups they live in.
         monitor: whose phase of `every` is kept.
         accumulator: whose last scores are kept, where `every` may hold them for later steps.
-        seed: of all randomness; None for `torch.initial_seed()`. That of the first rank holds for all.
+        seed: of all randomness; None for what the groups hold, else `torch.initial_seed()`. That of the first rank
+            holds for all.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class Kept:
         self._optimizer = optimizer
         self._monitor = monitor
         self._accumulator = accumulator
+        self._is_chosen = seed is not None
         self._seed = shared_seed(monitor.group, seed)
 
     @property
@@ -67,11 +74,13 @@ class Kept:
         self._set(EPOCH, int(epoch))
 
     def begin(self) -> None:
-        """Start from what a checkpoint put into the groups before there was a modulation, or anew."""
-        if STEP in self._first:
-            self.load()
-        else:
+        """Start from what a checkpoint or an earlier wrapper left in the groups, or anew."""
+        if STEP not in self._first:
             self.fill()
+            return
+        self.load()
+        if self._is_chosen:
+            self._set(SEED, self._seed)
 
     def fill(self) -> None:
         """Give groups that are new what the first one has."""
@@ -94,6 +103,9 @@ class Kept:
         """Take over what a checkpoint put there."""
         if STEP not in self._first:
             warn_user(BARE_STATE)
+        elif self.number == 0 and _is_trained(self._optimizer):
+            # torch.distributed.checkpoint fills in what a checkpoint lacks with what the optimizer had.
+            warn_user(NOT_COUNTED)
         self.fill()
         if self._monitor.every > 1:
             flat = torch.tensor(self._first[HELD], device=device_of(self._optimizer))
@@ -114,6 +126,16 @@ class Kept:
     def _set(self, key: str, value: Any) -> None:
         for group in self._optimizer.param_groups:
             group[key] = value
+
+
+def _is_trained(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its state has left zero, where a step without gradients or no step at all has put it."""
+    return any(
+        isinstance(value, torch.Tensor) and value.dim() > 0 and bool(local_part(value).any())
+        for state in optimizer.state.values()
+        if isinstance(state, dict)
+        for value in state.values()
+    )
 
 
 def device_of(optimizer: torch.optim.Optimizer) -> torch.device:

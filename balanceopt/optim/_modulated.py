@@ -25,8 +25,8 @@ class ModulatedOptimizer(WrappedOptimizer):
             that holds it.
         monitor: a `ModalityMonitor` on the model that the optimizer trains, built with a head.
         modulation: the method, `OGM()` (that is OGM-GE) by default, or several to act in order.
-        seed: of all randomness, which is a function of (seed, step, parameter); None for `torch.initial_seed()` of the
-            first rank, read now.
+        seed: of all randomness, which is a function of (seed, step, parameter); None for what an earlier wrapper or a
+            checkpoint left in the groups, else `torch.initial_seed()` of the first rank, read now.
         strict: raise after ten steps in a row without any score; False to warn only.
 
     Raises:

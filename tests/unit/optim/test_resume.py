@@ -107,6 +107,43 @@ def test_a_bare_checkpoint_warns_and_starts_anew():
     assert optimizer.stats()["modulated"] == 3
 
 
+@pytest.mark.parametrize(("given", "kept"), [(None, 7), (3, 3), (0, 0)])
+def test_wrapped_again_it_counts_on_and_a_seed_that_is_given_wins(given: int | None, kept: int):
+    model, optimizer = modulated(bo.OGM(0.5))
+    train(model, optimizer, batches(model, 2))
+    again = bo.ModulatedOptimizer(optimizer.optimizer, watch(model), bo.OGM(0.5), seed=given)
+    train(model, again, batches(model, 1))
+    assert {group["balanceopt_seed"] for group in again.param_groups} == {kept}
+    assert {group["balanceopt_step"] for group in again.param_groups} == {3}
+
+
+def trained_bare(steps: int) -> dict[str, Any]:
+    """A bare AdamW's state, in which a loader has filled in the keys that it lacked."""
+    model = small_model()
+    optimizer = torch.optim.AdamW(groups_of(model), lr=0.01)
+    for p in model.parameters():  # as torch.distributed.checkpoint does, so that there is a state
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    train(model, optimizer, batches(model, steps))
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group |= {"balanceopt_step": 0, "balanceopt_seed": 7, "balanceopt_epoch": None}
+    return state
+
+
+def test_a_trained_state_that_was_never_counted_is_a_bare_one():
+    model, optimizer = modulated(make=lambda groups: torch.optim.AdamW(groups, lr=0.01))
+    with pytest.warns(UserWarning, match=r"taken for a bare optimizer's, and steps count from 0"):
+        optimizer.load_state_dict(trained_bare(1))
+    train(model, optimizer, batches(model, 1))
+    assert optimizer.param_groups[0]["balanceopt_step"] == 1
+
+
+def test_a_checkpoint_from_before_the_first_step_is_none():
+    _, optimizer = modulated(make=lambda groups: torch.optim.AdamW(groups, lr=0.01))
+    optimizer.load_state_dict(trained_bare(0))
+
+
 def test_a_bare_optimizer_loads_ours():
     model, optimizer = modulated(make=lambda groups: sgd(groups, momentum=0.9))
     train(model, optimizer, batches(model, 2))

@@ -132,6 +132,20 @@ def close(case: Any, saved: Any, resumed: Any) -> None:
         assert difference(saved[0][case][1], resumed[0][case][1]) < 2e-6
 
 
+@pytest.fixture(scope="module")
+def on_four(saved: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return on_ranks(load_and_train, tmp_path_factory.mktemp("four"), saved[0], 4, ACROSS, 2, ranks=4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(480)
+@pytest.mark.parametrize("case", ACROSS, ids=name)
+def test_four_processes_go_on_where_two_were(saved: Any, on_four: Any, case: Any):
+    close(case, saved[1], on_four)
+    for other in on_four[1:]:
+        assert difference(on_four[0][case][1], other[case][1]) == 0
+
+
 def test_one_process_goes_on_where_two_were(saved: Any):
     resumed = [load_and_train(0, saved[0], 1, ACROSS, 2)]
     for case in ACROSS:

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from balanceopt._gaussian import Key, for_gaussian_pieces, gaussian_heads
+from balanceopt import _gaussian_compiled
+from balanceopt._gaussian import RUN, Key, for_gaussian_pieces, gaussian_heads
 
 _WORD = 2**64 - 1
 # Tensors up to this size are served together: for each alone, operations would cost more than their arithmetic.
-_SMALL = 2**14
+SMALL = 2**14
+# As many numbers at once: their buffers stay small, and in cache.
+TOGETHER = 2**17
 # How many elements of whole rows are made at a time for a part that holds some columns of them.
 _OF_ROWS = 2**18
 
@@ -35,53 +38,92 @@ def gaussian_like(tensor: Tensor, seed: int, step: int, index: int) -> Tensor:
     A sharded tensor gets its part of the noise that the whole one would get.
     """
     noise = torch.zeros_like(tensor)
-    add_gaussians_([noise], torch.ones(1, device=tensor.device), seed, step, [index])
+    one = torch.ones(1, device=tensor.device)
+    scale_and_add_gaussians_([noise], one, one, seed, step, [index])
     return noise
 
 
 @torch.no_grad()
-def add_gaussians_(
-    tensors: Sequence[Tensor], scales: Tensor, seed: int, step: int, indices: Sequence[int]
+def scale_and_add_gaussians_(
+    tensors: Sequence[Tensor],
+    factors: Tensor,
+    scales: Tensor,
+    seed: int,
+    step: int,
+    indices: Sequence[int],
+    *,
+    compiled: bool = False,
 ) -> None:
-    """`tensors[i] += scales[i] * N(0, 1)` in place, each with the noise of its own parameter index.
+    """`tensors[i] <- factors[i] * tensors[i] + scales[i] * N(0, 1)` in place, with the noise of parameter `indices[i]`.
 
     No buffer of a tensor's size is made for a large one whose memory is in order: not for sharded ones either, whose
-    ranks each make only their own part.
+    ranks each make only their own part. `compiled` kernels give the same numbers but for rounding.
     """
-    scale_of = scales.unbind()
+    factor_of, scale_of = factors.unbind(), scales.unbind()
     small: list[int] = []
     for position, tensor in enumerate(tensors):
-        if tensor.numel() <= _SMALL and getattr(tensor, "device_mesh", None) is None:
+        if tensor.numel() <= SMALL and getattr(tensor, "device_mesh", None) is None:
             small.append(position)
         else:
-            _add_to_one(tensor, scale_of[position], key_of(seed, step, indices[position]))
-    if small:
-        chosen = [tensors[position] for position in small]
-        keys = [key_of(seed, step, indices[position]) for position in small]
-        heads = gaussian_heads(tuple(t.numel() for t in chosen), keys, chosen[0].device)
-        torch._foreach_mul_(heads, [scale_of[position] for position in small])
+            key = key_of(seed, step, indices[position])
+            _scale_and_add_to_one(tensor, factor_of[position], scale_of[position], key, compiled)
+    for group in in_groups(small, [tensor.numel() for tensor in tensors]):
+        chosen = [tensors[position] for position in group]
+        numels = tuple(tensor.numel() for tensor in chosen)
+        keys = [key_of(seed, step, indices[position]) for position in group]
+        own_scales = [scale_of[position] for position in group]
+        if compiled and sum(numels) >= 2 * RUN * _gaussian_compiled.FEWEST_BLOCKS:
+            heads = _gaussian_compiled.scaled_heads(numels, keys, torch.stack(own_scales))
+        else:
+            heads = gaussian_heads(numels, keys, chosen[0].device)
+            torch._foreach_mul_(heads, own_scales)
+        torch._foreach_mul_(chosen, [factor_of[position] for position in group])
         torch._foreach_add_(chosen, [z.view(t.shape).to(t.dtype) for z, t in zip(heads, chosen, strict=True)])
 
 
-def _add_to_one(tensor: Tensor, scale: Tensor, key: Key) -> None:
+def in_groups(places: Sequence[int], numels: Sequence[int]) -> list[list[int]]:
+    """The places in order, in groups of not many more than `TOGETHER` elements."""
+    groups: list[list[int]] = []
+    room = 0
+    for place in places:
+        if room <= 0:
+            groups.append([])
+            room = TOGETHER
+        groups[-1].append(place)
+        room -= numels[place]
+    return groups
+
+
+def _scale_and_add_to_one(tensor: Tensor, factor: Tensor, scale: Tensor, key: Key, compiled: bool) -> None:
     local, place = _local_part(tensor)
     if local is None:
-        tensor.add_(_distributed(tensor, key).mul_(scale))
+        tensor.mul_(factor).add_(_distributed(tensor, key).mul_(scale))
         return
     if local.numel() == 0:
         return
     if local.shape[1:] != tensor.shape[1:]:
-        _add_to_columns(local, place, tensor.shape, scale, key)
+        _scale_and_add_to_columns(local, place, tensor.shape, factor, scale, key)
         return
     first = place[0] * math.prod(tensor.shape[1:]) if place else 0
     numbers = local.view(-1) if local.is_contiguous() else local.reshape(-1)
-
-    def add(start: int, stop: int, values: Tensor) -> None:
-        numbers[start:stop].add_(values.mul_(scale))
-
-    for_gaussian_pieces(local.numel(), key, local.device, add, first)
+    rest = [range(len(numbers))]
+    if compiled and local.is_floating_point():
+        # What a shard begins and ends with is no whole block.
+        begin, end = -first % (2 * RUN), len(numbers) - (first + len(numbers)) % (2 * RUN)
+        if end - begin >= 2 * RUN * _gaussian_compiled.FEWEST_BLOCKS:
+            _gaussian_compiled.scale_and_add_blocks_(numbers[begin:end], factor, scale, key, first + begin)
+            rest = [range(begin), range(end, len(numbers))]
+    for part in rest:
+        _by_pieces(numbers[part.start : part.stop], factor, scale, key, first + part.start)
     if not local.is_contiguous():
         local.copy_(numbers.view(local.shape))
+
+
+def _by_pieces(numbers: Tensor, factor: Tensor, scale: Tensor, key: Key, first: int) -> None:
+    def add(start: int, stop: int, values: Tensor) -> None:
+        numbers[start:stop].mul_(factor).add_(values.mul_(scale))
+
+    for_gaussian_pieces(len(numbers), key, numbers.device, add, first)
 
 
 def mixed(*words: int) -> int:
@@ -95,7 +137,9 @@ def mixed(*words: int) -> int:
     return state
 
 
-def _add_to_columns(local: Tensor, place: Sequence[int], shape: torch.Size, scale: Tensor, key: Key) -> None:
+def _scale_and_add_to_columns(
+    local: Tensor, place: Sequence[int], shape: torch.Size, factor: Tensor, scale: Tensor, key: Key
+) -> None:
     """Noise for a part that holds some columns: some whole rows are made at a time, and cut."""
     columns = tuple(slice(o, o + n) for o, n in zip(place[1:], local.shape[1:], strict=True))
     length = math.prod(shape[1:])
@@ -107,7 +151,7 @@ def _add_to_columns(local: Tensor, place: Sequence[int], shape: torch.Size, scal
             flat[start:stop].copy_(values)
 
         for_gaussian_pieces(flat.numel(), key, local.device, fill, place[0] * length)
-        rows.add_(made[(slice(None), *columns)].mul_(scale))
+        rows.mul_(factor).add_(made[(slice(None), *columns)].mul_(scale))
         place = (place[0] + len(rows), *place[1:])
 
 

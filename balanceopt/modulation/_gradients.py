@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._random import add_gaussians_
 from balanceopt.modulation._base import Slot
+from balanceopt.modulation._noise import Independent, NoiseSource
 from balanceopt.modulation._shards import all_finite, stds
 
 
@@ -26,12 +26,18 @@ def scale_grads_(slots: Sequence[Slot], coefficient: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scale_and_add_noise_(
-    slots: Sequence[Slot], coefficient: Tensor, noise_scale: Tensor, seed: int, step: int
+    slots: Sequence[Slot],
+    coefficient: Tensor,
+    noise_scale: Tensor,
+    seed: int,
+    step: int,
+    source: NoiseSource | None = None,
 ) -> Tensor:
     """`g <- k g + noise_scale * std(g) * N(0, 1)` tensor by tensor, std of the unscaled gradient.
 
     Returns how many gradients were not finite and left alone, 0-d.
     """
+    source = Independent() if source is None else source
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
         sigma = stds([slot.grad for slot in own])
@@ -40,11 +46,11 @@ def scale_and_add_noise_(
         touched = _to_touch(finite)
         if not touched:
             continue
-        grads = [own[i].grad for i in touched]
-        _scale_(grads, coefficient.to(device), finite)
+        factors = torch.where(finite, coefficient.to(device), 1).unbind()
         scales = torch.where(finite, noise_scale.to(device) * sigma, 0).unbind()
-        indices = [own[i].index for i in touched]
-        add_gaussians_(grads, torch.stack([scales[i] for i in touched]), seed, step, indices)
+        chosen_factors, chosen_scales = (torch.stack([x[i] for i in touched]) for x in (factors, scales))
+        grads, indices = [own[i].grad for i in touched], [own[i].index for i in touched]
+        source.scale_and_add_(grads, chosen_factors, chosen_scales, seed, step, indices)
     return left
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balanceopt._gaussian import Key, for_gaussian_pieces, gaussian_heads
-from balanceopt._random import add_gaussians_, gaussian_like, key_of
+from balanceopt._random import gaussian_like, key_of, scale_and_add_gaussians_
 
 KEY = key_of(0, 0, 0)
 CPU = torch.device("cpu")
@@ -128,13 +128,28 @@ def test_memory_layout_changes_nothing(size):
     assert torch.equal(plain, last)
 
 
-def test_each_tensor_gets_its_own_scale_and_index_whatever_its_company():
-    tensors = [torch.ones(5), torch.ones(300, 300), torch.ones(7, 2)]
-    scales = torch.tensor([0.5, 2.0, 0.0])
-    add_gaussians_(tensors, scales, 1, 2, [10, 11, 12])
-    for tensor, scale, index in zip(tensors, scales, (10, 11, 12), strict=True):
+def test_each_tensor_gets_its_own_factor_scale_and_index_whatever_its_company():
+    tensors = [torch.ones(5), torch.ones(300, 300), torch.ones(7, 2), torch.ones(1, 3)]
+    factors, scales = torch.tensor([1.0, 0.25, 1.0, 3.0]), torch.tensor([0.5, 2.0, 0.0, 0.0])
+    scale_and_add_gaussians_(tensors, factors, scales, 1, 2, [10, 11, 12, 13])
+    given = zip(tensors, factors, scales, (10, 11, 12, 13), strict=True)
+    for tensor, factor, scale, index in given:
         alone = torch.ones_like(tensor)
-        add_gaussians_([alone], scale.view(1), 1, 2, [index])
+        scale_and_add_gaussians_([alone], factor.view(1), scale.view(1), 1, 2, [index])
         assert torch.equal(tensor, alone)
-    assert torch.equal(tensors[2], torch.ones(7, 2))
-    assert torch.equal(tensors[1], 1 + 2.0 * gaussian_like(tensors[1], 1, 2, 11))
+        assert torch.equal(tensor, factor + scale * gaussian_like(tensor, 1, 2, index))
+
+
+@pytest.mark.parametrize("first", [2**33 - 1_024, 2**33 - 1_300, 3 * 2**33 - 70_000])
+def test_pieces_that_begin_anywhere_agree_where_pairs_begin_to_count_anew(first):
+    whole = stream(140_000, first=first)
+    for begin in (77, 1_024, 1_500, 69_900):
+        assert torch.equal(stream(2_000, first=first + begin), whole[begin : begin + 2_000])
+
+
+def test_many_small_tensors_are_served_in_groups():
+    tensors = [torch.zeros(2**13) for _ in range(40)]
+    ones = torch.ones(40)
+    scale_and_add_gaussians_(tensors, ones, ones, 1, 2, range(40))
+    for index, tensor in enumerate(tensors):
+        assert torch.equal(tensor, stream(2**13, key_of(1, 2, index)))

@@ -43,6 +43,7 @@ def test_the_guard_sees_what_it_should():
 MODULATIONS = {
     "OGM": bo.OGM(0.5, noise=False),
     "OGM-GE": bo.OGM(0.5),
+    "OGM-GE, pool": bo.OGM(0.5, noise="pool"),
     "tpami": bo.OGM(0.5, form="tpami", ratio="ratio_of_means"),
 }
 

@@ -1,0 +1,119 @@
+"""The Gaussian numbers of `_gaussian`, made and added by a compiled kernel: one pass over the memory.
+
+The hash is in integers and gives the same bits; log, cos and sin are those of the compiler's library, so that numbers
+differ from those of plain torch by a few units in the last place.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balanceopt._gaussian import (
+    BITS,
+    FACTORS,
+    GOLDEN,
+    MOST_BLOCKS,
+    RUN,
+    SHIFTS,
+    Key,
+    int32,
+    key_words,
+    layout,
+    pieces,
+)
+
+# A number of blocks that the compiler takes for any other: of one it would make a special case.
+FEWEST_BLOCKS = 2
+
+
+@torch.no_grad()
+def scale_and_add_blocks_(numbers: Tensor, factor: Tensor, scale: Tensor, key: Key, first: int) -> None:
+    """`numbers <- factor * numbers + scale * z`, z the elements of the stream `key` from `first` on.
+
+    Both are whole blocks of `2 * RUN`, and not fewer than `FEWEST_BLOCKS`.
+    """
+    blocks = numbers.detach().view(-1, 2, RUN)
+    start = first // (2 * RUN)
+    for piece in pieces(range(start, start + len(blocks)), MOST_BLOCKS):
+        pair = piece.start * RUN
+        high = (pair >> 32) * GOLDEN if pair >> 32 else 0
+        words = key_words([(pair, key.first ^ high, key.second, key.third)], numbers.device)
+        own = blocks[piece.start - start : piece.stop - start]
+        _run(_compiled(_scale_and_add), own, fixed=(factor, scale, words))
+
+
+@torch.no_grad()
+def scaled_heads(numels: tuple[int, ...], keys: Sequence[Key], scales: Tensor) -> list[Tensor]:
+    """The first `numels[i]` elements of each stream `keys[i]`, times `scales[i]`."""
+    starts, stream, begins = layout(numels, scales.device)
+    words = key_words(keys, scales.device).index_select(0, stream)
+    made = _run(_compiled(_fill), starts, words, scales.index_select(0, stream)).view(-1)
+    return [made[begin : begin + numel] for begin, numel in zip(begins, numels, strict=True)]
+
+
+def warm_up(kinds: Iterable[tuple[torch.device, torch.dtype]]) -> None:
+    """Compile for tensors of these devices and dtypes, now: seconds for each that is new.
+
+    Raises:
+        RuntimeError: if nothing can be compiled here.
+    """
+    for device, dtype in kinds:
+        numbers, one = torch.zeros(8 * RUN, dtype=dtype, device=device), torch.ones(1, device=device)
+        key = Key(1, 2, 3)
+        try:
+            with warnings.catch_warnings():  # torch's own, about itself
+                warnings.simplefilter("ignore")
+                scale_and_add_blocks_(numbers, one[0], one[0], key, 0)
+                scaled_heads((1, 1), (key, key), one.expand(2))
+        except Exception as error:  # what a missing compiler raises is different from platform to platform
+            raise RuntimeError(
+                f"noise='compiled' needs what torch.compile needs for {device.type}: a C++ compiler (CPU) or Triton "
+                "(CUDA). Use noise=True: the same noise without compiling, slower."
+            ) from error
+
+
+def _run(kernel: Callable[..., Any], *blocks: Tensor, fixed: Sequence[Tensor] = ()) -> Any:
+    """Call a kernel that is compiled once for any number of blocks."""
+    for tensor in blocks:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    return kernel(*blocks, *fixed)
+
+
+@lru_cache(maxsize=2)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True)
+
+
+def _scale_and_add(numbers: Tensor, factor: Tensor, scale: Tensor, words: Tensor) -> None:
+    pair, first, second, third = words[0].unbind()
+    blocks = len(numbers)
+    counter = torch.arange(blocks * RUN, dtype=torch.int32, device=numbers.device).view(blocks, RUN) + pair
+    numbers.mul_(factor).add_(_normal(counter, first, second, third) * scale)
+
+
+def _fill(starts: Tensor, words: Tensor, scales: Tensor) -> Tensor:
+    counter = torch.arange(RUN, dtype=torch.int32, device=starts.device) + starts[:, None]
+    first, second, third = words.split(1, dim=1)
+    return _normal(counter, first, second, third) * scales[:, None, None]
+
+
+def _normal(counter: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
+    """`(blocks, RUN)` pairs as `(blocks, 2, RUN)` numbers: what `_gaussian` does step by step, as one expression."""
+    word = _mix(counter ^ first, SHIFTS[0]) * int32(FACTORS[0])
+    word = (_mix(word, SHIFTS[1]) + second) * int32(FACTORS[1])
+    word = _mix(_mix(word, SHIFTS[2]) * int32(FACTORS[2]), SHIFTS[3])
+    turn = (_mix(word * int32(GOLDEN), SHIFTS[2]) + third).to(torch.float32) * (2 * math.pi * BITS)
+    uniform = (word.to(torch.float32) * BITS + 0.5).clamp(0.5 * BITS, 1.0)
+    radius = (uniform.log() * -2).sqrt()
+    return torch.stack([turn.cos() * radius, turn.sin() * radius], 1)
+
+
+def _mix(word: Tensor, shift: int) -> Tensor:
+    return word ^ ((word >> shift) & ((1 << (32 - shift)) - 1))

@@ -1,0 +1,45 @@
+"""Standard deviations from sums, against float64; where sums would lose digits, torch's own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from balanceopt.modulation._spread import std
+
+SIZES = [1, 2, 2**14, 2**14 + 1, 2**17, 2**17 + 1, 300_001]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mean", [0.0, 0.5, 1.0, 100.0])
+@pytest.mark.parametrize("scale", [1e-18, 1e-3, 1.0, 1e10])
+def test_agrees_with_float64(size, mean, scale):
+    x = scale * (mean + torch.randn(size))
+    torch.testing.assert_close(std(x).double(), x.double().std(correction=0), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("value", [0.0, 3.0, -0.125])
+def test_equal_numbers_have_no_spread(size, value):
+    assert std(torch.full((size,), value)) == 0
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", [0, 150_000, 300_000])
+def test_not_finite_where_an_element_is_not(bad, place):
+    x = torch.randn(300_001)
+    x[place] = bad
+    assert not torch.isfinite(std(x))
+
+
+def test_layout_and_dtype():
+    x = torch.randn(4, 64, 16, 16)
+    want = x.double().std(correction=0)
+    for same in (x.contiguous(memory_format=torch.channels_last), x.transpose(0, 3), x.double()):
+        torch.testing.assert_close(std(same).double(), want, rtol=2e-6, atol=0)
+    assert std(x.double()).dtype == torch.float64
+    half = x.bfloat16()
+    torch.testing.assert_close(std(half).double(), half.double().std(correction=0), rtol=1e-6, atol=0)
+    assert std(half).dtype == torch.float32

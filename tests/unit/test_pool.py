@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import balanceopt as bo
 from balanceopt import _pool
 from balanceopt._pool import Pool, rotations
+from balanceopt.modulation._noise import Pooled
+from tests.training import batches, modulated, same_bits, train
 
 N = 36_864  # a convolution of 64 filters
 STEPS = 300
@@ -183,3 +186,25 @@ def test_memory_out_of_order():
     for tensor in (plain, last):
         Pool().scale_and_add_([tensor], one, one, 1, 2, [3], 2**16)
     assert torch.equal(plain, last)
+
+
+class Sharded:
+    """What a DTensor is known by."""
+
+    device_mesh = None
+
+
+def test_sharded_parameters_are_refused():
+    with pytest.raises(NotImplementedError, match="noise=True"):
+        Pooled().prepare([Sharded()])  # type: ignore[list-item]
+
+
+def test_a_resumed_run_is_bit_for_bit_the_same():
+    model, optimizer = modulated(bo.OGM(0.5, noise="pool"))
+    train(model, optimizer, batches(model, 20))
+    twin, other = modulated(bo.OGM(0.5, noise="pool"))
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    for one, its in ((model, optimizer), (twin, other)):
+        train(one, its, batches(one, 3, first=20))
+    assert same_bits(model, twin)

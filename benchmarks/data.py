@@ -31,10 +31,11 @@ MFEAT_ORIGIN = (
 
 @dataclass(frozen=True)
 class Split:
-    """Samples: each modality's tensor `(N, ...)`, and labels `(N,)`."""
+    """Samples: each modality's tensor `(N, ...)`, labels `(N,)`, and who each is from `(N,)` where that is known."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    groups: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,7 +71,9 @@ class MultimodalData:
         return tuple(self.about)
 
 
-def digits_views(seed: int = 0, *, views: Sequence[str] = ("image", "spectrum")) -> MultimodalData:
+def digits_views(
+    seed: int = 0, *, views: Sequence[str] = ("image", "spectrum"), writers: Sequence[int] | None = None
+) -> MultimodalData:
     """Handwritten digits of scikit-learn as two views: the picture, and its spatial spectrum without the phase.
 
     The spectrum tells how much there is of each spatial frequency and not where, so it says less. The two are used side
@@ -82,6 +85,7 @@ def digits_views(seed: int = 0, *, views: Sequence[str] = ("image", "spectrum"))
     Args:
         seed: chooses the writers for the test, and the samples for validation.
         views: names in `benchmarks.views.VIEWS`.
+        writers: blocks, 0 to 13, for the test instead of those that the seed chooses.
 
     Raises:
         ImportError: without scikit-learn (extra `demo`).
@@ -91,7 +95,7 @@ def digits_views(seed: int = 0, *, views: Sequence[str] = ("image", "spectrum"))
         raise ValueError(f"`views` should be among {list(VIEWS)}. Found {tuple(views)}.")
     digits = need("sklearn.datasets").load_digits()
     pixels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    blocks = [(3 * seed + i) % (len(WRITERS) - 1) for i in range(3)]
+    blocks = [(3 * seed + i) % (len(WRITERS) - 1) for i in range(3)] if writers is None else writers
     test = np.concatenate([np.arange(WRITERS[b], WRITERS[b + 1]) for b in blocks])
     return _assemble(
         "digits",
@@ -101,11 +105,17 @@ def digits_views(seed: int = 0, *, views: Sequence[str] = ("image", "spectrum"))
         about={name: VIEWS[name].about for name in views},
         protocol="handwritten digits that come with scikit-learn; the test is on writers never seen in training",
         per_feature=[name for name in views if VIEWS[name].per_feature],
+        groups=np.searchsorted(WRITERS, np.arange(len(pixels)), side="right") - 1,
     )
 
 
 def av_digits(
-    path: str | Path, fold: int = 0, *, noise: Literal["image", "audio"] | None = None, seed: int = 0
+    path: str | Path,
+    fold: int = 0,
+    *,
+    noise: Literal["image", "audio"] | None = None,
+    seed: int = 0,
+    speakers: Sequence[int] | None = None,
 ) -> MultimodalData:
     """Spoken and written digits; two of the six speakers, chosen by `fold`, are for the test.
 
@@ -114,6 +124,7 @@ def av_digits(
         fold: speakers `fold` and `fold + 1` (counted round) are for the test; a tenth of the rest is for validation.
         noise: modality that gets white noise of standard deviation 1 after normalisation.
         seed: of the split and of the noise.
+        speakers: for the test instead of those of `fold`.
 
     Raises:
         FileNotFoundError: saying where the data come from.
@@ -122,8 +133,8 @@ def av_digits(
     if noise not in (None, "image", "audio"):
         raise ValueError(f"`noise` should be None, 'image' or 'audio'. Found {noise!r}.")
     arrays = _arrays(path, AV_DIGITS_ORIGIN)
-    speakers = np.unique(arrays["speaker"])
-    unheard = speakers.take([fold, fold + 1], mode="wrap")
+    in_turn = np.unique(arrays["speaker"]).take([fold, fold + 1], mode="wrap")
+    unheard = in_turn if speakers is None else list(speakers)
     test = np.flatnonzero(np.isin(arrays["speaker"], unheard))
     return _assemble(
         "av_digits",
@@ -139,6 +150,7 @@ def av_digits(
         },
         protocol="spoken and written digits; the test is on speakers never heard in training",
         noise=None if noise is None else (noise, seed),
+        groups=arrays["speaker"].astype(np.int64),
     )
 
 
@@ -148,6 +160,7 @@ def mfeat(
     *,
     train_samples: int = 200,
     seed: int = 0,
+    test: np.ndarray | None = None,
 ) -> MultimodalData:
     """Handwritten numerals in several views, few of them for training.
 
@@ -156,6 +169,7 @@ def mfeat(
         views: two or more of `fou`, `fac`, `kar`, `pix`, `zer`, `mor`.
         train_samples: for training; as many are for validation, the rest for the test.
         seed: of the split.
+        test: indices for the test instead; training and validation samples are then among the others.
 
     Raises:
         FileNotFoundError: saying where the data come from.
@@ -166,6 +180,8 @@ def mfeat(
     if len(views) < 2 or not set(views) <= set(known):
         raise ValueError(f"`views` should be two or more of {known}. Found {tuple(views)}.")
     order = np.random.default_rng(seed).permutation(len(arrays["label"]))
+    if test is not None:
+        order = np.concatenate([order[~np.isin(order, test)][: 2 * train_samples], test])
     return _assemble(
         "mfeat",
         {view: torch.tensor(arrays[view], dtype=torch.float32) for view in views},
@@ -236,7 +252,9 @@ def _assemble(
     protocol: str,
     per_feature: Collection[str] = (),
     noise: tuple[str, int] | None = None,
+    groups: np.ndarray | None = None,
 ) -> MultimodalData:
+    whose = None if groups is None else torch.from_numpy(groups)
     train, val, test = (torch.from_numpy(part) for part in parts)
     inputs = {m: _standardised(view, train, per_feature=m in per_feature) for m, view in views.items()}
     if noise is not None:
@@ -244,7 +262,8 @@ def _assemble(
         clean = inputs[modality]
         inputs[modality] = clean + torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
     train_split, val_split, test_split = (
-        Split({m: x[part] for m, x in inputs.items()}, labels[part]) for part in (train, val, test)
+        Split({m: x[part] for m, x in inputs.items()}, labels[part], None if whose is None else whose[part])
+        for part in (train, val, test)
     )
     first = torch.stack([test[labels[test] == label][0] for label in labels[test].unique()])
     return MultimodalData(

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from balanceopt.functional import discrepancy_ratio, linear_logits, true_class_s
 from benchmarks.data import MultimodalData, av_digits, load
 from benchmarks.experiment import _curves
 from benchmarks.extras import need
+from benchmarks.fixed_dropout import drop_at_random
 from benchmarks.methods import METHODS, Build, Context, Method
 from benchmarks.models import MultimodalClassifier, classifier_for
 from benchmarks.report import mean_and_spread
@@ -94,25 +94,7 @@ class Look:
 def fixed_dropout(model: MultimodalClassifier, context: Context) -> Method:
     """Half of the samples lose one modality, each as likely as the others, whoever is ahead."""
     method = METHODS["joint"](model, context)
-    generator = torch.Generator().manual_seed(context.seed)
-    names = list(model.encoders)
-    chosen = torch.empty(0)
-
-    def choose(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal chosen
-        lost = torch.randint(len(names), (len(args[0]),), generator=generator)
-        keeps_all = torch.rand(len(lost), generator=generator) >= _FIXED
-        chosen = torch.where(keeps_all, len(names), lost)
-
-    def drop(position: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return output.masked_fill((chosen == position).unsqueeze(1), 0) if module.training else None
-
-    handles = [model.register_forward_pre_hook(choose)]
-    handles += [
-        encoder.register_forward_hook(partial(drop, position))
-        for position, encoder in enumerate(model.encoders.values())
-    ]
-    return replace(method, removes=(*method.removes, *(handle.remove for handle in handles)))
+    return replace(method, removes=(*method.removes, *drop_at_random(model, _FIXED, context.seed)))
 
 
 ROWS: dict[str, Build] = {**{name: METHODS[name] for name in ("joint", "OGM-GE", "OPM", "OGM-GE + OPM")}}

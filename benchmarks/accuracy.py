@@ -1,0 +1,122 @@
+"""`python -m benchmarks.accuracy`: every method on real multimodal data, against joint training, with statistics.
+
+Runs are kept one by one and never made twice: break it off whenever you like and give the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.evidence.grid import Grid
+from benchmarks.evidence.pool import run_all
+from benchmarks.evidence.progress import Progress
+from benchmarks.evidence.report import aim_text, write
+from benchmarks.evidence.results import Results
+from benchmarks.evidence.rows import rows_of, with_needs
+from benchmarks.evidence.sets import SETS
+from benchmarks.evidence.summary import summarise
+
+_DATA = Path("../shared/data")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, then write what is there."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    folder = options.data or (_DATA if _DATA.is_dir() else None)
+    try:
+        grid = _grid(options, folder)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    results = Results(options.out / "results.jsonl")
+    if not options.no_run:
+        _run(grid, results, folder, options.jobs, 60 * options.budget)
+    sets = summarise(grid, results)
+    if not sets:
+        print("Nothing was tested yet.")
+        return
+    print(aim_text(sets))
+    for path in write(sets, options.page or options.out / "evidence.md", options.out / "evidence.json"):
+        print(path)
+
+
+def _grid(options: argparse.Namespace, folder: Path | None) -> Grid:
+    """The sets and rows that were asked for.
+
+    Raises:
+        FileNotFoundError: if a set that was asked for by name needs a file that is not there.
+        ValueError: for a row that no set has.
+    """
+    there = [name for name, found in SETS.items() if found.file is None or _has(folder, found.file)]
+    if options.sets is None and len(there) < len(SETS):
+        lacking = sorted({str(found.file) for name, found in SETS.items() if name not in there})
+        print(f"Without {', '.join(lacking)} in --data: only {', '.join(there)}.")
+    names = options.sets or there
+    rows = {}
+    for name in names:
+        SETS[name].path(folder)
+        made = rows_of(SETS[name])
+        wanted = set(options.rows or made)
+        if unknown := wanted - set(made) - {row for found in SETS.values() for row in rows_of(found)}:
+            raise ValueError(f"`--rows` should be among {list(made)}. Found {sorted(unknown)}.")
+        rows[name] = with_needs(made, wanted & set(made))
+    return Grid(rows, range(options.seeds), folder)
+
+
+def _run(grid: Grid, results: Results, folder: Path | None, workers: int, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    progress = Progress(sum(count for *_, count in grid.remaining(results)), results, workers)
+    try:
+        # What has been chosen decides what can be run next.
+        while (jobs := grid.ready(results)) and time.monotonic() < until:
+            progress.at(grid.remaining(results))
+            for job, result in run_all(jobs, folder, workers, until):
+                results.add(job, result)
+                progress.step(results[job])
+    finally:
+        progress.close()
+
+
+def _has(folder: Path | None, file: str) -> bool:
+    return folder is not None and (folder / file).is_file()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data", type=Path, help=f"folder with av_digits.npz and mfeat.npz ({_DATA} if it is there)"
+    )
+    parser.add_argument(
+        "--sets", nargs="+", choices=SETS, metavar="SET", help=f"of {', '.join(SETS)}; all by default"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="by name, with all that they need; all by default"
+    )
+    parser.add_argument("--seeds", type=_positive, default=10, help="tests of each row, paired by seed")
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes after which no run begins")
+    parser.add_argument("--jobs", type=_positive, default=2, help="processes, of one thread each")
+    parser.add_argument("--out", type=Path, default=Path("out/evidence"), help="folder of results.jsonl")
+    parser.add_argument(
+        "--page", type=Path, help="Markdown page that gets the tables; OUT/evidence.md by default"
+    )
+    parser.add_argument("--no-run", action="store_true", help="only write what the runs so far say")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"should be at least 1. Found {number}.")
+    return number
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Which runs there are, and which of them can be run now: a row is tested when its options are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.results import Results
+from benchmarks.evidence.rows import Row
+from benchmarks.evidence.running import Job
+from benchmarks.evidence.sets import SETS, Part, fingerprint
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All runs of a benchmark.
+
+    Args:
+        rows: set -> row -> what it is.
+        seeds: of the tests.
+        folder: with the files of the sets.
+    """
+
+    rows: Mapping[str, Mapping[str, Row]]
+    seeds: Sequence[int]
+    folder: Path | None
+
+    def ready(self, results: Results) -> list[Job]:
+        """Runs that are missing and whose options are known, choices first, then test seed by test seed."""
+        tuning, tests = [], []
+        for name, rows in self.rows.items():
+            for row in rows.values():
+                options, missing = self._settle(name, row, results)
+                tuning.extend(missing)
+                if options is not None:
+                    tests.extend(self._tests(name, row, options))
+        # Tuning runs of one row may be asked for by several others.
+        tuning = list({job.key: job for job in tuning}.values())
+        tests = sorted((job for job in tests if job not in results), key=lambda job: job.seed)
+        return tuning + tests
+
+    def chosen(self, name: str, row: Row, results: Results) -> dict[str, Any] | None:
+        """All options of a row; None while a choice is open."""
+        return self._settle(name, row, results)[0]
+
+    def found(self, name: str, row: Row, results: Results) -> dict[int, dict[str, Any]]:
+        """Results of the tests by seed, as far as they are there."""
+        options = self.chosen(name, row, results)
+        if options is None:
+            return {}
+        return {job.seed: results[job] for job in self._tests(name, row, options) if job in results}
+
+    def tuned(self, name: str, row: Row, results: Results) -> float:
+        """Mean accuracy of its options on the data that are kept for choices; NaN if that was not run."""
+        options = self.chosen(name, row, results)
+        if options is None:
+            return float("nan")
+        jobs = self._tuning(name, row, options)
+        return float(np.mean([results[j]["accuracy"] if j in results else np.nan for j in jobs]))
+
+    def remaining(self, results: Results) -> Iterator[tuple[str, str, int]]:
+        """(set, row, runs that are still to be made), also of those that are not ready."""
+        for name, rows in self.rows.items():
+            for row in rows.values():
+                options, _ = self._settle(name, row, results)
+                runs = self._tuning_runs(name, row) + len(self.seeds)
+                done = self._tried(name, row, results)
+                if options is not None:
+                    done = self._tuning_runs(name, row) + sum(
+                        j in results for j in self._tests(name, row, options)
+                    )
+                yield name, row.name, runs - done
+
+    def _settle(self, name: str, row: Row, results: Results) -> tuple[dict[str, Any] | None, list[Job]]:
+        """The row's options, or None and the runs that have to be made first (none if they wait for another row)."""
+        options = dict(row.options)
+        for option, source in row.inherits.items():
+            other = self.chosen(name, self.rows[name][source], results)
+            if other is None:
+                return None, []
+            options[option] = other[option]
+        for knob in row.knobs:
+            scores, missing = [], []
+            for candidate in knob.candidates:
+                jobs = self._tuning(name, row, {**options, knob.name: candidate})
+                missing += [job for job in jobs if job not in results]
+                if not missing:
+                    scores.append(float(np.mean([results[job]["accuracy"] for job in jobs])))
+            if missing:
+                return None, missing
+            options[knob.name] = knob.best(scores)
+        if row.kind == "recipe":
+            # Nothing to choose, but which recipe is recommended is decided on the same data.
+            missing = [job for job in self._tuning(name, row, options) if job not in results]
+            return (None, missing) if missing else (options, [])
+        return options, []
+
+    def _tried(self, name: str, row: Row, results: Results) -> int:
+        """Tuning runs that were made; only asked for while a choice is open."""
+        return sum(
+            line["set"] == name and line["row"] == row.name and line["part"] == "tune" for line in results
+        )
+
+    def _tuning_runs(self, name: str, row: Row) -> int:
+        if row.kind == "recipe":
+            return SETS[name].choices
+        stages = [len(knob.candidates) for knob in row.knobs]
+        # A later knob's start value was run with the knob before.
+        shared = sum(row.options.get(knob.name) in knob.candidates for knob in row.knobs[1:])
+        return (sum(stages) - shared) * SETS[name].choices
+
+    def _tuning(self, name: str, row: Row, options: Mapping[str, Any]) -> list[Job]:
+        return [self._job(name, row, options, "tune", seed) for seed in range(SETS[name].choices)]
+
+    def _tests(self, name: str, row: Row, options: Mapping[str, Any]) -> list[Job]:
+        return [self._job(name, row, options, "test", seed) for seed in self.seeds]
+
+    def _job(self, name: str, row: Row, options: Mapping[str, Any], part: Part, seed: int) -> Job:
+        return Job(name, row.name, row.modality, options, part, seed, fingerprint(name, self.folder))

@@ -16,13 +16,16 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SECONDARY:
-.PHONY: help demo test test-slow test-distributed test-frameworks check format docs bench clean
+.PHONY: help demo evidence test test-slow test-distributed test-frameworks check format docs bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.extra-demo ## train on real data with and without balancing; DATA=file.npz to use your own copy
 	@$(BIN)/python -m benchmarks.demo $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+evidence: $(VENV)/.extra-demo ## train every method on every set, into docs/evidence.md; resumable; DATA=folder, ARGS="--sets digits"
+	@$(BIN)/python -m benchmarks.accuracy --page docs/evidence.md $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(VENV)/.extra-test ## run the tests, without the slow ones; ARGS="-k ogm" goes to pytest
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

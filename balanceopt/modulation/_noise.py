@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from balanceopt import _gaussian_compiled
 from balanceopt._pool import Pool
@@ -111,5 +112,6 @@ def source_of(noise: bool | Noise) -> NoiseSource:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer, min_ndim: int) -> list[nn.Parameter]:
-    """Those of the optimizer with at least so many dimensions: all that may get noise."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.dim() >= min_ndim]
+    """Those of the optimizer with at least so many dimensions: all that may get noise, as far as they are built."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [p for p in parameters if not is_lazy(p) and p.dim() >= min_ndim]

@@ -55,6 +55,21 @@ class TestCompany:
         for a, b in zip(*finals, strict=True):
             torch.testing.assert_close(a, b)
 
+    @pytest.mark.parametrize("noise", [True, "pool"])
+    def test_noise_where_own_heads_are_built_later(self, noise):
+        model = Concat()
+        monitor = watch(model)
+        objective = bo.UnimodalObjective(monitor, CLASSES, seed=0)
+        groups = [*bo.modality_groups(model, model.modalities), {"params": objective.parameters()}]
+        optimizer = bo.ModulatedOptimizer(torch.optim.SGD(groups, lr=0.1), monitor, bo.OGM(0.5, noise=noise))
+        for _ in range(2):
+            inputs, labels = batch()
+            optimizer.zero_grad()
+            (F.cross_entropy(model(*inputs), labels) + objective(labels)).backward()
+            optimizer.step()
+        assert optimizer.stats()["modulated"] == 2
+        assert all(p.isfinite().all() for p in objective.parameters())
+
     def test_re_learning(self):
         model = Concat()
         monitor = watch(model)

@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SECONDARY:
-.PHONY: help demo evidence test test-slow test-distributed test-frameworks check format docs bench clean
+.PHONY: help demo evidence test test-slow test-distributed test-frameworks test-bases check format docs bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ test-distributed: $(VENV)/.extra-test ## run the tests that start several proces
 
 test-frameworks: $(VENV)/.extra-test $(VENV)/.extra-accelerate $(VENV)/.extra-lightning $(VENV)/.extra-transformers ## run the tests with Lightning, Transformers and Accelerate
 	@$(BIN)/python -m pytest -n $(JOBS) -m frameworks $(ARGS)
+
+test-bases: $(VENV)/.extra-test $(VENV)/.extra-bases ## run the tests with the optimizers of pytorch_optimizer
+	@$(BIN)/python -m pytest -n $(JOBS) -m bases $(ARGS)
 
 check: $(VENV)/.extra-test $(VENV)/.extra-check ## lint, format and type checks
 	@$(BIN)/ruff check .

@@ -14,10 +14,24 @@ _CANCELLING = frozenset(
     }
 )  # fmt: skip
 
+# The same of the `pytorch_optimizer` package, as tests/contract/test_pytorch_optimizer.py measures them.
+_CANCELLING_TOO = frozenset(
+    {
+        "A2Grad", "ADOPT", "APOLLO", "AdEMAMix", "AdaDelta", "AdaFactor", "AdaGC", "AdaGO", "AdaMax", "AdaMuon",
+        "AdaNorm", "AdaPNM", "AdaShift", "AdaSmooth", "AdaTAM", "Adalite", "AdamC", "AdamG", "AdamS", "AdamWSN",
+        "Adan", "Aida", "Alice", "Amos", "Ano", "BCOS", "CAME", "Conda", "DASH", "DAdaptAdaGrad", "DAdaptAdam",
+        "DAdaptAdan", "DAdaptLion", "DualAdam", "EXAdam", "EmoFact", "EmoLynx", "EmoNavi", "FAdam", "FOCUS",
+        "FTRL", "Fira", "FlashAdamW", "Fromage", "GaLore", "Grams", "Gravity", "GrokFastAdamW", "Kate",
+        "LaProp", "LoRARite", "MARS", "Nero", "NorMuon", "PAdam", "Prodigy", "RACS", "ROSE", "Ranger21",
+        "SCION", "SCIONLight", "SM3", "SOAP", "SPAM", "SPlus", "SaRA", "ScheduleFreeAdamW", "ScheduleFreeRAdam",
+        "SignSGD", "SimplifiedAdEMAMix", "SophiaH", "StableAdamW", "StableSPAM", "Tiger", "VSGD",
+    }
+)  # fmt: skip
+
 
 def cancels_constant_factor(optimizer: torch.optim.Optimizer) -> bool:
     """Whether scaling every gradient by a constant leaves the optimizer's steps as they are."""
     inside = getattr(optimizer, "optimizer", None)  # of Lookahead and other wrappers
     if isinstance(inside, torch.optim.Optimizer):
         return cancels_constant_factor(inside)
-    return any(kind.__name__ in _CANCELLING for kind in type(optimizer).__mro__)
+    return any(kind.__name__ in _CANCELLING | _CANCELLING_TOO for kind in type(optimizer).__mro__)

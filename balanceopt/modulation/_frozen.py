@@ -15,13 +15,17 @@ Restore = Callable[[Tensor], None]
 
 # State that a base makes in its first step is zero before it, in units that have not moved, but for these.
 _COPIES_OF_PARAMETER = frozenset(
-    {"ax", "slow_buffer", "slow_param", "x0", "z"}
-)  # ASGD, Ranger, Lookahead, MADGRAD
+    {
+        "ax", "slow_buffer", "slow_param", "x0", "z",  # ASGD, Ranger, Lookahead, MADGRAD, schedule-free
+        "lookahead_params", "p0", "prev_param", "x_k",  # pytorch_optimizer: Ranger21, Prodigy, AdaSmooth, A2Grad
+    }
+)  # fmt: skip
 _OF_A_DIMENSION = (
     "precond",
     "inv_precond",
 )  # Shampoo: one matrix for each dimension, of a square parameter's shape
-_SET_BY_OPTION = frozenset({"step_size"})  # Rprop: a zero gradient leaves it what it was made as
+# A zero gradient leaves it what it was made as: Rprop; pytorch_optimizer's Kate, Adai, VSGD, SPAM and SaRA.
+_LEFT_BY_ZERO = frozenset({"step_size", "b", "beta1_prod", "bg", "bhg", "mask"})
 
 
 class Scratch:
@@ -98,7 +102,7 @@ def _freeze_part(part: Part, kept: Tensor, rows: Tensor | None, states: list[Any
                     saved[keys](value)
                 elif keys[0] in _COPIES_OF_PARAMETER:
                     own(value)
-                elif keys[0] not in _SET_BY_OPTION:
+                elif keys[0] not in _LEFT_BY_ZERO:
                     part.of(value).masked_fill_(part.spread(~kept), 0)
 
     return put_back

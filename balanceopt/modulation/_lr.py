@@ -9,8 +9,8 @@ import torch
 
 from balanceopt.modulation._base import Slot, Undo
 
-# They take a learning rate and never read it.
-_IGNORE_LR = frozenset({"A2GradExp", "A2GradInc", "A2GradUni"})
+# They take a learning rate and never read it; ApolloDQN warms up to one of its own.
+_IGNORE_LR = frozenset({"A2GradExp", "A2GradInc", "A2GradUni", "ApolloDQN"})
 
 
 def check_lr(optimizer: torch.optim.Optimizer) -> None:

@@ -40,6 +40,12 @@ class Base:
         return self.name
 
 
+def classes_of(module: object) -> set[str]:
+    """Names of the optimizers in a package."""
+    found = {name for name, value in vars(module).items() if isinstance(value, type)}
+    return {n for n in found if issubclass(getattr(module, n), torch.optim.Optimizer)} - {"Optimizer"}
+
+
 def _matrices(groups: Groups) -> Groups:
     return [{**group, "params": [p for p in group["params"] if p.dim() == 2]} for group in groups]
 

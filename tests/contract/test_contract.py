@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ import torch_optimizer
 from torch import nn
 
 import balanceopt as bo
-from tests.contract.bases import BASES, Base
+from tests.contract.bases import BASES, Base, classes_of
 from tests.contract.methods import METHODS, Method
-from tests.models import Multimodal, watch
-from tests.training import backward, batch, distance, groups_of, same_bits, small_model
+from tests.contract.runs import advance, build
+from tests.training import distance, groups_of, same_bits, small_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LBFGS evaluates its closure several times"),
@@ -37,32 +36,6 @@ most_pairs = pytest.mark.parametrize(
     ("method", "base"),
     [pair for pair in PAIRS if "torch_optimizer" not in str(pair.id) or str(pair.id).startswith("OGM-GE")],
 )
-
-
-def build(base: Base, modulation: bo.Modulation) -> tuple[Multimodal, bo.ModulatedOptimizer]:
-    model = small_model()
-    return model, bo.ModulatedOptimizer(base.make(groups_of(model)), watch(model), modulation, seed=3)
-
-
-def advance(
-    model: Multimodal, optimizer: torch.optim.Optimizer, base: Base, numbers: Iterable[int]
-) -> list[float]:
-    """Step on the batches `numbers`; returns each closure's loss."""
-    losses = []
-    for number in numbers:
-        if base.create_graph:
-            torch.manual_seed(number)  # Adahessian draws from the global stream
-
-        def closure(number: int = number) -> torch.Tensor:
-            optimizer.zero_grad()
-            return backward(model, batch(number, model), create_graph=base.create_graph)
-
-        if base.closure:
-            losses.append(float(optimizer.step(closure)))  # type: ignore[arg-type]
-        else:
-            closure()
-            optimizer.step()
-    return losses
 
 
 def finite(model: nn.Module) -> bool:
@@ -144,11 +117,6 @@ def test_a_copy_steps_its_own_parameters(method: Method, base: Base):
 def test_lr_mode_refuses_bases_without_an_lr_of_their_own_for_each_group(base: Base):
     with pytest.raises(ValueError, match="apply_to='lr'"):
         build(base, bo.OGM(apply_to="lr"))
-
-
-def classes_of(module: object) -> set[str]:
-    found = {name for name, value in vars(module).items() if isinstance(value, type)}
-    return {n for n in found if issubclass(getattr(module, n), torch.optim.Optimizer)} - {"Optimizer"}
 
 
 def test_no_base_is_left_out():

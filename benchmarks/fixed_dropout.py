@@ -28,7 +28,10 @@ def drop_at_random(model: MultimodalClassifier, p: float, seed: int) -> tuple[Ca
         chosen = torch.where(keeps_all, count, lost).to(args[0].device)
 
     def drop(position: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return output.masked_fill((chosen == position).unsqueeze(1), 0) if module.training else None
+        if not module.training:
+            return None
+        lost = (chosen == position).view(-1, *[1] * (output.dim() - 1))
+        return output.masked_fill(lost, 0)
 
     handles = [model.register_forward_pre_hook(choose)]
     handles += [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 import balanceopt as bo
 from benchmarks.data import MultimodalData, Split
 from benchmarks.extras import need
-from benchmarks.methods import Build, Context, plain
+from benchmarks.methods import Build, Context, Method, plain
 from benchmarks.models import MultimodalClassifier, classifier_for
 
 
@@ -61,9 +61,23 @@ def fit(
     val_loader = batches(data.val, modalities, recipe.batch_size, seed)
     context = Context(loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed)
     method = build(model, context)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(method.optimizer, [recipe.decay_epoch], gamma=0.1)
+    loop(model, method, loader, recipe.epochs, recipe.decay_epoch, on_epoch)
+    return method.recorder
+
+
+def loop(
+    model: nn.Module,
+    method: Method,
+    loader: Iterable[Sequence[Tensor]],
+    epochs: int,
+    decay_epoch: int | None,
+    on_epoch: Callable[[], object] = lambda: None,
+) -> None:
+    """The user's loop: batches `(*inputs, labels)`, a learning rate that falls to a tenth after `decay_epoch`."""
+    milestones = [] if decay_epoch is None else [decay_epoch]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(method.optimizer, milestones, gamma=0.1)
     try:
-        for _ in range(recipe.epochs):
+        for _ in range(epochs):
             model.train()
             for *inputs, labels in loader:
                 method.optimizer.zero_grad()
@@ -79,7 +93,6 @@ def fit(
     finally:
         for remove in method.removes:
             remove()
-    return method.recorder
 
 
 def train_alone(
@@ -111,14 +124,19 @@ def linear_probe(encoder: nn.Module, data: MultimodalData, modality: str) -> flo
     Raises:
         ImportError: without scikit-learn (extra `demo`).
     """
-    regression = need("sklearn.linear_model").LogisticRegression(max_iter=1000)
     seen, unseen = (_features(encoder, split.inputs[modality]) for split in (data.train, data.test))
-    mean, std = seen.mean(axis=0), seen.std(axis=0) + 1e-6
+    return probe((seen, data.train.labels.numpy()), (unseen, data.test.labels.numpy()))
+
+
+def probe(seen: tuple[np.ndarray, np.ndarray], unseen: tuple[np.ndarray, np.ndarray]) -> float:
+    """Accuracy in percent on (features, labels) that a logistic regression of others reaches."""
+    regression = need("sklearn.linear_model").LogisticRegression(max_iter=1000)
+    mean, std = seen[0].mean(axis=0), seen[0].std(axis=0) + 1e-6
     with warnings.catch_warnings():
         # A unit that is dead can leave it a step short of convergence, which moves no prediction.
         warnings.simplefilter("ignore")
-        regression.fit((seen - mean) / std, data.train.labels.numpy())
-    return float(100 * regression.score((unseen - mean) / std, data.test.labels.numpy()))
+        regression.fit((seen[0] - mean) / std, seen[1])
+    return float(100 * regression.score((unseen[0] - mean) / std, unseen[1]))
 
 
 def batches(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def build_of(options: Mapping[str, Any]) -> Build:
     Args:
         options: `lr`, `epochs`, and any of `optimizer`, `lr_factor`, `dropout_p`, `unimodal_heads` with
             `unimodal_weight`, `ogm_alpha` with `ogm_noise` and `ogm_apply_to`, `opm_q_base`, `amss_scale` with
-            `amss_temperature`, `relearn_lam`.
+            `amss_temperature`, `relearn_lam` with `relearn_every`; `weight_decay`, and `ogm_epochs`, the first and the
+            last epoch in which OGM acts.
     """
 
     def build(model: MultimodalClassifier, context: Context) -> Method:
@@ -64,14 +66,14 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Mapping[st
     if "opm_q_base" in options:
         modulator = bo.PredictionModulator(monitor, q_base=options["opm_q_base"], seed=context.seed)
         removes.insert(0, modulator.remove)
-    epoch_ends = []
+    epoch_ends = _window(optimizer) if "ogm_epochs" in options else []
     if "relearn_lam" in options:
         scheduler = bo.ReLearnScheduler(
             optimizer,
             monitor,
             context.train_loader,
             context.val_loader,
-            every=max(1, options["epochs"] // _PARTS),
+            every=options.get("relearn_every", max(1, options["epochs"] // _PARTS)),
             max_relearns=_RELEARNS,
             lam=options["relearn_lam"],
             seed=context.seed,
@@ -92,15 +94,19 @@ def _optimizer(
             momentum=context.momentum,
             scale=options["amss_scale"],
             temperature=options["amss_temperature"],
+            weight_decay=options.get("weight_decay", 0.0),
             seed=context.seed,
         )
     base = _base(groups, context, options)
     if "ogm_alpha" not in options:
         return base
+    start, end = options.get("ogm_epochs", (0, None))
     modulation = bo.OGM(
         alpha=options["ogm_alpha"],
         noise=options["ogm_noise"],
         apply_to=options.get("ogm_apply_to", "grad"),
+        start=start,
+        end=end,
     )
     return bo.ModulatedOptimizer(base, monitor, modulation, seed=context.seed)
 
@@ -108,7 +114,15 @@ def _optimizer(
 def _base(params: Any, context: Context, options: Mapping[str, Any]) -> torch.optim.Optimizer:
     if options.get("optimizer") == "adamw":
         return torch.optim.AdamW(params, lr=context.lr)
-    return torch.optim.SGD(params, lr=context.lr, momentum=context.momentum)
+    decay = options.get("weight_decay", 0.0)
+    return torch.optim.SGD(params, lr=context.lr, momentum=context.momentum, weight_decay=decay)
+
+
+def _window(optimizer: Any) -> list[Callable[[], object]]:
+    """What counts the window of a modulation in epochs."""
+    epochs = count()
+    optimizer.set_epoch(next(epochs))
+    return [lambda: optimizer.set_epoch(next(epochs))]
 
 
 def _dropout(model: MultimodalClassifier, context: Context, options: Mapping[str, Any]) -> tuple[Any, ...]:

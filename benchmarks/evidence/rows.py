@@ -113,6 +113,7 @@ _OWN = {"unimodal_heads": "own", "unimodal_weight": 1.0}
 RECIPES = (
     _recipe("uni-modal losses", **_OWN),
     _recipe("re-learning + uni-modal losses", **_OWN, relearn_lam=3.0),
+    _recipe("re-learning + 3 x uni-modal losses", unimodal_heads="own", unimodal_weight=3.0, relearn_lam=3.0),
     _recipe("OPM 0.25 + uni-modal losses", **_OWN, opm_q_base=0.25),
     _recipe("OPM 0.25 + re-learning + uni-modal losses", **_OWN, opm_q_base=0.25, relearn_lam=3.0),
     _recipe(

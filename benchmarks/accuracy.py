@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.evidence import paper
+from benchmarks.evidence.configs import CONFIGS
 from benchmarks.evidence.grid import Grid
 from benchmarks.evidence.pool import run_all
 from benchmarks.evidence.progress import Progress
@@ -27,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write what is there."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.config:
+        _reproduce(parser, options)
+        return
     folder = options.data or (_DATA if _DATA.is_dir() else None)
     try:
         grid = _grid(options, folder)
@@ -42,6 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(aim_text(sets))
     for path in write(sets, options.page or options.out / "evidence.md", options.out / "evidence.json"):
         print(path)
+
+
+def _reproduce(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """A paper's setting on the public original."""
+    if options.data is None:
+        parser.error("--config needs --data, the folder of the public original.")
+    try:
+        text = paper.reproduce(
+            options.config,
+            options.data,
+            Results(options.out / f"{options.config}.jsonl"),
+            seeds=range(options.seeds or 3),
+            rows=options.rows,
+            device=options.device,
+            workers=options.jobs,
+            epochs=options.epochs,
+        )
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    print(text)
+    (options.out / f"{options.config}.md").write_text(f"{text}\n", encoding="utf-8")
 
 
 def _grid(options: argparse.Namespace, folder: Path | None) -> Grid:
@@ -64,7 +90,7 @@ def _grid(options: argparse.Namespace, folder: Path | None) -> Grid:
         if unknown := wanted - set(made) - {row for found in SETS.values() for row in rows_of(found)}:
             raise ValueError(f"`--rows` should be among {list(made)}. Found {sorted(unknown)}.")
         rows[name] = with_needs(made, wanted & set(made))
-    return Grid(rows, range(options.seeds), folder)
+    return Grid(rows, range(options.seeds or 10), folder)
 
 
 def _run(grid: Grid, results: Results, folder: Path | None, workers: int, seconds: float) -> None:
@@ -100,13 +126,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows", nargs="+", metavar="ROW", help="by name, with all that they need; all by default"
     )
-    parser.add_argument("--seeds", type=_positive, default=10, help="tests of each row, paired by seed")
+    parser.add_argument(
+        "--seeds", type=_positive, help="tests of each row, paired by seed: 10, or 3 with --config"
+    )
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes after which no run begins")
     parser.add_argument("--jobs", type=_positive, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=Path("out/evidence"), help="folder of results.jsonl")
     parser.add_argument(
         "--page", type=Path, help="Markdown page that gets the tables; OUT/evidence.md by default"
     )
+    papers = parser.add_argument_group("a paper's setting, on its public data set")
+    papers.add_argument("--config", choices=CONFIGS, metavar="NAME", help=f"one of {', '.join(CONFIGS)}")
+    papers.add_argument("--device", default="cpu", help="cuda, cuda:1, mps, ...; for --config")
+    papers.add_argument("--epochs", type=_positive, help="instead of the paper's own; for --config")
     parser.add_argument("--no-run", action="store_true", help="only write what the runs so far say")
     return parser
 

@@ -15,5 +15,6 @@ def need(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
+        name = module.split(".")[0]
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(name, name)
         raise ImportError(f"this needs {package}: pip install 'balanceopt[demo]'") from error

@@ -107,19 +107,30 @@ class Scorer:
 
     def settled(self, done: Pass) -> ModalitySums | None:
         """The pass's sums, made once for all consumers."""
-        if not done.settled:
-            done.closed = done.settled = True
-            self._refuse_misfit(done)
-            ignore = self.ignore_index if done.ignore_index is None else done.ignore_index
-            done.sums = settle(done, self.modalities, ignore, self.recovery)
-            if done.sums is not None:
-                self.seen.note(f"labels:{done.label_source}")
-                self.seen.note_score()
-            elif not done.held_back:
-                self.seen.note("unscored")
-            done.unimodal, done.logits = None, None
-            done.gradients.clear()
+        done.closed = True
+        self._settle(done)
+        done.unimodal, done.logits = None, None
+        done.gradients.clear()
         return done.sums
+
+    def settled_in_backward(self, current: Pass) -> ModalitySums | None:
+        """The same while its backward still runs; None where labels may yet come."""
+        if current.labels is not None or self.recovery is not None:
+            self._settle(current)
+        return current.sums
+
+    def _settle(self, done: Pass) -> None:
+        if done.settled:
+            return
+        done.settled = True
+        self._refuse_misfit(done)
+        ignore = self.ignore_index if done.ignore_index is None else done.ignore_index
+        done.sums = settle(done, self.modalities, ignore, self.recovery)
+        if done.sums is not None:
+            self.seen.note(f"labels:{done.label_source}")
+            self.seen.note_score()
+        elif not done.held_back:
+            self.seen.note("unscored")
 
     def _refuse_misfit(self, done: Pass) -> None:
         """What the model was given as `labels=` may be no class indices: then read them from the gradient."""

@@ -34,6 +34,7 @@ SAID = (
     "scores are not finite, all zero, or of fewer than two modalities",
     "gradients that are not finite were left",
     "no encoder's parameter in this optimizer has a gradient",
+    "the optimizer state that was loaded has been trained, and balanceopt's step counter in it is 0",
     r"the encoder of '\w+' was not called in a forward in which features",
 )
 
@@ -101,12 +102,13 @@ class Training(RuleBasedStateMachine):
         self.counts = {"modulated": 0, "without_scores": 0, "outside_window": 0}
         self.silent = 0
         self.dead = False  # whether the latest forward in training has no backward
+        self.left = False  # whether it was before this modulation: no step of it closes that pass
         self.discard()
         self.hooks = hooks_on(self.all.model)
 
     def discard(self) -> None:
         """No pass is waiting for a step."""
-        self.scored = self.unlabelled = False
+        self.scored = self.unlabelled = False  # a step or zero_grad closed the pass
         self.sums: tuple[Tensor, Tensor] | None = (torch.zeros(self.modalities), torch.zeros(self.modalities))
 
     def new_model(self) -> Multimodal:
@@ -148,7 +150,9 @@ class Training(RuleBasedStateMachine):
         monitor = self.all.monitor
         with allowing():
             expected = self.expect(inputs, labels)
-            if say == "early" and (self.unlabelled or self.dead):  # then they would be for the pass before
+            if say == "early" and (
+                self.unlabelled or self.dead or self.left
+            ):  # they would be for the pass before
                 say = ""
             if say == "early":
                 monitor.observe(labels)
@@ -160,7 +164,7 @@ class Training(RuleBasedStateMachine):
             if say == "last":
                 monitor.observe(labels)
         self.forwards += 1
-        self.unlabelled, self.dead = not say, False
+        self.unlabelled, self.dead, self.left = not say, False, False
         if len(labels):
             self.scored = True
             if expected is None or self.sums is None:
@@ -286,7 +290,7 @@ class Training(RuleBasedStateMachine):
             return loss.detach()
 
         self.forwards += 1
-        self.dead = False
+        self.dead = self.left = False
         self.all.model.zero_grad(set_to_none=False)
         self.scored = True
         if self.all_finite() and next(self.all.model.parameters()).grad is None:
@@ -340,7 +344,7 @@ class Training(RuleBasedStateMachine):
             scaler.step(self.all.optimizer)
             scaler.update()
         self.forwards += 1
-        self.dead = False
+        self.dead = self.left = False
         self.zero_grad("optimizer")
 
     @rule(epoch=st.integers(0, 5))
@@ -408,9 +412,9 @@ class Training(RuleBasedStateMachine):
         assert not plain
         self.all.handle = bo.attach(self.all.optimizer, self.all.monitor, self.methods, seed=7)
         self.listen(self.all)
-        open_, dead = self.unlabelled, self.dead
+        open_, dead = self.unlabelled or self.left, self.dead
         self.begin()
-        self.unlabelled, self.dead = open_, dead  # the monitor stayed
+        self.dead, self.left = dead, open_  # the monitor stayed
         if not keep_state:
             self.number, self.epoch = 0, None
 

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
+from balanceopt._warnings import warn_user
 from balanceopt.modality import unwrap
 from balanceopt.modulation import Modulation
 from balanceopt.monitor import ModalityMonitor
@@ -59,6 +60,25 @@ def refuse_groups(groups: Sequence[dict[str, Any]]) -> None:
                     "FullyShardedDataParallel (FSDP1) is not supported: its parameters are flat local shards. "
                     "Use torch.distributed.fsdp.fully_shard (FSDP2)."
                 )
+
+
+def warn_of_known_defects(optimizer: torch.optim.Optimizer) -> None:
+    """Say what a third-party optimizer is known to fail on, before it does so with an error of another meaning."""
+    kind = type(optimizer)
+    if kind.__name__ != "Adafactor" or not kind.__module__.startswith("torch_optimizer."):
+        return
+    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if p.dim() > 2]
+    if shapes:
+        warn_user(
+            "torch_optimizer's Adafactor can't step parameters of more than two dimensions. "
+            f"Found one of shape {shapes[0]}. Use torch.optim.Adafactor."
+        )
+
+
+def steps_others(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether another optimizer inside this one steps by groups of its own."""
+    inner = getattr(optimizer, "optimizer", None)
+    return isinstance(inner, torch.optim.Optimizer) and inner.param_groups is not optimizer.param_groups
 
 
 def check_arguments(

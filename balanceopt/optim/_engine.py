@@ -14,7 +14,7 @@ from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, Step, Undo
 from balanceopt.monitor import ModalityMonitor, ModalitySums
-from balanceopt.optim._checks import check_arguments
+from balanceopt.optim._checks import check_arguments, steps_others, warn_of_known_defects
 from balanceopt.optim._kept import Kept, device_of
 from balanceopt.optim._owners import Owners
 
@@ -60,6 +60,8 @@ class Engine:
         for modulation in chosen:
             modulation.check(optimizer)
         # Nothing was changed until here, and nothing raises from here on.
+        warn_of_known_defects(optimizer)
+        self._has_own_groups = steps_others(optimizer)
         self.accumulator = monitor.accumulator(needs_entropy=any(m.needs_entropy for m in chosen))
         self._kept = Kept(optimizer, monitor, self.accumulator, seed)
         self._kept.begin()
@@ -139,6 +141,12 @@ class Engine:
         self._owners.refresh()
         self.discard()
         self._silent = 0
+        if steps_others(self.optimizer) and not self._has_own_groups:
+            self._warn(
+                "parted",
+                f"loading gave {type(self.optimizer).__name__} param groups of its own: learning rates set in them no "
+                "longer reach the optimizer inside it. Set them in its `.optimizer` too.",
+            )
 
     def detach(self, *, keep_state: bool = False) -> None:
         """Leave the base optimizer and the monitor as they were, but for the numbers in its groups if they are kept."""

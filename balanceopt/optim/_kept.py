@@ -78,7 +78,7 @@ class Kept:
         if STEP not in self._first:
             self.fill()
             return
-        self.load()
+        self._take_over()
         if self._is_chosen:
             self._set(SEED, self._seed)
 
@@ -106,6 +106,9 @@ class Kept:
         elif self.number == 0 and _is_trained(self._optimizer):
             # torch.distributed.checkpoint fills in what a checkpoint lacks with what the optimizer had.
             warn_user(NOT_COUNTED)
+        self._take_over()
+
+    def _take_over(self) -> None:
         self.fill()
         if self._monitor.every > 1:
             flat = torch.tensor(self._first[HELD], device=device_of(self._optimizer))

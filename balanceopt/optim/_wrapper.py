@@ -11,6 +11,7 @@ import torch
 from balanceopt.modulation import Modulation
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._checks import note_wrapper
+from balanceopt.optim._copies import left_out_of_copies
 from balanceopt.optim._engine import Engine, Listener
 
 _HOOKS = (
@@ -21,6 +22,8 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
+# Under this name a copy carries what the base's own copy lacks.
+_BESIDE = "_balanceopt_beside"
 
 
 class WrappedOptimizer(torch.optim.Optimizer):
@@ -162,10 +165,13 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler's patched `step` is bound to this very object: a copy with it would step the original.
-        return {key: value for key, value in self.__dict__.items() if key not in ("step", "_opt_called")}
+        own = {key: value for key, value in self.__dict__.items() if key not in ("step", "_opt_called")}
+        return {**own, _BESIDE: left_out_of_copies(self.optimizer)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        for name, value in self.__dict__.pop(_BESIDE).items():
+            self.optimizer.__dict__.setdefault(name, value)
         self._prepare()
 
     def _prepare(self) -> None:

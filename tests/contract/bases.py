@@ -23,7 +23,7 @@ class Base:
         make: from param groups to the optimizer.
         closure: its step needs one.
         create_graph: its step differentiates the gradients.
-        copies: a deep copy of the bare optimizer can step.
+        copies: a deep copy can step.
         scales_lr: reads a learning rate for each group, and keeps nothing else for each of them.
         loads_lr: a learning rate set after load_state_dict still reaches the parameters.
     """
@@ -94,24 +94,22 @@ _OWN = [
     _torch("ASGD", 0.1),
     _torch("Adafactor", 0.01),
     Base("Muon", lambda groups: torch.optim.Muon(_matrices(groups), lr=0.01)),
-    # Copies lose its list of parameters: torch's own fault. A single learning rate serves all parameters.
+    # A single learning rate serves all parameters.
     Base(
         "LBFGS",
         lambda groups: torch.optim.LBFGS(_one_group(groups), lr=0.01, max_iter=3),
         closure=True,
-        copies=False,
         scales_lr=False,
     ),
 ]
 
-# `copies=False`: options set beside `param_groups`, which Optimizer.__getstate__ leaves out, are missing in a copy.
 _THIRD_PARTY = [
     _third("A2GradExp", scales_lr=False),  # these three take a learning rate and never read it
     _third("A2GradInc", scales_lr=False),
     _third("A2GradUni", scales_lr=False),
     _third("AccSGD"),
-    _third("AdaBelief", copies=False),
-    _third("AdaBound", copies=False, scales_lr=False),  # keeps a list of each group's first lr
+    _third("AdaBelief"),
+    _third("AdaBound", scales_lr=False),  # keeps a list of each group's first lr
     _third("AdaMod"),
     _third("Adafactor", scales_lr=False),  # makes its own learning rate (relative_step)
     _third("Adahessian", create_graph=True),
@@ -120,7 +118,7 @@ _THIRD_PARTY = [
     _third("Apollo"),
     _third("DiffGrad"),
     _third("LARS", options={"weight_decay": 1e-4}),  # plain SGD without it
-    _third("Lamb", copies=False),
+    _third("Lamb"),
     # Never calls Optimizer.__init__: without the wrapper it has neither hooks nor state_dict nor copies. Loading parts
     # its groups from those of the optimizer inside it.
     Base("torch_optimizer.Lookahead", _lookahead, copies=False, loads_lr=False),
@@ -130,8 +128,8 @@ _THIRD_PARTY = [
     _third("QHAdam"),
     _third("QHM"),
     _third("RAdam"),
-    _third("Ranger", copies=False),
-    _third("RangerQH", copies=False),
+    _third("Ranger"),
+    _third("RangerQH"),
     _third("RangerVA"),
     _third("SGDP"),
     _third("SGDW"),

@@ -36,8 +36,12 @@ LEFT_OUT = {
 UNSAFE_STATE = dict.fromkeys(
     ("AdaShift", "Conda", "SCION", "SCIONLight", "ScalableShampoo"), "objects in its state"
 )
-# `Optimizer.__getstate__` leaves out what they keep beside `param_groups`. All but these five do.
-COPIES = ("Adam", "AdamW", "NAdam", "RMSprop", "SGD")
+# What they keep beside `param_groups` the wrapper puts into its copies, but not this.
+NOT_COPIED = {
+    "ADOPT": "keeps a function",
+    "AdaShift": "keeps a function",
+    "Magma": "is around another optimizer",
+}
 # Other gradients for one parameter move others too.
 GLOBAL = {
     "AdaGC": "clips by a norm over all parameters",

@@ -22,6 +22,7 @@ pytestmark = [
         "ignore:Using backward\\(\\) with create_graph=True"
     ),  # Adahessian asks for it
     pytest.mark.filterwarnings("ignore:This overload of add"),  # torch-optimizer's Ranger
+    pytest.mark.filterwarnings("ignore:loading gave Lookahead param groups of its own"),
 ]
 
 PAIRS = [
@@ -102,7 +103,7 @@ def test_resumes_bit_for_bit(method: Method, base: Base):
 @most_pairs
 def test_a_copy_steps_its_own_parameters(method: Method, base: Base):
     if not base.copies:
-        pytest.skip("the bare optimizer's copies can't step")
+        pytest.skip("copies of an optimizer around another can't step")
     if not method.copies:
         pytest.skip("a copy's first step scales gradients at the step: tests/unit/modulation/test_outputs.py")
     model, optimizer = build(base, method.make())
@@ -113,6 +114,16 @@ def test_a_copy_steps_its_own_parameters(method: Method, base: Base):
     assert distance(model, twin) > 0
     advance(model, optimizer, base, range(2, 4))
     assert same_bits(model, twin)
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if not base.copies], ids=str)
+def test_what_cannot_be_copied_says_so(base: Base):
+    model, optimizer = build(base, bo.OGM(0.5))
+    advance(model, optimizer, base, range(2))
+    with pytest.warns(UserWarning, match=r"copies of Lookahead can't step"):
+        twin, copied = copy.deepcopy((model, optimizer))
+    with pytest.raises(AttributeError):
+        advance(twin, copied, base, range(2, 4))
 
 
 @pytest.mark.parametrize("base", [base for base in BASES if not base.scales_lr], ids=str)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_optimizer
 from torch import nn
 
 import balanceopt as bo
@@ -208,3 +209,34 @@ def test_every_warning_names_the_users_line(recwarn: pytest.WarningsRecorder):
     train(model.eval(), optimizer, batches(model, 1))
     (warning,) = recwarn
     assert warning.filename == train.__code__.co_filename
+
+
+# -- known defects of torch-optimizer ---------------------------------------------------------------------------------
+
+
+class Images(nn.Module):
+    """An encoder with a convolution beside one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio = nn.Linear(5, 4)
+        self.visual = nn.Conv2d(1, 4, 3)
+        self.head = nn.Linear(8, 3)
+
+
+def test_an_optimizer_that_cannot_step_convolutions_is_named():
+    model = Images()
+    encoders = {"audio": model.audio, "visual": model.visual}
+    monitor = bo.ModalityMonitor(model, encoders, head=model.head)
+    with pytest.warns(UserWarning, match=r"Found one of shape \(4, 1, 3, 3\). Use torch\.optim\.Adafactor"):
+        bo.ModulatedOptimizer(torch_optimizer.Adafactor(model.parameters()), monitor)
+    bo.ModulatedOptimizer(torch.optim.Adafactor(model.parameters()), monitor)
+
+
+def test_groups_that_loading_parts_from_those_inside_are_named():
+    model = small_model()
+    lookahead = torch_optimizer.Lookahead(sgd(groups_of(model)))
+    optimizer = bo.ModulatedOptimizer(lookahead, watch(model))
+    with pytest.warns(UserWarning, match="loading gave Lookahead param groups of its own"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert lookahead.optimizer.param_groups is not lookahead.param_groups

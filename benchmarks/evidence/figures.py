@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from balanceopt.plotting import COLOURS
+from benchmarks.evidence.rows import JOINT
 from benchmarks.evidence.summary import RowSummary, SetSummary
 from benchmarks.extras import need
 
@@ -20,9 +21,9 @@ def draw_all(sets: Sequence[SetSummary], folder: Path) -> dict[str, Path]:
     files = {}
     for found in sets:
         files[found.name] = folder / f"evidence_{found.name}.png"
-        differences(found).savefig(files[found.name], dpi=130)
+        differences(found).savefig(files[found.name], dpi=110)
     files["recovery"] = folder / "evidence_recovery.png"
-    recoveries(sets).savefig(files["recovery"], dpi=130)
+    recoveries(sets).savefig(files["recovery"], dpi=110)
     return files
 
 
@@ -52,7 +53,7 @@ def recoveries(sets: Sequence[SetSummary]) -> Any:
     """Share of the starved encoder's gap that each row closes, a colour for each set that has one."""
     starved = [found for found in sets if found.starved is not None]
     names = list(dict.fromkeys(n for found in starved for n, row in found.rows.items() if row.recovery))
-    figure = _figure((7.5, 1.3 + 0.3 * max(1, len(names))))
+    figure = _figure((8.5, 1.5 + 0.3 * max(1, len(names))))
     axes = figure.subplots()
     for i, found in enumerate(starved):
         assert found.starved is not None
@@ -71,19 +72,24 @@ def recoveries(sets: Sequence[SetSummary]) -> Any:
     axes.set_xlim(-110, 210)
     for x in (0, 100):
         axes.axvline(x, color="#333333", linewidth=0.8, linestyle=":" if x else "-")
-    axes.set_xlabel("closed of the starved encoder's gap in % (0: joint training, 100: trained alone)")
+    axes.set_xlabel("part of the gap that is closed, % (100: trained alone)")
     axes.spines[["top", "right"]].set_visible(False)
     if starved:
-        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+        figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     return figure
 
 
 def _names(axes: Any, rows: Sequence[RowSummary]) -> None:
-    axes.set_yticks(range(len(rows)), [row.row.name for row in rows], fontsize=9)
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(row: RowSummary) -> str:
+    """The row's name, and what it is compared with if that is not joint training with SGD."""
+    return row.row.name if row.row.reference == JOINT else f"{row.row.name} (against {row.row.reference})"
 
 
 def _figure(size: tuple[float, float]) -> Any:

@@ -52,7 +52,7 @@ class Progress:
         self._bar.close()
 
     def _show(self) -> None:
-        self._bar.set_postfix_str(f"about {self.seconds_left() / 60:.0f} min of CPU time left")
+        self._bar.set_postfix_str(f"about {self.seconds_left() / 60:.0f} min left if nothing else runs")
 
     def _learn(self, line: dict[str, Any]) -> None:
         self._costs.setdefault((line["set"], line["row"]), []).append(line["all_s"])

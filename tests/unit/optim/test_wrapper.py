@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_optimizer
 from torch.optim import Optimizer
 
 import balanceopt as bo
@@ -163,7 +164,8 @@ def through_pickle(both: Any) -> Any:
 COPIES = {"deepcopy": copy.deepcopy, "pickle": through_pickle}
 
 
-@pytest.mark.parametrize("make", [sgd, torch.optim.AdamW], ids=["sgd", "adamw"])
+# Lamb keeps options where Optimizer.__getstate__ does not look.
+@pytest.mark.parametrize("make", [sgd, torch.optim.AdamW, torch_optimizer.Lamb], ids=["sgd", "adamw", "lamb"])
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_a_copy_steps_its_own_parameters(make: Any, scheduled: bool, duplicate: Callable[[Any], Any]):

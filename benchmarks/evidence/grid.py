@@ -66,44 +66,36 @@ class Grid:
         """(set, row, runs that are still to be made), also of those that are not ready."""
         for name, rows in self.rows.items():
             for row in rows.values():
-                options, _ = self._settle(name, row, results)
-                runs = self._tuning_runs(name, row) + len(self.seeds)
-                done = self._tried(name, row, results)
-                if options is not None:
-                    done = self._tuning_runs(name, row) + sum(
-                        j in results for j in self._tests(name, row, options)
-                    )
-                yield name, row.name, runs - done
+                options, tuning = self._choices(name, row, results)
+                jobs = tuning if options is None else tuning + self._tests(name, row, options)
+                done = {job.key for job in jobs if job in results}
+                yield name, row.name, self._tuning_runs(name, row) + len(self.seeds) - len(done)
 
     def _settle(self, name: str, row: Row, results: Results) -> tuple[dict[str, Any] | None, list[Job]]:
         """The row's options, or None and the runs that have to be made first (none if they wait for another row)."""
+        options, tuning = self._choices(name, row, results)
+        return options, [job for job in tuning if job not in results]
+
+    def _choices(self, name: str, row: Row, results: Results) -> tuple[dict[str, Any] | None, list[Job]]:
+        """The row's options if all runs that they rest on are there, else None; and these runs as far as known."""
         options = dict(row.options)
+        tuning: list[Job] = []
         for option, source in row.inherits.items():
             other = self.chosen(name, self.rows[name][source], results)
             if other is None:
                 return None, []
             options[option] = other[option]
         for knob in row.knobs:
-            scores, missing = [], []
-            for candidate in knob.candidates:
-                jobs = self._tuning(name, row, {**options, knob.name: candidate})
-                missing += [job for job in jobs if job not in results]
-                if not missing:
-                    scores.append(float(np.mean([results[job]["accuracy"] for job in jobs])))
-            if missing:
-                return None, missing
+            tried = [self._tuning(name, row, {**options, knob.name: c}) for c in knob.candidates]
+            tuning += [job for jobs in tried for job in jobs]
+            if any(job not in results for job in tuning):
+                return None, tuning
+            scores = [float(np.mean([results[job]["accuracy"] for job in jobs])) for jobs in tried]
             options[knob.name] = knob.best(scores)
         if row.kind == "recipe":
             # Nothing to choose, but which recipe is recommended is decided on the same data.
-            missing = [job for job in self._tuning(name, row, options) if job not in results]
-            return (None, missing) if missing else (options, [])
-        return options, []
-
-    def _tried(self, name: str, row: Row, results: Results) -> int:
-        """Tuning runs that were made; only asked for while a choice is open."""
-        return sum(
-            line["set"] == name and line["row"] == row.name and line["part"] == "tune" for line in results
-        )
+            tuning = self._tuning(name, row, options)
+        return (None if any(job not in results for job in tuning) else options), tuning
 
     def _tuning_runs(self, name: str, row: Row) -> int:
         if row.kind == "recipe":

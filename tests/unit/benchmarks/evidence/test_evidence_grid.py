@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_what_remains_is_counted_exactly(grid, tmp_path):
     expected = sum(count for *_, count in grid.remaining(results))
     assert expected == len(run_out(grid, results))
     assert {count for *_, count in grid.remaining(results)} == {0}
+
+
+def test_runs_of_other_settings_do_not_count(grid, tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    expected = list(grid.remaining(results))
+    for job in grid.ready(results):
+        results.add(replace(job, options={**job.options, "lr": 7.0}), made_up(job))
+    assert list(grid.remaining(results)) == expected
 
 
 def test_results_are_read_back(grid, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from balanceopt._gaussian import (
     BITS,
@@ -45,8 +46,9 @@ def scale_and_add_blocks_(numbers: Tensor, factor: Tensor, scale: Tensor, key: K
         pair = piece.start * RUN
         high = (pair >> 32) * GOLDEN if pair >> 32 else 0
         words = key_words([(pair, key.first ^ high, key.second, key.third)], numbers.device)
-        own = blocks[piece.start - start : piece.stop - start]
-        _run(_compiled(_scale_and_add), own, fixed=(factor, scale, words))
+        # As tensors of two memories: for the compiler, views of one would have to be copied before they are changed.
+        halves = blocks[piece.start - start : piece.stop - start].unbind(1)
+        _run(_compiled(_scale_and_add), *map(from_dlpack, halves), fixed=(factor, scale, words))
 
 
 @torch.no_grad()
@@ -91,28 +93,30 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
 
 
-def _scale_and_add(numbers: Tensor, factor: Tensor, scale: Tensor, words: Tensor) -> None:
+def _scale_and_add(cosines: Tensor, sines: Tensor, factor: Tensor, scale: Tensor, words: Tensor) -> None:
     pair, first, second, third = words[0].unbind()
-    blocks = len(numbers)
-    counter = torch.arange(blocks * RUN, dtype=torch.int32, device=numbers.device).view(blocks, RUN) + pair
-    numbers.mul_(factor).add_(_normal(counter, first, second, third) * scale)
+    counter = (
+        torch.arange(cosines.numel(), dtype=torch.int32, device=cosines.device).view(cosines.shape) + pair
+    )
+    for numbers, z in zip((cosines, sines), _normal(counter, first, second, third), strict=True):
+        numbers.mul_(factor).add_(z * scale)
 
 
 def _fill(starts: Tensor, words: Tensor, scales: Tensor) -> Tensor:
     counter = torch.arange(RUN, dtype=torch.int32, device=starts.device) + starts[:, None]
     first, second, third = words.split(1, dim=1)
-    return _normal(counter, first, second, third) * scales[:, None, None]
+    return torch.stack(_normal(counter, first, second, third), 1) * scales[:, None, None]
 
 
-def _normal(counter: Tensor, first: Tensor, second: Tensor, third: Tensor) -> Tensor:
-    """`(blocks, RUN)` pairs as `(blocks, 2, RUN)` numbers: what `_gaussian` does step by step, as one expression."""
+def _normal(counter: Tensor, first: Tensor, second: Tensor, third: Tensor) -> tuple[Tensor, Tensor]:
+    """Both numbers of each of the pairs: what `_gaussian` does step by step, as one expression."""
     word = _mix(counter ^ first, SHIFTS[0]) * int32(FACTORS[0])
     word = (_mix(word, SHIFTS[1]) + second) * int32(FACTORS[1])
     word = _mix(_mix(word, SHIFTS[2]) * int32(FACTORS[2]), SHIFTS[3])
     turn = (_mix(word * int32(GOLDEN), SHIFTS[2]) + third).to(torch.float32) * (2 * math.pi * BITS)
     uniform = (word.to(torch.float32) * BITS + 0.5).clamp(0.5 * BITS, 1.0)
     radius = (uniform.log() * -2).sqrt()
-    return torch.stack([turn.cos() * radius, turn.sin() * radius], 1)
+    return turn.cos() * radius, turn.sin() * radius
 
 
 def _mix(word: Tensor, shift: int) -> Tensor:

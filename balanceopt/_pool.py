@@ -78,7 +78,7 @@ class Pool:
 
     def _at(self, device: torch.device, largest: int, seed: int, step: int) -> Tensor:
         """The pool of a step: what is there already, and the parts that are due."""
-        each = -(-max(5 * largest // 4, 2 * TOGETHER) // _PARTS)
+        each = -(-max(5 * largest // 4, 4 * TOGETHER) // _PARTS)
         numbers = self._numbers.get(device)
         if numbers is None or numbers.numel() != each * _PARTS:
             self._numbers[device] = numbers = torch.empty(each * _PARTS, device=device)

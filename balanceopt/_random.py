@@ -15,7 +15,7 @@ _WORD = 2**64 - 1
 # Tensors up to this size are served together: for each alone, operations would cost more than their arithmetic.
 SMALL = 2**14
 # As many numbers at once: their buffers stay small, and in cache.
-TOGETHER = 2**17
+TOGETHER = 2**16
 # How many elements of whole rows are made at a time for a part that holds some columns of them.
 _OF_ROWS = 2**18
 

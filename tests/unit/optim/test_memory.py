@@ -1,0 +1,122 @@
+"""What a step has allocated at its peak, against the model's own tensors: docs/performance.md states it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import balanceopt as bo
+from tests.allocations import allocated
+from tests.masking import fill_gradients
+
+LARGEST = (1024, 1024)
+SHAPES = [LARGEST, *[(512, 600)] * 3, *[(40, 50)] * 30, *[(64,)] * 20]
+BYTES = 4 * LARGEST[0] * LARGEST[1]
+# Buffers of one piece, which does not grow with the model.
+PIECE = 0.2
+
+
+class Carrier(nn.Module):
+    """An encoder with large parameters, of which the forward uses a small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(5, 4)
+        self.carried = nn.ParameterList(torch.zeros(shape) for shape in SHAPES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio, self.visual = Carrier(), Carrier()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([self.audio(x), self.visual(x.flip(0))], 1))
+
+
+def step(modulation: Any, *, steps: int = 2) -> tuple[float, float]:
+    """What the last of some steps had at once, and what the first one has kept: parts of the largest parameter.
+
+    The base is SGD without momentum, which allocates nothing itself.
+    """
+    torch.manual_seed(0)
+    model = Model()
+    monitor = bo.ModalityMonitor(model, {"audio": "audio", "visual": "visual"}, head="head")
+    base = torch.optim.SGD(bo.modality_groups(model, {"audio": "audio", "visual": "visual"}), lr=0.01)
+    optimizer = bo.ModulatedOptimizer(base, monitor, modulation)
+    peaks, kept = [], []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(8, 5)), torch.randint(5, (8,))).backward()
+        fill_gradients(model.audio.carried), fill_gradients(model.visual.carried)
+        peak, left = allocated(optimizer.step)
+        peaks.append(peak / BYTES)
+        kept.append(left / BYTES)
+    return peaks[-1], kept[0]
+
+
+def test_the_count_sees_what_is_made_and_what_is_kept():
+    held = []
+
+    def run() -> None:
+        torch.zeros(1000)
+        held.append(torch.zeros(500))
+
+    assert allocated(run) == (4000, 2000)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"apply_to": "lr"}, {"apply_to": "output", "min_ndim": 0}], ids=["grad", "lr", "output"]
+)
+def test_ogm_makes_nothing(options):
+    peak, kept = step(bo.OGM(0.5, noise=False, **options))
+    assert peak < 0.01
+    assert kept < 0.01
+
+
+@pytest.mark.parametrize("noise", [True, "compiled"])
+def test_noise_is_made_in_pieces(noise):
+    peak, kept = step(bo.OGM(0.5, noise=noise))
+    assert peak < PIECE
+    assert kept < 0.01
+
+
+def test_the_pool_is_a_quarter_more_than_the_largest_parameter():
+    peak, kept = step(bo.OGM(0.5, noise="pool"))
+    assert peak < PIECE
+    assert kept == pytest.approx(1.25, abs=0.01)
+
+
+@pytest.mark.parametrize("scale", ["none", "unbiased", "official"])
+def test_amss_makes_numbers_for_units(scale):
+    units = 2 * sum(shape[0] for shape in SHAPES if len(shape) > 1)
+    peak, kept = step(bo.AMSS(scale=scale))
+    assert peak * BYTES < 200 * units  # bytes: some vectors of float64
+    assert kept < 0.02
+
+
+def test_frozen_units_are_copied_for_the_step():
+    model_size = 2 * sum(torch.Size(shape).numel() for shape in SHAPES if len(shape) > 1) * 4 / BYTES
+    peak, kept = step(bo.AMSS(masked="frozen", clamp=(0.5, 0.5)))
+    assert peak < 0.3  # the copies have their place from the first step
+    assert 0.2 < kept < model_size  # half of the rows, with room for more
+
+
+def test_relearning_keeps_the_initial_weights():
+    torch.manual_seed(0)
+    model = Model()
+    encoders: Any = {"audio": "audio", "visual": "visual"}
+    monitor = bo.ModalityMonitor(model, encoders, head="head")
+    base = torch.optim.SGD(bo.modality_groups(model, encoders), lr=0.01)
+    size = sum(4 * p.numel() for name in encoders for p in model.get_submodule(name).parameters())
+    schedulers: list[bo.ReLearnScheduler] = []
+    peak, kept = allocated(lambda: schedulers.append(bo.ReLearnScheduler(base, monitor, [], [])))
+    assert kept == pytest.approx(size, rel=0.01)
+    assert peak < kept + BYTES

@@ -15,8 +15,8 @@ from tests.masking import fill_gradients
 LARGEST = (1024, 1024)
 SHAPES = [LARGEST, *[(512, 600)] * 3, *[(40, 50)] * 30, *[(64,)] * 20]
 BYTES = 4 * LARGEST[0] * LARGEST[1]
-# Buffers of one piece, which does not grow with the model.
-PIECE = 0.2
+# Buffers of one piece, which does not grow with the model: a megabyte.
+PIECE = 2**20 / BYTES
 
 
 class Carrier(nn.Module):

@@ -55,7 +55,7 @@ docs: $(VENV)/.extra-docs ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-bench: $(VENV)/.extra-bench ## measure speed
+bench: $(VENV)/.extra-bench ## measure speed, some minutes; ARGS="step monitor" for parts
 	@$(BIN)/python -m benchmarks.speed $(ARGS)
 
 clean: ## remove the environment and everything that was built

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from benchmarks.extras import need
 
 Parameters = Mapping[str, Sequence[nn.Parameter]]
 
@@ -50,6 +53,17 @@ def amss(parameters: Parameters, ratios: Sequence[float], unbiased: bool) -> Non
             mask = torch.zeros_like(share)
             mask[drawn] = 1 / (share[drawn] + 1 / p.shape[0]) if unbiased else 1.0
             p.grad *= mask.view(-1, *[1] * (p.grad.dim() - 1))
+
+
+def diagnosis(features: np.ndarray, labels: np.ndarray, classes: int, seed: int) -> float:
+    """Eq. 3: scale, cluster by scikit-learn, count the most frequent class of each cluster one by one."""
+    scaled = need("sklearn.preprocessing").MinMaxScaler().fit_transform(features)
+    found = need("sklearn.cluster").KMeans(n_clusters=classes, random_state=seed).fit(scaled).labels_
+    right = 0
+    for cluster in range(classes):
+        own = labels[found == cluster]
+        right += max((int((own == c).sum()) for c in range(classes)), default=0)
+    return right / len(labels)
 
 
 def soft_reinit(parameters: Parameters, initial: Mapping[str, Sequence[Tensor]], strength: float) -> None:

@@ -40,6 +40,11 @@ def transformer(width: int = 1024, layers: int = 8) -> list[Shape]:
     ]
 
 
+def of_size(millions: int) -> list[Shape]:
+    """An encoder's matrices of 512 x 1024: about so many million parameters, for two such encoders together."""
+    return [(512, 1024)] * millions
+
+
 CASES = {"two ResNet-18": resnet18, "398 small tensors": many_small, "200M parameters": transformer}
 
 
@@ -56,17 +61,23 @@ class Encoder(nn.Module):
 
 
 class Model(nn.Module):
-    """Two such encoders and a linear head."""
+    """Such encoders, two unless asked for more, and a linear head."""
 
-    def __init__(self, shapes: list[Shape], classes: int = 6) -> None:
+    def __init__(self, shapes: list[Shape], classes: int = 6, modalities: int = 2) -> None:
         super().__init__()
-        self.first, self.second = Encoder(shapes), Encoder(shapes)
-        self.head = nn.Linear(2 * FEATURES, classes)
+        self.encoders = nn.ModuleDict({f"m{i}": Encoder(shapes) for i in range(modalities)})
+        self.head = nn.Linear(modalities * FEATURES, classes)
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.head(torch.cat([self.first(a), self.second(b)], 1))
+    @property
+    def modalities(self) -> dict[str, Encoder]:
+        """Encoders by name."""
+        return dict(self.encoders.items())  # type: ignore[arg-type]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        pairs = zip(self.encoders.values(), inputs, strict=True)
+        return self.head(torch.cat([encoder(x) for encoder, x in pairs], 1))
 
     def carried(self) -> Iterator[nn.Parameter]:
         """The parameters whose gradients are given, not computed."""
-        yield from self.first.carried
-        yield from self.second.carried
+        for encoder in self.modalities.values():
+            yield from encoder.carried

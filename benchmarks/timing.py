@@ -38,22 +38,25 @@ class Timing:
         return self.median / other.median
 
 
-def measure(contenders: Mapping[str, Contender], repetitions: int, device: torch.device) -> dict[str, Timing]:
+def measure(
+    contenders: Mapping[str, Contender], repetitions: int, device: torch.device, *, warm_up: int = 2
+) -> dict[str, Timing]:
     """Time each contender `repetitions` times, in turn: A B C, C B A, A B C, ...
 
     The machines are shared: what disturbs one round disturbs all contenders of it alike.
 
     Args:
         contenders: by name.
-        repetitions: rounds, after two that do not count.
+        repetitions: rounds.
         device: waited for before the clock is read.
+        warm_up: rounds before, which do not count.
 
     Returns:
         Timings by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
-    for round_ in range(repetitions + 2):
+    for round_ in range(repetitions + warm_up):
         for name in order if round_ % 2 == 0 else reversed(order):
             contender = contenders[name]
             contender.prepare()
@@ -61,7 +64,7 @@ def measure(contenders: Mapping[str, Contender], repetitions: int, device: torch
             start = time.perf_counter()
             contender.run()
             _wait(device)
-            if round_ >= 2:
+            if round_ >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: _summary(values) for name, values in seconds.items()}
 

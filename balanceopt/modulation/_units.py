@@ -125,7 +125,9 @@ class UnitView:
         wide = tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
         if not self._others:  # every element is a unit: there is nothing to reduce
             return values.abs().to(wide.to_real()).flatten()
-        norms: Tensor = torch.linalg.vector_norm(values, dim=self._others, dtype=wide)
+        by_rows = self.kept == (0,) and values.is_contiguous()  # one dimension is reduced faster than several
+        over, dims = (values.flatten(1), (1,)) if by_rows else (values, self._others)
+        norms: Tensor = torch.linalg.vector_norm(over, dim=dims, dtype=wide)
         return norms if norms.dim() == 1 else norms.flatten()
 
     def spread(self, values: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ def train_all(rank: int, ranks: int) -> dict[str, Any]:
         told["zero-out", method] = {**training.told(), "scores": training.monitor.stats()["scores"]}
     told["collectives"] = {method: collectives(run(rank, ranks, method)) for method in METHODS}
     told["group"] = in_pairs(rank, ranks)
+    for method in ("OGM", "OPM"):
+        told["no group", method] = run(rank, ranks, method, monitor={"group": False}).train(SHORT).told()
     told["joined"] = joined(rank, ranks)
     told["one more"] = one_more(rank, ranks)
     told["lacking"] = {method: lacking(rank, ranks, method).told() for method in ("OGM-GE", "AMSS", "all")}
@@ -148,6 +150,13 @@ def test_a_process_group_of_some_ranks(trained: list[Any], ranks: int):
     for first in range(0, ranks, 2):
         assert difference(told[first], told[first + 1]) == 0
         assert difference(told[first], alone("OGM-GE", SHORT, 2, seed=first)) < 2e-6
+
+
+def test_without_a_group_each_rank_scores_alone_and_only_opm_keeps_them_the_same(trained: list[Any]):
+    ogm, opm = ([rank["no group", method] for rank in trained] for method in ("OGM", "OPM"))
+    assert difference(ogm[0], ogm[-1]) > 0
+    assert difference(opm[0], opm[-1]) == 0
+    assert not torch.equal(opm[0]["q"], opm[-1]["q"])
 
 
 # -- a modality that a rank does not run --------------------------------------------------------------------------

@@ -20,10 +20,10 @@ _COPIES_OF_PARAMETER = frozenset(
         "lookahead_params", "p0", "prev_param", "x_k",  # pytorch_optimizer: Ranger21, Prodigy, AdaSmooth, A2Grad
     }
 )  # fmt: skip
-_OF_A_DIMENSION = (
-    "precond",
-    "inv_precond",
-)  # Shampoo: one matrix for each dimension, of a square parameter's shape
+# One matrix for each dimension, of a square parameter's shape: Shampoo; Kron and SOAP; Alice; LoRARite; SPlus.
+_OF_A_DIMENSION = frozenset({"precond", "inv_precond", "Q", "GG", "U", "basis", "v_r", "sides", "q_sides"})
+# The same under a name for each dimension: both packages' Shampoo, LoRARite.
+_OF_DIMENSION_ = ("precond_", "inv_precond_", "pre_cond_", "inv_pre_cond_", "basis_")
 # A zero gradient leaves it what it was made as: Rprop; pytorch_optimizer's Kate, Adai, VSGD, SPAM and SaRA.
 _LEFT_BY_ZERO = frozenset({"step_size", "b", "beta1_prod", "bg", "bhg", "mask"})
 
@@ -152,7 +152,9 @@ def _shaped(state: Any, parameter: Tensor) -> list[tuple[tuple[str, ...], Tensor
     return [
         (keys, value)
         for keys, value in _tensors(state.get(parameter, {}))
-        if value.shape == parameter.shape and not keys[0].startswith(_OF_A_DIMENSION)
+        if value.shape == parameter.shape
+        and keys[0] not in _OF_A_DIMENSION
+        and not keys[0].startswith(_OF_DIMENSION_)
     ]
 
 

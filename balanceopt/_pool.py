@@ -15,7 +15,7 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._gaussian import for_gaussian_pieces, gaussian_heads
-from balanceopt._random import SMALL, TOGETHER, in_groups, key_of, mixed
+from balanceopt._random import SMALL, TOGETHER, in_groups, key_of, mixed, shaped_like
 
 # The pool is made anew part by part, one in a step. Without that, slices come back (an inner product of many sigma).
 _PARTS = 16
@@ -72,9 +72,7 @@ class Pool:
             noise = (turn @ source.view(_ROWS, -1)).view(-1)[:total].split([t.numel() for t in chosen])
             torch._foreach_mul_(noise, [scales[i] for i in group])
             torch._foreach_mul_(chosen, [factors[i] for i in group])
-            torch._foreach_add_(
-                chosen, [z.view(t.shape).to(t.dtype) for z, t in zip(noise, chosen, strict=True)]
-            )
+            torch._foreach_add_(chosen, [shaped_like(t, z) for z, t in zip(noise, chosen, strict=True)])
 
     def _at(self, device: torch.device, largest: int, seed: int, step: int) -> Tensor:
         """The pool of a step: what is there already, and the parts that are due."""

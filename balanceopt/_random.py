@@ -78,7 +78,13 @@ def scale_and_add_gaussians_(
             heads = gaussian_heads(numels, keys, chosen[0].device)
             torch._foreach_mul_(heads, own_scales)
         torch._foreach_mul_(chosen, [factor_of[position] for position in group])
-        torch._foreach_add_(chosen, [z.view(t.shape).to(t.dtype) for z, t in zip(heads, chosen, strict=True)])
+        torch._foreach_add_(chosen, [shaped_like(t, z) for z, t in zip(heads, chosen, strict=True)])
+
+
+def shaped_like(tensor: Tensor, numbers: Tensor) -> Tensor:
+    """The numbers in a tensor's shape and dtype."""
+    shaped = numbers.view(tensor.shape)
+    return shaped if shaped.dtype == tensor.dtype else shaped.to(tensor.dtype)
 
 
 def in_groups(places: Sequence[int], numels: Sequence[int]) -> list[list[int]]:

@@ -130,7 +130,9 @@ class OGM(Modulation):
         done = self._scaled_in_backward(step)
         slots = {
             name: [
-                slot for slot in own if slot.parameter.dim() >= self.min_ndim and slot.parameter not in done
+                slot
+                for slot in own
+                if slot.parameter.dim() >= self.min_ndim and id(slot.parameter) not in done
             ]
             for name, own in step.slots.items()
         }
@@ -194,12 +196,13 @@ class OGM(Modulation):
             )
         return AtOutputs(self._coefficient_alone)
 
-    def _scaled_in_backward(self, step: Step) -> set[Tensor]:
-        """The parameters whose gradients were scaled on their way."""
-        if self._outputs is None or step.monitor is None:
+    def _scaled_in_backward(self, step: Step) -> set[int]:
+        """`id` of the parameters whose gradients were scaled on their way."""
+        names = frozenset() if self._outputs is None else self._outputs.scaled()
+        if not names or step.monitor is None:
             return set()
         own = step.monitor.parameters
-        return {p for name in self._outputs.scaled() for p in own[name]}
+        return {id(p) for name in names for p in own[name]}
 
 
 def scores_usable(sums: ModalitySums) -> Tensor:

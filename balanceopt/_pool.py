@@ -15,7 +15,7 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._gaussian import for_gaussian_pieces, gaussian_heads
-from balanceopt._random import SMALL, TOGETHER, in_groups, key_of, mixed, shaped_like
+from balanceopt._random import SMALL, TOGETHER, in_groups, key_of, mixed, scale_, shaped_like
 
 # The pool is made anew part by part, one in a step. Without that, slices come back (an inner product of many sigma).
 _PARTS = 16
@@ -61,17 +61,18 @@ class Pool:
             [i for i, t in enumerate(tensors) if t.numel() <= SMALL], [t.numel() for t in tensors]
         )
         first_of = [*large, *(group[0] for group in small)]
+        factor_of, scale_of = factors.unbind(), scales.float().unbind()
         turns = rotations([indices[i] for i in first_of], seed, step, numbers.device)
         for i, turn in zip(large, turns, strict=False):
             source = _slice(numbers, tensors[i].numel(), seed, step, indices[i])
-            _scale_and_add_to_one(tensors[i], factors[i], source, turn * scales[i].float())
+            _scale_and_add_to_one(tensors[i], factor_of[i], source, turn * scale_of[i])
         for group, turn in zip(small, turns[len(large) :], strict=True):
             chosen = [tensors[i] for i in group]
             total = sum(tensor.numel() for tensor in chosen)
             source = _slice(numbers, total, seed, step, indices[group[0]])
             noise = (turn @ source.view(_ROWS, -1)).view(-1)[:total].split([t.numel() for t in chosen])
-            torch._foreach_mul_(noise, [scales[i] for i in group])
-            torch._foreach_mul_(chosen, [factors[i] for i in group])
+            torch._foreach_mul_(noise, [scale_of[i] for i in group])
+            scale_(chosen, [factor_of[i] for i in group])
             torch._foreach_add_(chosen, [shaped_like(t, z) for z, t in zip(noise, chosen, strict=True)])
 
     def _at(self, device: torch.device, largest: int, seed: int, step: int) -> Tensor:

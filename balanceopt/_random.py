@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from balanceopt import _gaussian_compiled
+from balanceopt._deferred import on_host
 from balanceopt._gaussian import RUN, Key, for_gaussian_pieces, gaussian_heads
 
 _WORD = 2**64 - 1
@@ -16,6 +18,8 @@ _WORD = 2**64 - 1
 SMALL = 2**14
 # As many numbers at once: their buffers stay small, and in cache.
 TOGETHER = 2**16
+# A compiled kernel needs no other buffers, and calling it costs more.
+_TOGETHER_COMPILED = 2**17
 # How many elements of whole rows are made at a time for a part that holds some columns of them.
 _OF_ROWS = 2**18
 
@@ -29,7 +33,13 @@ def generator_for(seed: int, step: int, index: int, device: torch.device) -> tor
 
 def key_of(seed: int, step: int, index: int) -> Key:
     """The name of a parameter's Gaussian stream at a step."""
-    return Key.from_bits(mixed(seed, step, index, 0), mixed(seed, step, index, 1))
+    own = _mixed_in(_of_step(seed, step), index)
+    return Key.from_bits(_mixed_in(own, 0), _mixed_in(own, 1))
+
+
+@lru_cache(maxsize=4)
+def _of_step(seed: int, step: int) -> int:
+    return mixed(seed, step)
 
 
 def gaussian_like(tensor: Tensor, seed: int, step: int, index: int) -> Tensor:
@@ -67,7 +77,8 @@ def scale_and_add_gaussians_(
         else:
             key = key_of(seed, step, indices[position])
             _scale_and_add_to_one(tensor, factor_of[position], scale_of[position], key, compiled)
-    for group in in_groups(small, [tensor.numel() for tensor in tensors]):
+    room = _TOGETHER_COMPILED if compiled else TOGETHER
+    for group in in_groups(small, [tensor.numel() for tensor in tensors], room):
         chosen = [tensors[position] for position in group]
         numels = tuple(tensor.numel() for tensor in chosen)
         keys = [key_of(seed, step, indices[position]) for position in group]
@@ -77,7 +88,7 @@ def scale_and_add_gaussians_(
         else:
             heads = gaussian_heads(numels, keys, chosen[0].device)
             torch._foreach_mul_(heads, own_scales)
-        torch._foreach_mul_(chosen, [factor_of[position] for position in group])
+        scale_(chosen, [factor_of[position] for position in group])
         torch._foreach_add_(chosen, [shaped_like(t, z) for z, t in zip(heads, chosen, strict=True)])
 
 
@@ -87,17 +98,28 @@ def shaped_like(tensor: Tensor, numbers: Tensor) -> Tensor:
     return shaped if shaped.dtype == tensor.dtype else shaped.to(tensor.dtype)
 
 
-def in_groups(places: Sequence[int], numels: Sequence[int]) -> list[list[int]]:
-    """The places in order, in groups of not many more than `TOGETHER` elements."""
+def in_groups(places: Sequence[int], numels: Sequence[int], room: int = TOGETHER) -> list[list[int]]:
+    """The places in order, in groups of not many more than `room` elements."""
     groups: list[list[int]] = []
-    room = 0
+    left = 0
     for place in places:
-        if room <= 0:
+        if left <= 0:
             groups.append([])
-            room = TOGETHER
+            left = room
         groups[-1].append(place)
-        room -= numels[place]
+        left -= numels[place]
     return groups
+
+
+def scale_(tensors: list[Tensor], factors: list[Tensor]) -> None:
+    """Multiply each by its own; not by ones that can be seen without waiting."""
+    known = on_host(torch.stack(factors))
+    if known is None:
+        torch._foreach_mul_(tensors, factors)
+        return
+    chosen = [place for place, factor in enumerate(known) if factor != 1]
+    if chosen:
+        torch._foreach_mul_([tensors[place] for place in chosen], [factors[place] for place in chosen])
 
 
 def _scale_and_add_to_one(tensor: Tensor, factor: Tensor, scale: Tensor, key: Key, compiled: bool) -> None:
@@ -126,8 +148,12 @@ def _scale_and_add_to_one(tensor: Tensor, factor: Tensor, scale: Tensor, key: Ke
 
 
 def _by_pieces(numbers: Tensor, factor: Tensor, scale: Tensor, key: Key, first: int) -> None:
+    known = on_host(factor)
+    scaled = known is None or known != 1
+
     def add(start: int, stop: int, values: Tensor) -> None:
-        numbers[start:stop].mul_(factor).add_(values.mul_(scale))
+        piece = numbers[start:stop]
+        (piece.mul_(factor) if scaled else piece).add_(values.mul_(scale))
 
     for_gaussian_pieces(len(numbers), key, numbers.device, add, first)
 
@@ -136,11 +162,15 @@ def mixed(*words: int) -> int:
     """64 well-mixed bits of several integers (the finaliser of splitmix64, chained)."""
     state = 0
     for word in words:
-        state = (state ^ (word & _WORD)) + 0x9E3779B97F4A7C15 & _WORD
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _WORD
-        state ^= state >> 31
+        state = _mixed_in(state, word)
     return state
+
+
+def _mixed_in(state: int, word: int) -> int:
+    state = (state ^ (word & _WORD)) + 0x9E3779B97F4A7C15 & _WORD
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _WORD
+    return state ^ (state >> 31)
 
 
 def _scale_and_add_to_columns(

@@ -46,11 +46,12 @@ def scale_and_add_noise_(
         touched = _to_touch(finite)
         if not touched:
             continue
-        factors = torch.where(finite, coefficient.to(device), 1).unbind()
-        scales = torch.where(finite, noise_scale.to(device) * sigma, 0).unbind()
-        chosen_factors, chosen_scales = (torch.stack([x[i] for i in touched]) for x in (factors, scales))
+        factors = torch.where(finite, coefficient.to(device), 1)
+        scales = torch.where(finite, noise_scale.to(device) * sigma, 0)
+        if len(touched) < len(own):
+            factors, scales = (torch.stack([x[i] for i in touched]) for x in (factors, scales))
         grads, indices = [own[i].grad for i in touched], [own[i].index for i in touched]
-        source.scale_and_add_(grads, chosen_factors, chosen_scales, seed, step, indices)
+        source.scale_and_add_(grads, factors, scales, seed, step, indices)
     return left
 
 

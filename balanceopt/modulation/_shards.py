@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanceopt.modulation._spread import std
+from balanceopt.modulation import _spread
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -51,7 +51,7 @@ def summed_over_shards(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> list
 def stds(tensors: Sequence[Tensor]) -> Tensor:
     """`(n,)` population standard deviations of all elements of each tensor; not finite where an element is not."""
     if not any(is_sharded(tensor) for tensor in tensors):
-        return torch.stack([std(tensor) for tensor in tensors])
+        return _spread.stds(tensors)
     count, total, squares = torch.stack(summed_over_shards(tensors, [_moments(t) for t in tensors])).unbind(1)
     mean = total / count
     return (squares / count - mean.square()).clamp(min=0).sqrt().to(_wide_dtype(tensors[0]))

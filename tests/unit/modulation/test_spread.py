@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from balanceopt.modulation._spread import std
+from balanceopt.modulation._spread import stds
+
+
+def std(x: torch.Tensor) -> torch.Tensor:
+    return stds([x])[0]
+
 
 SIZES = [1, 2, 2**14, 2**14 + 1, 2**17, 2**17 + 1, 300_001]
 
@@ -43,3 +48,14 @@ def test_layout_and_dtype():
     half = x.bfloat16()
     torch.testing.assert_close(std(half).double(), half.double().std(correction=0), rtol=1e-6, atol=0)
     assert std(half).dtype == torch.float32
+
+
+def test_many_at_once():
+    tensors = [
+        torch.randn(size) + place % 3 for place, size in enumerate([1, 30, 2**14 + 5, 700, 2, 200_000, 9])
+    ]
+    tensors += [torch.full((50,), 7.0), torch.tensor([1.0, torch.inf]), torch.randn(3, 40).t()[:3]]
+    for given in (tensors[:-1], tensors):  # the last one is out of order, so that all are taken the slow way
+        for found, x in zip(stds(given), given, strict=True):
+            want = x.double().std(correction=0)
+            torch.testing.assert_close(found.double(), want, rtol=2e-6, atol=0, equal_nan=True)

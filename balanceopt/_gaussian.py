@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise, starmap
 from typing import NamedTuple, overload
 
@@ -19,13 +18,11 @@ import torch
 from torch import Tensor
 
 RUN = 256
-# Small enough for a piece's buffers to stay in cache and for torch to keep each operation on one thread: an OpenMP
-# fork for every small operation costs more than it brings, and stalls when another process has taken a core.
-_PAIRS_AT_ONCE = 2**14
+# Small enough for a piece's buffers to stay in cache, and as many for each thread as torch gives one at the least.
+# Python's threads, each with pieces of its own, wait for the interpreter's lock longer than they work.
+_PAIRS_A_THREAD = 2**15
 # Where there is no cache to stay in: their pairs' numbers fit into 32 bits.
 MOST_BLOCKS = 2**22
-# Below this many elements threads cost more than they bring.
-_WORTH_THREADS = 2**18
 BITS = 2.0**-32
 # Of the hash: what is shifted by and multiplied with, round by round; and a factor that parts what is alike.
 SHIFTS = (17, 11, 15, 14)
@@ -48,29 +45,37 @@ class Key(NamedTuple):
         return cls(low & 0xFFFFFFFF, low >> 32, high & 0xFFFFFFFF)
 
 
+@torch.no_grad()
 def for_gaussian_pieces(numel: int, key: Key, device: torch.device, use: Use, first: int = 0) -> None:
-    """Make elements `first` to `first + numel` of the stream `key` piece by piece, on as many threads as torch has.
+    """Make elements `first` to `first + numel` of the stream `key` piece by piece.
 
     Args:
         numel: how many.
         key: names the stream.
         device: where.
         use: called with `(start, stop, values)`: the float32 elements from `start` to `stop`, counted from `first`,
-            in a buffer that is used again. Pieces come in any order, perhaps from several threads at once.
+            in a buffer that is used again.
         first: index of the first element in the whole stream.
     """
     if numel <= 0:
         return
     blocks = range(first // (2 * RUN), -(-(first + numel) // (2 * RUN)))
-    workers = torch.get_num_threads() if device.type == "cpu" and numel >= _WORTH_THREADS else 1
-    each = -(-len(blocks) // workers)
-    parts = [blocks[i : i + each] for i in range(0, len(blocks), each)]
-    work = partial(_work, key=key, device=device, use=use, first=first, end=first + numel)
-    if len(parts) == 1:
-        work(parts[0])
-    else:
-        with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(work, parts))
+    at_once = _blocks_at_once(device)
+    scratch = _Scratch(min(len(blocks), at_once), device)
+    end = first + numel
+    for piece in pieces(blocks, at_once):
+        values = scratch.fill(piece.start * RUN, len(piece), key)
+        begin = piece.start * 2 * RUN
+        start, stop = max(begin, first), min(piece.stop * 2 * RUN, end)
+        use(start - first, stop - first, values[start - begin : stop - begin])
+
+
+def _blocks_at_once(device: torch.device) -> int:
+    """A power of two."""
+    if device.type != "cpu":
+        return MOST_BLOCKS
+    threads: int = 1 << (torch.get_num_threads().bit_length() - 1)
+    return threads * _PAIRS_A_THREAD // RUN
 
 
 @torch.no_grad()
@@ -112,17 +117,6 @@ def pieces(blocks: range, at_once: int) -> Iterator[range]:
     """Cut at multiples of `at_once`, a power of two: no piece holds pairs from both sides of a multiple of 2**32."""
     inner = range(blocks.start - blocks.start % at_once + at_once, blocks.stop, at_once)
     yield from starmap(range, pairwise([blocks.start, *inner, blocks.stop]))
-
-
-@torch.no_grad()
-def _work(blocks: range, *, key: Key, device: torch.device, use: Use, first: int, end: int) -> None:
-    at_once = _PAIRS_AT_ONCE // RUN if device.type == "cpu" else MOST_BLOCKS
-    scratch = _Scratch(min(len(blocks), at_once), device)
-    for piece in pieces(blocks, at_once):
-        values = scratch.fill(piece.start * RUN, len(piece), key)
-        begin = piece.start * 2 * RUN
-        start, stop = max(begin, first), min(piece.stop * 2 * RUN, end)
-        use(start - first, stop - first, values[start - begin : stop - begin])
 
 
 class _Scratch:

@@ -21,9 +21,9 @@ def draw_all(sets: Sequence[SetSummary], folder: Path) -> dict[str, Path]:
     files = {}
     for found in sets:
         files[found.name] = folder / f"evidence_{found.name}.png"
-        differences(found).savefig(files[found.name], dpi=110)
+        differences(found).savefig(files[found.name], dpi=110, bbox_inches="tight")
     files["recovery"] = folder / "evidence_recovery.png"
-    recoveries(sets).savefig(files["recovery"], dpi=110)
+    recoveries(sets).savefig(files["recovery"], dpi=110, bbox_inches="tight")
     return files
 
 

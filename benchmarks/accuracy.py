@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.command import positive
 from benchmarks.evidence import paper
 from benchmarks.evidence.configs import CONFIGS
 from benchmarks.evidence.grid import Grid
@@ -127,10 +128,10 @@ def _parser() -> argparse.ArgumentParser:
         "--rows", nargs="+", metavar="ROW", help="by name, with all that they need; all by default"
     )
     parser.add_argument(
-        "--seeds", type=_positive, help="tests of each row, paired by seed: 10, or 3 with --config"
+        "--seeds", type=positive, help="tests of each row, paired by seed: 10, or 3 with --config"
     )
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes after which no run begins")
-    parser.add_argument("--jobs", type=_positive, default=2, help="processes, of one thread each")
+    parser.add_argument("--jobs", type=positive, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=Path("out/evidence"), help="folder of results.jsonl")
     parser.add_argument(
         "--page", type=Path, help="Markdown page that gets the tables; OUT/evidence.md by default"
@@ -138,16 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     papers = parser.add_argument_group("a paper's setting, on its public data set")
     papers.add_argument("--config", choices=CONFIGS, metavar="NAME", help=f"one of {', '.join(CONFIGS)}")
     papers.add_argument("--device", default="cpu", help="cuda, cuda:1, mps, ...; for --config")
-    papers.add_argument("--epochs", type=_positive, help="instead of the paper's own; for --config")
+    papers.add_argument("--epochs", type=positive, help="instead of the paper's own; for --config")
     parser.add_argument("--no-run", action="store_true", help="only write what the runs so far say")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"should be at least 1. Found {number}.")
-    return number
 
 
 if __name__ == "__main__":

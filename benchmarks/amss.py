@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import balanceopt as bo
-from benchmarks.data import load
-from benchmarks.experiment import Comparison, compare, runs
-from benchmarks.extras import need
+from benchmarks.command import compare_rows
+from benchmarks.experiment import Comparison
 from benchmarks.methods import METHODS, Build, Context, Method
 from benchmarks.models import MultimodalClassifier
-from benchmarks.report import mean_and_spread, save_json
-from benchmarks.training import RECIPES
+from benchmarks.report import mean_and_spread
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "AMSS": {},
@@ -78,31 +72,7 @@ def table(comparison: Comparison) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train every row on every seed, then print and save."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.amss", description=__doc__)
-    parser.add_argument(
-        "--data", type=Path, help="av_digits.npz or mfeat.npz; scikit-learn's digits by default"
-    )
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's own")
-    parser.add_argument("--out", type=Path, default=Path("out/amss"), help="folder for table and numbers")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    first = load(options.data, 0)
-    recipe = RECIPES[first.name]
-    recipe = recipe if options.epochs is None else replace(recipe, epochs=options.epochs)
-    seeds = range(options.seeds)
-    with need("tqdm").tqdm(total=runs(first, ROWS, seeds) * recipe.epochs, unit=" epochs") as bar:
-
-        def on_epoch(what: str) -> None:
-            bar.set_description(f"training {what}", refresh=False)
-            bar.update()
-
-        comparison = compare(partial(load, options.data), ROWS, recipe, seeds, on_epoch)
-    text = table(comparison)
-    print(f"{first.name}\n\n{text}\n")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{first.name}.md").write_text(f"{text}\n", encoding="utf-8")
-    save_json(comparison, options.out / f"{first.name}.json")
+    compare_rows("amss", __doc__, ROWS, table, arguments, seeds=5)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command import positive
 from benchmarks.data import load
 from benchmarks.experiment import compare, runs
 from benchmarks.extras import need
@@ -58,18 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for table and pictures")
     parser.add_argument(
-        "--seeds", type=_positive, default=1, help="how many; with two or more the spread is shown"
+        "--seeds", type=positive, default=1, help="how many; with two or more the spread is shown"
     )
-    parser.add_argument("--epochs", type=_positive, help="instead of the recipe's own")
+    parser.add_argument("--epochs", type=positive, help="instead of the recipe's own")
     parser.add_argument("--quick", action="store_true", help="two epochs, to see that it runs")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"should be at least 1. Found {number}.")
-    return number
 
 
 if __name__ == "__main__":

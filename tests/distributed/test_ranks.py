@@ -21,7 +21,7 @@ from tests.parallel import (
     difference,
     gated,
 )
-from tests.ranks import WORLDS, on_ranks
+from tests.ranks import on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
@@ -54,12 +54,6 @@ def train_all(rank: int, ranks: int) -> dict[str, Any]:
     told["one more"] = one_more(rank, ranks)
     told["lacking"] = {method: lacking(rank, ranks, method).told() for method in ("OGM-GE", "AMSS", "all")}
     return told
-
-
-@pytest.fixture(scope="module", params=WORLDS)
-def ranks(request: pytest.FixtureRequest) -> int:
-    """How many there are."""
-    return int(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 import balanceopt as bo
 from tests.models import Concat
 from tests.parallel import METHODS, SHARDED, Run, alone, difference, gated, shard
-from tests.ranks import FOUR, WORLDS, on_ranks
+from tests.ranks import FOUR, on_ranks
 from tests.training import groups_of, sgd
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
@@ -71,12 +71,6 @@ def train_all(rank: int, ranks: int) -> dict[Any, Any]:
     told["later"] = sharded_later(rank, ranks)
     told["head"] = head_by_columns(rank, ranks)
     return told
-
-
-@pytest.fixture(scope="module", params=WORLDS)
-def ranks(request: pytest.FixtureRequest) -> int:
-    """How many there are."""
-    return int(request.param)
 
 
 @pytest.fixture(scope="module")

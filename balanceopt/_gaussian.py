@@ -9,7 +9,7 @@ elements share their pairs: the first takes the cosines, the second the sines, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise, starmap
 from typing import NamedTuple, overload
@@ -29,8 +29,6 @@ SHIFTS = (17, 11, 15, 14)
 FACTORS = (0xED5AD4BB, 0xAC4C1B51, 0x31848BAB)
 GOLDEN = 0x9E3779B1
 
-Use = Callable[[int, int, Tensor], None]
-
 
 class Key(NamedTuple):
     """Three 32-bit words that name a stream; columns of them where blocks of pairs are of several streams."""
@@ -45,17 +43,19 @@ class Key(NamedTuple):
         return cls(low & 0xFFFFFFFF, low >> 32, high & 0xFFFFFFFF)
 
 
-@torch.no_grad()
-def for_gaussian_pieces(numel: int, key: Key, device: torch.device, use: Use, first: int = 0) -> None:
+def gaussian_pieces(
+    numel: int, key: Key, device: torch.device, first: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
     """Make elements `first` to `first + numel` of the stream `key` piece by piece.
 
     Args:
         numel: how many.
         key: names the stream.
         device: where.
-        use: called with `(start, stop, values)`: the float32 elements from `start` to `stop`, counted from `first`,
-            in a buffer that is used again.
         first: index of the first element in the whole stream.
+
+    Yields:
+        Which elements, counted from `first`, and the float32 values in a buffer that the next piece uses again.
     """
     if numel <= 0:
         return
@@ -67,7 +67,14 @@ def for_gaussian_pieces(numel: int, key: Key, device: torch.device, use: Use, fi
         values = scratch.fill(piece.start * RUN, len(piece), key)
         begin = piece.start * 2 * RUN
         start, stop = max(begin, first), min(piece.stop * 2 * RUN, end)
-        use(start - first, stop - first, values[start - begin : stop - begin])
+        yield slice(start - first, stop - first), values[start - begin : stop - begin]
+
+
+@torch.no_grad()
+def fill_with_gaussians_(flat: Tensor, key: Key, first: int = 0) -> None:
+    """`flat[i] <-` element `first + i` of the stream `key`."""
+    for place, values in gaussian_pieces(len(flat), key, flat.device, first):
+        flat[place] = values
 
 
 def _blocks_at_once(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._gaussian import for_gaussian_pieces, gaussian_heads
+from balanceopt._gaussian import fill_with_gaussians_, gaussian_heads
 from balanceopt._random import SMALL, TOGETHER, in_groups, key_of, mixed, scale_, shaped_like
 
 # The pool is made anew part by part, one in a step. Without that, slices come back (an inner product of many sigma).
@@ -108,10 +108,7 @@ def rotations(indices: Sequence[int], seed: int, step: int, device: torch.device
 
 
 def _fill(part: Tensor, seed: int, step: int) -> None:
-    def write(start: int, stop: int, values: Tensor) -> None:
-        part[start:stop] = values
-
-    for_gaussian_pieces(len(part), key_of(seed ^ _PART_SALT, step, 0), part.device, write)
+    fill_with_gaussians_(part, key_of(seed ^ _PART_SALT, step, 0))
 
 
 def _slice(numbers: Tensor, size: int, seed: int, step: int, index: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from balanceopt import _gaussian_compiled
 from balanceopt._deferred import on_host
-from balanceopt._gaussian import RUN, Key, for_gaussian_pieces, gaussian_heads
+from balanceopt._gaussian import RUN, Key, fill_with_gaussians_, gaussian_heads, gaussian_pieces
 
 _WORD = 2**64 - 1
 # Tensors up to this size are served together: for each alone, operations would cost more than their arithmetic.
@@ -150,12 +150,9 @@ def _scale_and_add_to_one(tensor: Tensor, factor: Tensor, scale: Tensor, key: Ke
 def _by_pieces(numbers: Tensor, factor: Tensor, scale: Tensor, key: Key, first: int) -> None:
     known = on_host(factor)
     scaled = known is None or known != 1
-
-    def add(start: int, stop: int, values: Tensor) -> None:
-        piece = numbers[start:stop]
+    for place, values in gaussian_pieces(len(numbers), key, numbers.device, first):
+        piece = numbers[place]
         (piece.mul_(factor) if scaled else piece).add_(values.mul_(scale))
-
-    for_gaussian_pieces(len(numbers), key, numbers.device, add, first)
 
 
 def mixed(*words: int) -> int:
@@ -181,12 +178,7 @@ def _scale_and_add_to_columns(
     length = math.prod(shape[1:])
     for rows in local.split(max(1, _OF_ROWS // length)):
         made = torch.empty(len(rows), *shape[1:], device=local.device)
-        flat = made.view(-1)
-
-        def fill(start: int, stop: int, values: Tensor, flat: Tensor = flat) -> None:
-            flat[start:stop].copy_(values)
-
-        for_gaussian_pieces(flat.numel(), key, local.device, fill, place[0] * length)
+        fill_with_gaussians_(made.view(-1), key, place[0] * length)
         rows.mul_(factor).add_(made[(slice(None), *columns)].mul_(scale))
         place = (place[0] + len(rows), *place[1:])
 
@@ -210,10 +202,5 @@ def _distributed(tensor: Tensor, key: Key) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     full = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    flat = full.view(-1)
-
-    def fill(start: int, stop: int, values: Tensor) -> None:
-        flat[start:stop].copy_(values)
-
-    for_gaussian_pieces(flat.numel(), key, full.device, fill)
+    fill_with_gaussians_(full.view(-1), key)
     return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from balanceopt.functional._kmeans_start import (
     rows_at,
 )
 from balanceopt.functional._rows import Ranks, check_features, row_blocks
-from balanceopt.functional._together import Steps, on_host, run_together
+from balanceopt.functional._together import Steps, run_together, to_host
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,8 @@ def _lloyd(
     labels = torch.full((len(points.rows),), -1, device=centroids.device)
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=centroids.device)
     shift = sums.new_full((), math.inf)
-    for iteration in range(max_iterations + 1):
+    iteration = 0
+    while True:
         previous, labels = labels, _assign(points, centroids)
         changed = labels != previous
         here = changed.sum(dtype=torch.float64)
@@ -130,13 +131,14 @@ def _lloyd(
         counted = yield from points.ranks.sum(torch.cat([own, here[None]]))
         counts, everywhere = counted[:-1], counted[-1]
         # The one thing in an iteration that the host waits for.
-        facts = yield from on_host(torch.stack([shift, everywhere, here, (counts == 0).sum()]))
+        facts = yield from to_host(torch.stack([shift, everywhere, here, (counts == 0).sum()]))
         moved, changes, changes_here, empty = facts.tolist()
         if moved <= tolerance * points.variance or iteration == max_iterations:
             return labels, centroids, iteration
+        iteration += 1
         # The same rows in every cluster: the centroids are their means already.
         if not changes:
-            return labels, centroids, iteration + 1
+            return labels, centroids, iteration
         sums = _update_sums(points.rows, sums, previous, labels, changed, int(changes_here))
         total = yield from points.ranks.sum(sums)
         if empty:
@@ -144,7 +146,6 @@ def _lloyd(
         means = torch.where(counts[:, None] > 0, total / counts[:, None], centroids.double())
         previous_centroids, centroids = centroids, means.to(centroids.dtype)
         shift = (centroids - previous_centroids).double().square().sum()
-    raise AssertionError("not reached")
 
 
 def _update_sums(
@@ -268,7 +269,7 @@ def kmeans_steps(
     best = yield from _run(points, num_clusters, init, generator, max_iterations, tolerance)
     for _ in range(n_init - 1):
         run = yield from _run(points, num_clusters, init, generator, max_iterations, tolerance)
-        if (yield from on_host(run.inertia < best.inertia)):
+        if (yield from to_host(run.inertia < best.inertia)):
             best = run
     # Back from the normalised scale.
     dtype = best.centroids.dtype

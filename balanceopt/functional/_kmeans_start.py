@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from balanceopt.functional._rows import Ranks, column_range, row_blocks, wide
-from balanceopt.functional._together import Steps, on_host
+from balanceopt.functional._together import Steps, to_host
 
 # k-means++ reads all its rows once per cluster, so from twice as many rows on it works on a random subset: of this
 # many rows, and of so many per cluster. Over 60 seeds inertia and purity were those of all rows.
@@ -34,9 +34,9 @@ class Points:
 def normalise(features: Tensor, ranks: Ranks) -> Steps[Points]:
     low, high = yield from column_range(features, ranks)
     stacked = yield from ranks.stack(torch.tensor(len(features), device=features.device))
-    counts = [int(count) for count in (yield from on_host(stacked))]
+    counts = [int(count) for count in (yield from to_host(stacked))]
     total = sum(counts)
-    largest = float((yield from on_host(torch.maximum(low.abs(), high.abs()).amax())))
+    largest = float((yield from to_host(torch.maximum(low.abs(), high.abs()).amax())))
     if total == 0 or not math.isfinite(largest):
         raise ValueError(
             f"`features` should be finite with at least one row. Found {total} rows, not all finite."
@@ -50,7 +50,7 @@ def normalise(features: Tensor, ranks: Ranks) -> Steps[Points]:
     rows = torch.add(-mean.to(low.dtype), wide(features), alpha=factor)
     norms = torch.linalg.vector_norm(rows, dim=1).square_()
     squares = yield from ranks.sum(norms.sum(dtype=torch.float64))
-    variance = float((yield from on_host(squares))) / (total * rows.shape[1])
+    variance = float((yield from to_host(squares))) / (total * rows.shape[1])
     return Points(rows, norms, mean, factor, total, sum(counts[: ranks.index]), variance, ranks)
 
 

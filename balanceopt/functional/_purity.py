@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from balanceopt.functional._rows import Ranks
-from balanceopt.functional._together import Steps, on_host, run_together
+from balanceopt.functional._together import Steps, run_together, to_host
 
 # Cells up to which purity counts in a dense table of clusters by classes.
 TABLE_CELLS = 2**22
@@ -54,7 +54,7 @@ def purity_steps(assignments: Tensor, labels: Tensor, group: dist.ProcessGroup |
         )
     ranks = Ranks(group)
     counted = yield from ranks.sum(torch.tensor(len(labels), device=labels.device))
-    total = int((yield from on_host(counted)))
+    total = int((yield from to_host(counted)))
     if total == 0:
         raise ValueError("`labels` should have at least one entry. Found none.")
     clusters, classes = assignments.long(), labels.to(assignments.device).long()
@@ -88,6 +88,6 @@ def _value_range(values: Tensor, ranks: Ranks) -> Steps[tuple[int, int]]:
         )
     # The complement instead of the negative: the least int64 has no negative.
     largest = yield from ranks.max(torch.stack([~low, high]))
-    extrema = (yield from on_host(largest)).tolist()
+    extrema = (yield from to_host(largest)).tolist()
     first = ~extrema[0]
     return first, extrema[1] - first + 1

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from balanceopt.functional._rows import Ranks, check_features, column_range, row_blocks
-from balanceopt.functional._together import Steps, on_host, run_together
+from balanceopt.functional._together import Steps, run_together, to_host
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def minmax_scale_steps(features: Tensor, group: dist.ProcessGroup | None) -> Ste
     check_features(features)
     low, high = yield from column_range(features, Ranks(group))
     spread = high - low
-    if not (yield from on_host(torch.isfinite(spread).all())):
+    if not (yield from to_host(torch.isfinite(spread).all())):
         raise ValueError(
             "`features` should be finite with at least one row. Found an entry or range that is not."
         )

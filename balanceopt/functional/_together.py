@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class Ask(NamedTuple):
@@ -26,7 +25,7 @@ class Ask(NamedTuple):
 Steps = Generator[Ask, Tensor, T]
 
 
-def on_host(values: Tensor) -> Steps[Tensor]:
+def to_host(values: Tensor) -> Steps[Tensor]:
     """The values, where the host can read them without waiting."""
     if values.device.type == "cpu":
         return values
@@ -62,7 +61,7 @@ def _answered(asks: dict[int, Ask], group: dist.ProcessGroup | None) -> dict[int
         if how == "host":
             flat = flat.cpu()
         else:
-            dist.all_reduce(flat, _OPERATIONS[how], group=group)
+            dist.all_reduce(flat, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
         parts = flat.split([asks[number].values.numel() for number in numbers])
         answers |= {n: part.view(asks[n].values.shape) for n, part in zip(numbers, parts, strict=True)}
     return dict(sorted(answers.items()))

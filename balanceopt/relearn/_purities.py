@@ -17,7 +17,7 @@ from balanceopt.functional import reinit_strength
 from balanceopt.functional._kmeans import full_precision, kmeans_steps
 from balanceopt.functional._purity import purity_steps
 from balanceopt.functional._scaling import minmax_scale_steps
-from balanceopt.functional._together import Steps, on_host, run_together
+from balanceopt.functional._together import Steps, run_together, to_host
 from balanceopt.relearn._diagnosis import Diagnosis, assemble
 from balanceopt.relearn._samples import Samples, random_rows
 
@@ -205,7 +205,7 @@ def _purity_steps(
     result = yield from steps
     share = yield from purity_steps(result.assignments, samples.labels.to(device), ranks)
     return (
-        round(float((yield from on_host(share))) * total) / total
+        round(float((yield from to_host(share))) * total) / total
     )  # of integers: without float32's rounding
 
 

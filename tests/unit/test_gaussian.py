@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balanceopt._gaussian import Key, for_gaussian_pieces, gaussian_heads
+from balanceopt._gaussian import Key, gaussian_heads, gaussian_pieces
 from balanceopt._random import gaussian_like, key_of, scale_and_add_gaussians_
 
 KEY = key_of(0, 0, 0)
@@ -17,11 +17,8 @@ CPU = torch.device("cpu")
 
 def stream(numel: int, key: Key = KEY, first: int = 0) -> torch.Tensor:
     out = torch.full((numel,), math.nan)
-
-    def fill(start: int, stop: int, values: torch.Tensor) -> None:
-        out[start:stop] = values
-
-    for_gaussian_pieces(numel, key, CPU, fill, first)
+    for place, values in gaussian_pieces(numel, key, CPU, first):
+        out[place] = values
     return out
 
 
@@ -100,8 +97,8 @@ def test_indices_beyond_32_bits_are_another_part_of_the_stream():
     assert abs(float((far * near).mean())) < 5 / math.sqrt(4_096)
 
 
-def test_no_element_no_call():
-    for_gaussian_pieces(0, KEY, CPU, lambda *piece: pytest.fail("called for nothing"))
+def test_no_element_no_piece():
+    assert list(gaussian_pieces(0, KEY, CPU)) == []
 
 
 @given(st.lists(st.integers(0, 2_000), min_size=1, max_size=6))

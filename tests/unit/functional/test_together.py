@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from balanceopt.functional._together import Ask, on_host, run_together
+from balanceopt.functional._together import Ask, run_together, to_host
 
 
 def halve(start, how="sum"):
@@ -90,7 +90,7 @@ def test_the_host_reads_without_asking_on_a_cpu():
     values = torch.ones(2)
 
     def steps():
-        return (yield from on_host(values))
+        return (yield from to_host(values))
 
     assert run_together([steps(), steps()], None)[0] is values
     assert run_together([], None) == []

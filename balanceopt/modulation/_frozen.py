@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from balanceopt.modulation._base import Undo
-from balanceopt.modulation._parts import Part, masked_rows
-
-Restore = Callable[[Tensor], None]
+from balanceopt.modulation._parts import Part
+from balanceopt.modulation._scratch import Scratch
 
 # State that a base makes in its first step is zero before it, in units that have not moved, but for these.
 _COPIES_OF_PARAMETER = frozenset(
@@ -28,36 +27,11 @@ _OF_DIMENSION_ = ("precond_", "inv_precond_", "pre_cond_", "inv_pre_cond_", "bas
 _LEFT_BY_ZERO = frozenset({"step_size", "b", "beta1_prod", "bg", "bhg", "mask"})
 
 
-class Scratch:
-    """Memory that is used again in every step: on the CPU new memory costs more than what is written to it."""
-
-    def __init__(self) -> None:
-        """Hold nothing yet."""
-        self._blocks: dict[torch.dtype, Tensor] = {}
-        self._used: dict[torch.dtype, int] = {}
-
-    def clear(self) -> None:
-        """Everything taken may be given again."""
-        self._used.clear()
-
-    def take(self, size: int, dtype: torch.dtype) -> Tensor:
-        """`size` numbers of the CPU's memory that nothing else uses until `clear`."""
-        start = self._used.get(dtype, 0)
-        self._used[dtype] = start + size
-        block = self._blocks.get(dtype)
-        if block is None or block.numel() < start + size:
-            # What was taken from the old block keeps it alive until it is put back.
-            self._blocks[dtype] = block = torch.empty(2 * (start + size), dtype=dtype)
-        return block[start : start + size]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_blocks": {}, "_used": {}}
-
-
 @torch.no_grad()
 def freeze(
     parts: Sequence[Part],
     kept: Sequence[Tensor],
+    masked: Sequence[Tensor | None],
     optimizer: torch.optim.Optimizer,
     scratch: Scratch,
 ) -> Undo:
@@ -66,73 +40,72 @@ def freeze(
     Args:
         parts: what is masked.
         kept: bool `(n,)` by part.
+        masked: the others as indices along `part.rows`, by part; None to remember all units of the part.
         optimizer: the base.
         scratch: memory to remember them in.
     """
-    scratch.clear()
     states = _states(optimizer)
-    restores = []
-    for part, own in zip(parts, kept, strict=True):
-        rows = masked_rows(part, own)
-        if rows is None or rows.numel() > 0:
-            restores.append(_freeze_part(part, own, rows, states, scratch))
+    frozen = [
+        _Frozen(part, own, rows, states, scratch)
+        for part, own, rows in zip(parts, kept, masked, strict=True)
+        if rows is None or rows.numel() > 0
+    ]
 
     def put_back() -> None:
         with torch.no_grad():
-            for restore in restores:
-                restore()
+            for part in frozen:
+                part.put_back()
 
     return put_back
 
 
-def _freeze_part(part: Part, kept: Tensor, rows: Tensor | None, states: list[Any], scratch: Scratch) -> Undo:
-    parameter = part.slot.parameter
+class _Frozen:
+    """The masked units of one part, as they are now."""
 
-    def keep(tensor: Tensor) -> Restore:
-        return _keep_all(part, kept, tensor) if rows is None else _keep_rows(part, rows, tensor, scratch)
+    __slots__ = ("_before", "_keeps", "_own", "_part", "_rows", "_states")
 
-    own = keep(parameter)
-    before = [{keys: keep(value) for keys, value in _shaped(state, parameter)} for state in states]
+    def __init__(
+        self, part: Part, kept: Tensor, rows: Tensor | None, states: Sequence[Any], scratch: Scratch
+    ) -> None:
+        self._part = part
+        self._rows = rows
+        self._keeps = part.spread(kept)
+        self._states = states
+        parameter = part.slot.parameter
+        self._own = self._saved(parameter, scratch)
+        self._before = [
+            {keys: self._saved(value, scratch) for keys, value in _shaped(state, parameter)}
+            for state in states
+        ]
 
-    def put_back() -> None:
-        own(parameter)
-        for state, saved in zip(states, before, strict=True):
+    def put_back(self) -> None:
+        """In the parameter, and in what the states have of its shape by now."""
+        parameter = self._part.slot.parameter
+        self._restore(parameter, self._own)
+        for state, before in zip(self._states, self._before, strict=True):
             for keys, value in _shaped(state, parameter):
-                if keys in saved:
-                    saved[keys](value)
+                if keys in before:
+                    self._restore(value, before[keys])
                 elif keys[0] in _COPIES_OF_PARAMETER:
-                    own(value)
+                    self._restore(value, self._own)
                 elif keys[0] not in _LEFT_BY_ZERO:
-                    part.of(value).masked_fill_(part.spread(~kept), 0)
+                    self._part.of(value).masked_fill_(~self._keeps, 0)
 
-    return put_back
+    def _saved(self, tensor: Tensor, scratch: Scratch) -> Tensor:
+        view, dim, rows = self._part.of(tensor), self._part.rows, self._rows
+        if rows is None or dim is None:
+            # Small, or an index would have a size that only the device knows: all of it.
+            return view.clone()
+        shape = [*view.shape[:dim], rows.numel(), *view.shape[dim + 1 :]]
+        size = view.numel() // view.shape[dim] * rows.numel()
+        return torch.index_select(view, dim, rows, out=scratch.take(size, tensor.dtype).view(shape))
 
-
-def _keep_rows(part: Part, rows: Tensor, tensor: Tensor, scratch: Scratch) -> Restore:
-    """What puts some units of a tensor back as they are now."""
-    dim = part.rows
-    assert dim is not None
-    view = part.of(tensor)
-    shape = [*view.shape[:dim], rows.numel(), *view.shape[dim + 1 :]]
-    size = view.numel() // view.shape[dim] * rows.numel()
-    saved = torch.index_select(view, dim, rows, out=scratch.take(size, tensor.dtype).view(shape))
-
-    def restore(now: Tensor) -> None:
-        part.of(now).index_copy_(dim, rows, saved)
-
-    return restore
-
-
-def _keep_all(part: Part, kept: Tensor, tensor: Tensor) -> Restore:
-    """The same where an index would have a size that only the device knows."""
-    saved = part.of(tensor).clone()
-    keeps = part.spread(kept)
-
-    def restore(now: Tensor) -> None:
-        view = part.of(now)
-        view.copy_(torch.where(keeps, view, saved))
-
-    return restore
+    def _restore(self, tensor: Tensor, saved: Tensor) -> None:
+        view, dim, rows = self._part.of(tensor), self._part.rows, self._rows
+        if rows is None or dim is None:
+            torch.where(self._keeps, view, saved, out=view)
+        else:
+            view.index_copy_(dim, rows, saved)
 
 
 def _states(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -233,7 +234,7 @@ class Engine:
             monitor=self.monitor,
         )
         for modulation in acting:
-            undo = modulation.modulate(step)
+            undo = modulation.modulate(replace(step, is_last=modulation is acting[-1]))
             if undo is not None:
                 self._undo.append(undo)
         if self._odd:

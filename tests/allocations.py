@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def allocated(run: Callable[[], object]) -> tuple[int, int]:
     """Bytes: the most that `run` had at once, and what it has kept."""
+    gc.collect()  # or garbage from before is given back meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

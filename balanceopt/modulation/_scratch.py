@@ -25,7 +25,9 @@ class Scratch:
         start = self._used.get(dtype, 0)
         self._used[dtype] = start + size
         block = self._blocks.get(dtype)
-        if block is None or block.numel() < start + size:
+        if block is None:
+            self._blocks[dtype] = block = torch.empty(start + size, dtype=dtype)
+        elif block.numel() < start + size:
             # What was taken from the old block keeps it alive until it is put back.
             self._blocks[dtype] = block = torch.empty(2 * (start + size), dtype=dtype)
         return block[start : start + size]

@@ -59,8 +59,12 @@ def step_kept(
     """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     hidden = [(part.slot.parameter, part.slot.grad) for part in parts]
+    room: dict[torch.dtype, int] = {}
+    for p, _ in hidden:
+        room[p.dtype] = max(room.get(p.dtype, _AT_ONCE), p[0].numel())
+    pieces = {dtype: scratch.take(2 * size, dtype).chunk(2) for dtype, size in room.items()}
     for (p, gradient), own in zip(hidden, rows, strict=True):
-        _step_rows(p, gradient, own, optimizer.state[p], group_of[id(p)], scratch)
+        _step_rows(p, gradient, own, optimizer.state[p], group_of[id(p)], pieces[p.dtype])
     for p, _ in hidden:
         p.grad = None
 
@@ -72,7 +76,7 @@ def step_kept(
 
 
 def _step_rows(
-    p: Tensor, gradient: Tensor, rows: Tensor, state: Any, group: Mapping[str, Any], scratch: Scratch
+    p: Tensor, gradient: Tensor, rows: Tensor, state: Any, group: Mapping[str, Any], pieces: Sequence[Tensor]
 ) -> None:
     lr, decay, momentum = (float(group[key]) for key in ("lr", "weight_decay", "momentum"))
     damped, nesterov, maximize = 1 - group["dampening"], group["nesterov"], group["maximize"]
@@ -83,7 +87,7 @@ def _step_rows(
     buffer = _as_rows(state["momentum_buffer"]) if momentum != 0 else g
     length, count = theta.shape[1], rows.shape[0]
     most = min(count, max(1, _AT_ONCE // length))
-    block, other = (scratch.take(most * length, p.dtype).view(most, length) for _ in range(2))
+    block, other = (piece[: most * length].view(most, length) for piece in pieces)
     for own in rows.split(most):
         if own.shape[0] < most:
             block, other = block[: own.shape[0]], other[: own.shape[0]]

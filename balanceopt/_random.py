@@ -141,7 +141,7 @@ def _scale_and_add_to_one(tensor: Tensor, factor: Tensor, scale: Tensor, key: Ke
         if end - begin >= 2 * RUN * _gaussian_compiled.FEWEST_BLOCKS:
             _gaussian_compiled.scale_and_add_blocks_(numbers[begin:end], factor, scale, key, first + begin)
             rest = [range(begin), range(end, len(numbers))]
-    for part in rest:
+    for part in filter(len, rest):
         _by_pieces(numbers[part.start : part.stop], factor, scale, key, first + part.start)
     if not local.is_contiguous():
         local.copy_(numbers.view(local.shape))

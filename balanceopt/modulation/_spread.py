@@ -12,7 +12,7 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 
 # Small enough to stay in cache between the two sums, and for float32 sums to keep their digits.
-_CHUNK = 2**17
+_CHUNK = 2**19
 # Tensors up to this many elements are summed together: it is the calls that cost.
 _SMALL = 2**14
 # The mean's square is taken off the mean square. Where it is most of it, or that is tiny, digits are lost.
@@ -23,12 +23,13 @@ def stds(tensors: Sequence[Tensor]) -> Tensor:
     """`(n,)` population standard deviations, in float32 or wider; not finite where an element is not."""
     if not all(_can_be_summed(tensor) for tensor in tensors):
         return torch.stack([_exact(tensor) for tensor in tensors])
-    small = [place for place, tensor in enumerate(tensors) if tensor.numel() <= _SMALL]
     variance = np.empty(len(tensors))
-    variance[small] = _of_small([tensors[place] for place in small])
-    for place, tensor in enumerate(tensors):
-        if tensor.numel() > _SMALL:
-            variance[place] = _of_large(tensor.view(-1))
+    for numbers_of, places in (
+        (_of_small, [place for place, tensor in enumerate(tensors) if tensor.numel() <= _SMALL]),
+        (_of_large, [place for place, tensor in enumerate(tensors) if tensor.numel() > _SMALL]),
+    ):
+        if places:
+            variance[places] = numbers_of([tensors[place] for place in places])
     found = torch.from_numpy(np.sqrt(variance)).float()
     for place in np.flatnonzero(np.isnan(variance)).tolist():
         found[place] = _exact(tensors[place])
@@ -45,24 +46,32 @@ def _exact(tensor: Tensor) -> Tensor:
 
 def _of_small(tensors: list[Tensor]) -> np.ndarray:
     """Variances; nan where sums are inexact, or not finite."""
-    if not tensors:
-        return np.empty(0)
-    norms = on_host(torch.stack(torch._foreach_norm(tensors)).double())
-    sums = on_host(torch.stack([tensor.sum() for tensor in tensors]).double())
-    assert norms is not None
-    assert sums is not None
-    numel = np.array([tensor.numel() for tensor in tensors])
-    with np.errstate(invalid="ignore"):
-        mean_square = norms**2 / numel
-        variance = mean_square - (sums / numel) ** 2
+    norms = _numbers(torch._foreach_norm(tensors))
+    return _variance(_numbers([tensor.sum() for tensor in tensors]), norms**2, _sizes(tensors))
+
+
+def _of_large(tensors: list[Tensor]) -> np.ndarray:
+    """The same, part by part: of one that is in cache, the second sum costs little."""
+    parts = [tensor.view(-1).split(_CHUNK) for tensor in tensors]
+    both = [(part.sum(), part.dot(part)) for own in parts for part in own]
+    firsts = np.cumsum([0, *(len(own) for own in parts[:-1])])
+    sums, squares = (np.add.reduceat(_numbers(found), firsts) for found in zip(*both, strict=True))
+    return _variance(sums, squares, _sizes(tensors))
+
+
+def _variance(sums: np.ndarray, squares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean_square = squares / sizes
+        variance = mean_square - (sums / sizes) ** 2
         return np.where(variance > np.maximum(_LOST * mean_square, _TINY), variance, math.nan)
 
 
-def _of_large(numbers: Tensor) -> float:
-    """The same of one tensor."""
-    sums = torch.stack([torch.stack([part.sum(), part.dot(part)]) for part in numbers.split(_CHUNK)])
-    host = on_host(sums.double().sum(0))
+def _sizes(tensors: list[Tensor]) -> np.ndarray:
+    return np.array([tensor.numel() for tensor in tensors])
+
+
+def _numbers(scalars: Sequence[Tensor]) -> np.ndarray:
+    """In float64."""
+    host = on_host(torch.stack(list(scalars)).double())
     assert host is not None
-    mean, mean_square = (float(total) / numbers.numel() for total in host)
-    variance = mean_square - mean**2
-    return variance if variance > max(_LOST * mean_square, _TINY) else math.nan
+    return host

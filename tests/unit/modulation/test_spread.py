@@ -14,7 +14,7 @@ def std(x: torch.Tensor) -> torch.Tensor:
     return stds([x])[0]
 
 
-SIZES = [1, 2, 2**14, 2**14 + 1, 2**17, 2**17 + 1, 300_001]
+SIZES = [1, 2, 2**14, 2**14 + 1, 300_001, 2**19, 2**19 + 1, 2**20 + 7]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -19,7 +19,7 @@ from balanceopt.modulation._draw import Batch, Design, Importance, Masks, Sampli
 from balanceopt.modulation._frozen import freeze
 from balanceopt.modulation._head import head_parts
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.modulation._parts import Part, masked_rows, shard_of, unit_norms
+from balanceopt.modulation._parts import Part, alike, masked_rows, shard_of, unit_norms
 from balanceopt.modulation._scratch import Scratch
 from balanceopt.modulation._skip import can_skip, step_kept, steps_as_sgd
 from balanceopt.modulation._units import UnitRule, find_units
@@ -139,8 +139,8 @@ class AMSS(Modulation):
             return None
         design = Design(self.scale, self.sampling, self.importance, self.max_weight)
         active = step.sums.present & usable
-        norms = unit_norms(plan.parts)
-        masks = draw(plan.parts, plan.batches, norms, ratio, active, design, step.seed, step.number)
+        norms = unit_norms(plan.parts, plan.alike)
+        masks = draw(plan.batches, norms, ratio, active, design, step.seed, step.number)
         step.count("nonfinite_gradients", masks.nonfinite)
         if self.masked == "frozen":
             return self._freeze(step, plan.parts, masks)
@@ -241,7 +241,7 @@ class AMSS(Modulation):
                 "it whole: AMSS(units={embedding: 'whole'})."
             )
         own = [shard_of(part) if hasattr(part.slot.parameter, "device_mesh") else part for part in parts]
-        return _Plan(own, batches_of(own))
+        return _Plan(own, batches_of(own), alike(own))
 
     def _check_options(self) -> None:
         for name, kind in (
@@ -277,3 +277,4 @@ class _Plan:
 
     parts: Sequence[Part]
     batches: Sequence[Batch]
+    alike: Sequence[Sequence[int]]

@@ -8,9 +8,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from balanceopt._random import generator_for
+from balanceopt._uniform import uniforms
 from balanceopt.functional import kept_units
 from balanceopt.functional._sampling import (
     inclusion_probabilities_padded,
@@ -23,8 +22,10 @@ Scale = Literal["none", "unbiased", "ratio", "official"]
 Sampling = Literal["importance", "topk", "uniform"]
 Importance = Literal["norm2", "norm"]
 
-# Of the mask's generators, so that noise of the same seed, step and parameter has nothing to do with the masks.
+# Of the masks, so that other numbers of the same seed, step and parameter have nothing to do with them.
 _SALT = 0x5851F42D4C957F2D
+# Streams for each parameter: one for its own units, and one for each modality's part of a head.
+_STREAMS = 2**16
 # A budget of no unit at all has no unbiased estimate.
 _SMALLEST_BUDGET = 1e-6
 
@@ -78,14 +79,27 @@ class Batch:
         # Small tensors are made here, once: on an accelerator making one waits for it.
         self.sizes = torch.tensor(self.counts, device=self.device)
         self.modality = torch.tensor([part.modality for part in own], device=self.device)
-        self.inside = torch.arange(max(self.counts), device=self.device) < self.sizes[:, None]
+        self.streams = torch.tensor([stream_of(part) for part in own], device=self.device)
+        width = max(self.counts)
+        columns = torch.arange(width, device=self.device)
+        self.inside = columns < self.sizes[:, None]
+        # Where each unit stands in the vector of all, and all of them in the padded rows.
+        firsts = (self.sizes.cumsum(0) - self.sizes)[:, None]
+        self._to_rows = torch.where(self.inside, firsts + columns, sum(self.counts))
+        rows = torch.arange(len(own), device=self.device)[:, None] * width
+        self._from_rows = torch.cat(
+            [row[:count] for row, count in zip(rows + columns, self.counts, strict=True)]
+        )
+        self._nothing = torch.zeros(1, dtype=self.dtype, device=self.device)
+
+    def padded(self, by_part: Sequence[Tensor]) -> Tensor:
+        """`(n,)` values of each part as `(U, n_max)`, padded with zeros."""
+        return torch.cat([*by_part, self._nothing])[self._to_rows]
 
     def rows(self, padded: Tensor) -> Sequence[Tensor]:
         """The rows of `(U, n_max)` without their padding."""
-        rows: tuple[Tensor, ...] = padded.unbind(0)
-        if min(self.counts) == padded.shape[1]:
-            return rows
-        return [row[:count] for row, count in zip(rows, self.counts, strict=True)]
+        rows: tuple[Tensor, ...] = padded.view(-1)[self._from_rows].split(self.counts)
+        return rows
 
 
 def batches_of(parts: Sequence[Part]) -> list[Batch]:
@@ -97,16 +111,13 @@ def batches_of(parts: Sequence[Part]) -> list[Batch]:
     return [Batch(parts, own) for own in places.values()]
 
 
-def uniforms_for(part: Part, count: int, seed: int, step: int) -> Tensor:
-    """`count` uniform numbers of a part: a function of (seed, step, parameter), and of the modality within a head."""
-    salted = seed ^ _SALT if part.columns is None else seed ^ (_SALT + 1 + part.modality)
-    generator = generator_for(salted, step, part.slot.index, part.slot.grad.device)
-    return torch.rand(count, generator=generator, dtype=torch.float64, device=part.slot.grad.device)
+def stream_of(part: Part) -> int:
+    """The part's stream of uniform numbers."""
+    return part.slot.index * _STREAMS + (0 if part.columns is None else 1 + part.modality)
 
 
 @torch.no_grad()
 def draw(
-    parts: Sequence[Part],
     batches: Sequence[Batch],
     norms: Sequence[Tensor],
     ratio: Tensor,
@@ -118,8 +129,7 @@ def draw(
     """Draw every part's mask.
 
     Args:
-        parts: what to mask.
-        batches: `batches_of(parts)`.
+        batches: `batches_of` the parts to mask.
         norms: `(n,)` norms of the units' gradients, by part.
         ratio: `(M,)` keep ratios.
         active: bool `(M,)`, modalities that are masked at all.
@@ -127,22 +137,19 @@ def draw(
         seed: of all randomness.
         step: number of the step.
     """
-    weights: list[Tensor] = [ratio] * len(parts)
-    kept: list[Tensor] = [ratio] * len(parts)
+    weights: list[Tensor] = [ratio] * len(norms)
+    kept: list[Tensor] = [ratio] * len(norms)
     nonfinite = torch.zeros((), dtype=torch.int64, device=ratio.device)
     for batch in batches:
-        own = [parts[place] for place in batch.places]
-        s = pad_sequence([norms[place] for place in batch.places], batch_first=True)
+        s = batch.padded([norms[place] for place in batch.places])
         s = (s.square() if design.importance == "norm2" else s).double()
         total = s.sum(1)
         finite = torch.isfinite(total)
         usable = (finite & (total > 0) & active.to(batch.device)[batch.modality])[:, None]
         extra = 1 if design.exact else 0
-        uniforms = pad_sequence(
-            [uniforms_for(part, part.units.count + extra, seed, step) for part in own], batch_first=True
-        )
+        numbers = uniforms(seed ^ _SALT, step, batch.streams, s.shape[1] + extra)
         row_ratio = ratio.to(batch.device)[batch.modality]
-        chosen, weight = _drawn(torch.where(usable, s, 1), batch, row_ratio, uniforms, design)
+        chosen, weight = _drawn(torch.where(usable, s, 1), batch, row_ratio, numbers, design)
         chosen = chosen | ~usable
         weight = torch.where(usable, weight, 1).to(batch.dtype)
         nonfinite += (~finite).sum().to(ratio.device)
@@ -153,20 +160,20 @@ def draw(
     return Masks(weights, kept, nonfinite)
 
 
-def _drawn(s: Tensor, batch: Batch, ratio: Tensor, uniforms: Tensor, design: Design) -> tuple[Tensor, Tensor]:
+def _drawn(s: Tensor, batch: Batch, ratio: Tensor, numbers: Tensor, design: Design) -> tuple[Tensor, Tensor]:
     """Which units are kept, and every unit's weight, both `(U, n_max)`."""
     sampled_by = torch.where(batch.inside, 1.0 if design.sampling == "uniform" else s, 0.0)
     if design.exact:
         budget = (ratio.double() * batch.sizes).clamp(min=_SMALLEST_BUDGET)
         probability = inclusion_probabilities_padded(sampled_by, budget)
-        kept = systematic_sample_padded(probability, uniforms[:, 0], uniforms[:, 1:])
+        kept = systematic_sample_padded(probability, numbers[:, 0], numbers[:, 1:])
         weight = _capped(torch.where(kept, 1 / probability, 0), design)
         return kept, weight * ratio.double()[:, None] if design.scale == "ratio" else weight
     k = kept_units(batch.sizes, ratio)
     if design.sampling == "topk":
         kept = _largest(sampled_by, batch, k)
     else:
-        kept = sample_units_padded(sampled_by, batch.sizes, k, uniforms)
+        kept = sample_units_padded(sampled_by, batch.sizes, k, numbers)
     if design.scale == "none":
         return kept, kept.double()
     share = torch.where(batch.inside, s, 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
+from balanceopt._random import SMALL, in_groups
 from balanceopt.modulation._base import Slot
 from balanceopt.modulation._shards import local_part, summed_over_shards
 from balanceopt.modulation._units import UnitView
@@ -116,9 +117,34 @@ def masked_rows(part: Part, kept: Tensor) -> Tensor | None:
     return (~kept).nonzero().squeeze(1) if known else None
 
 
-def unit_norms(parts: Sequence[Part]) -> list[Tensor]:
-    """`(n,)` norms of every part's units, over the whole tensors: sharded ones are summed over the ranks together."""
-    own = [part.squares() if isinstance(part, ShardedPart) else part.norms() for part in parts]
-    summed = summed_over_shards([part.slot.parameter for part in parts], own)
+def alike(parts: Sequence[Part]) -> list[list[int]]:
+    """Places of small parts whose units are rows of one shape, in groups whose norms are taken together."""
+    places: dict[Any, list[int]] = {}
+    for place, part in enumerate(parts):
+        p, gradient = part.slot.parameter, part.slot.grad
+        whole = part.columns is None and not isinstance(part, ShardedPart)
+        if whole and part.rows == 0 and part.units.count == p.shape[0] and p.numel() <= SMALL:
+            places.setdefault((gradient.device, gradient.dtype, p.shape[1:]), []).append(place)
+    sizes = [part.slot.parameter.numel() for part in parts]
+    return [group for own in places.values() for group in in_groups(own, sizes) if len(group) > 1]
+
+
+def unit_norms(parts: Sequence[Part], together: Sequence[Sequence[int]] = ()) -> list[Tensor]:
+    """`(n,)` norms of every part's units, over the whole tensors: sharded ones are summed over the ranks together.
+
+    Args:
+        parts: of which.
+        together: groups of places that are `alike`; for each part alone, operations cost more than their arithmetic.
+    """
+    own: dict[int, Tensor] = {}
+    for group in together:
+        gradients = [parts[place].slot.grad for place in group]
+        norms = parts[group[0]].units.norms(torch.cat(gradients))
+        own.update(zip(group, norms.split([gradient.shape[0] for gradient in gradients]), strict=True))
+    for place, part in enumerate(parts):
+        if place not in own:
+            own[place] = part.squares() if isinstance(part, ShardedPart) else part.norms()
+    in_order = [own[place] for place in range(len(parts))]
+    summed = summed_over_shards([part.slot.parameter for part in parts], in_order)
     pairs = zip(parts, summed, strict=True)
     return [found.sqrt() if isinstance(part, ShardedPart) else found for part, found in pairs]

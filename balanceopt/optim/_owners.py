@@ -25,7 +25,7 @@ class Owners:
         self._optimizer = optimizer
         self._monitor = monitor
         self._tags: list[str | None] = []
-        self._modality_of: dict[int, str] = {}
+        self._slots: list[tuple[str | None, Slot]] = []
         self._seen: list[tuple[int, list[int]]] = []
 
     def changed(self) -> bool:
@@ -44,7 +44,9 @@ class Owners:
         # Tags are remembered: a checkpoint without them takes them out of the groups.
         known = self._tags[: len(groups)]
         self._tags = known + [group.get("modality") for group in groups[len(known) :]]
-        self._modality_of = self._modalities(groups)
+        modality_of = self._modalities(groups)
+        parameters = [p for group in groups for p in group["params"]]
+        self._slots = [(modality_of.get(id(p)), Slot(index, p)) for index, p in enumerate(parameters)]
         self._seen = self._identities()
 
     def restore_tags(self) -> None:
@@ -60,16 +62,14 @@ class Owners:
         """Each modality's parameters that have a gradient, and all gradients."""
         slots: dict[str, list[Slot]] = {name: [] for name in self._monitor.modalities}
         gradients: list[Tensor] = []
-        index = -1
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                index += 1
-                if parameter.grad is None:
-                    continue
-                gradients.append(parameter.grad)
-                modality = self._modality_of.get(id(parameter))
-                if modality is not None and parameter.numel() > 0:
-                    slots[modality].append(Slot(index, parameter))
+        for modality, slot in self._slots:
+            parameter = slot.parameter
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            gradients.append(gradient)
+            if modality is not None and parameter.numel() > 0:
+                slots[modality].append(slot)
         return slots, gradients
 
     def _modalities(self, groups: Sequence[dict[str, Any]]) -> dict[int, str]:

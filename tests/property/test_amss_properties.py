@@ -59,7 +59,7 @@ def drawn(model: Encoders, count: int, **options: Any) -> Tensor:
     norms = units.norms(grad_of(p))
     ratio, _ = modulation.ratios(step)
     design = Design(modulation.scale, modulation.sampling, modulation.importance, modulation.max_weight)
-    masks = draw(parts, batches_of(parts), [norms] * count, ratio, ratio > 0, design, 5, 0)
+    masks = draw(batches_of(parts), [norms] * count, ratio, ratio > 0, design, 5, 0)
     return torch.stack(masks.weights).double()
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 import balanceopt as bo
-from balanceopt._random import generator_for
-from balanceopt.functional import keep_ratio, kept_units, sample_units, unit_importance
-from balanceopt.modulation._draw import _SALT
+from balanceopt._uniform import uniforms
+from balanceopt.functional import keep_ratio, kept_units, unit_importance
+from balanceopt.functional._sampling import sample_units_padded
+from balanceopt.modulation._draw import _SALT, _STREAMS
 from tests.masking import Encoders, factors, fill_gradients, step_of, sums
 from tests.reference import amss_step
+from tests.reference.splitmix import uniform
 from tests.training import grad_of
 
 SIGNIFICANCE = (0.34, 0.08, 0.2)
@@ -49,9 +51,8 @@ def expected(
         modality = list(net.modalities).index(name.split(".")[1])
         rows = before[name].double().flatten(1).tolist()
         count = len(rows) + (design["scale"] in ("unbiased", "ratio"))
-        generator = generator_for(seed ^ _SALT, number, places[id(p)], torch.device("cpu"))
-        uniforms = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
-        weights = amss_step.weights(rows, ratio[modality], uniforms, **design)
+        numbers = uniform(seed ^ _SALT, number, places[id(p)] * _STREAMS, count)
+        weights = amss_step.weights(rows, ratio[modality], numbers, **design)
         found[name] *= torch.tensor(weights).view(-1, *[1] * (p.dim() - 1))
     return found
 
@@ -69,7 +70,7 @@ def test_a_step_is_the_naive_loop(design):
             torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_a_mask_is_that_of_the_public_functions():
+def test_a_mask_is_that_of_the_public_rules():
     net = Encoders(audio=nn.Linear(3, 40), visual=nn.Linear(3, 7))
     before = fill_gradients(net)
     bo.AMSS().modulate(step_of(net, sums(0.34, 0.08), seed=3, number=2))
@@ -77,7 +78,15 @@ def test_a_mask_is_that_of_the_public_functions():
     for index, (name, r) in enumerate(zip(("audio", "visual"), ratio, strict=True)):
         gradient = before[f"encoders.{name}.weight"]
         k = int(kept_units(len(gradient), r))
-        generator = generator_for(3 ^ _SALT, 2, 2 * index, torch.device("cpu"))
-        mask = sample_units(unit_importance(gradient), k, generator)
+        numbers = torch.tensor([uniform(3 ^ _SALT, 2, 2 * index * _STREAMS, len(gradient))])
+        count = torch.tensor([len(gradient)])
+        mask = sample_units_padded(unit_importance(gradient)[None], count, torch.tensor([k]), numbers)[0]
         masked = grad_of(net.get_parameter(f"encoders.{name}.weight"))
         assert torch.equal(masked, gradient * mask[:, None])
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63 + 5, -3])
+def test_uniform_numbers_are_those_of_splitmix64(seed):
+    streams = [0, 1, 2**40 + 3]
+    found = uniforms(seed, 11, torch.tensor(streams), 50)
+    assert found.tolist() == [uniform(seed, 11, stream, 50) for stream in streams]

@@ -100,7 +100,7 @@ def test_amss_makes_numbers_for_units(scale):
     units = 2 * sum(shape[0] for shape in SHAPES if len(shape) > 1)
     peak, kept = step(bo.AMSS(scale=scale))
     assert peak * BYTES < 200 * units  # bytes: some vectors of float64
-    assert kept < 0.02
+    assert kept * BYTES < 25 * units  # where each stands when all are drawn together
 
 
 def test_frozen_units_are_skipped_by_sgd_in_pieces():

@@ -9,7 +9,7 @@ elements share their pairs: the first takes the cosines, the second the sines, s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise, starmap
 from typing import NamedTuple, overload
@@ -61,7 +61,7 @@ def gaussian_pieces(
         return
     blocks = range(first // (2 * RUN), -(-(first + numel) // (2 * RUN)))
     at_once = _blocks_at_once(device)
-    scratch = _Scratch(min(len(blocks), at_once), device)
+    scratch = Buffers(min(len(blocks), at_once), device)
     end = first + numel
     for piece in pieces(blocks, at_once):
         values = scratch.fill(piece.start * RUN, len(piece), key)
@@ -85,16 +85,9 @@ def _blocks_at_once(device: torch.device) -> int:
     return threads * _PAIRS_A_THREAD // RUN
 
 
-@torch.no_grad()
-def gaussian_heads(numels: tuple[int, ...], keys: Sequence[Key], device: torch.device) -> list[Tensor]:
-    """The first `numels[i]` elements of each stream `keys[i]`, all made in the same few operations.
-
-    For many small tensors, where an operation for each would cost more than its arithmetic.
-    """
-    starts, stream, begins = layout(numels, device)
-    words = key_words(keys, device).index_select(0, stream)
-    values = _Scratch(len(starts), device).fill(starts[:, None], len(starts), Key(*words.split(1, dim=1)))
-    return [values[begin : begin + numel] for begin, numel in zip(begins, numels, strict=True)]
+def blocks_of(numels: Iterable[int]) -> int:
+    """How many whole blocks hold the heads of streams."""
+    return sum(-(-numel // (2 * RUN)) for numel in numels)
 
 
 @lru_cache(maxsize=64)
@@ -126,15 +119,31 @@ def pieces(blocks: range, at_once: int) -> Iterator[range]:
     yield from starmap(range, pairwise([blocks.start, *inner, blocks.stop]))
 
 
-class _Scratch:
-    """Buffers for one piece of `(blocks, RUN)` pairs, and the arithmetic on them."""
+class Buffers:
+    """Memory for one piece of `(blocks, RUN)` pairs, and the arithmetic on it."""
 
     def __init__(self, blocks: int, device: torch.device) -> None:
+        """For so many blocks at once."""
         self.counter = torch.arange(blocks * RUN, dtype=torch.int32, device=device).view(blocks, RUN)
         self.word = torch.empty_like(self.counter)
         self.shifted = torch.empty_like(self.counter)
         self.radius, self.angle = torch.empty(2, blocks, RUN, device=device)
         self.values = torch.empty(blocks, 2, RUN, device=device)
+
+    @torch.no_grad()
+    def heads(self, numels: tuple[int, ...], keys: Tensor) -> list[Tensor]:
+        """The first `numels[i]` elements of each stream `keys[i]`, all made in the same few operations.
+
+        For many small tensors, where an operation for each would cost more than its arithmetic.
+
+        Args:
+            numels: of each stream; `blocks_of` them are not more than there is memory for.
+            keys: int32 `(n, 3)`, the words of a key by row.
+        """
+        starts, stream, begins = layout(numels, self.values.device)
+        words = keys.index_select(0, stream).split(1, dim=1)
+        values = self.fill(starts[:, None], len(starts), Key(*words))
+        return [values[begin : begin + numel] for begin, numel in zip(begins, numels, strict=True)]
 
     def fill(self, first_pair: int | Tensor, blocks: int, key: Key) -> Tensor:
         """The elements of the pairs from `first_pair` on; of a column of first pairs, a block for each."""

@@ -63,10 +63,10 @@ def scale_and_add_blocks_(numbers: Tensor, factor: Tensor, scale: Tensor, key: K
 
 
 @torch.no_grad()
-def scaled_heads(numels: tuple[int, ...], keys: Sequence[Key], scales: Tensor) -> list[Tensor]:
-    """The first `numels[i]` elements of each stream `keys[i]`, times `scales[i]`."""
+def scaled_heads(numels: tuple[int, ...], keys: Tensor, scales: Tensor) -> list[Tensor]:
+    """The first `numels[i]` elements of each stream `keys[i]` (its words, int32 `(n, 3)`), times `scales[i]`."""
     starts, stream, begins = layout(numels, scales.device)
-    words = key_words(keys, scales.device).index_select(0, stream)
+    words = keys.index_select(0, stream)
     made = _run(_compiled(_fill), starts, words, scales.index_select(0, stream)).view(-1)
     return [made[begin : begin + numel] for begin, numel in zip(begins, numels, strict=True)]
 
@@ -77,6 +77,7 @@ def warm_up(kinds: Iterable[tuple[torch.device, torch.dtype]]) -> None:
     Raises:
         RuntimeError: if nothing can be compiled here.
     """
+    _compiled_kinds.clear()  # `torch._dynamo.reset` may have thrown them away
     for device, dtype in kinds:
         numbers, one = torch.zeros(8 * RUN, dtype=dtype, device=device), torch.ones(1, device=device)
         key = Key(1, 2, 3)
@@ -84,7 +85,7 @@ def warm_up(kinds: Iterable[tuple[torch.device, torch.dtype]]) -> None:
             with warnings.catch_warnings():  # torch's own, about itself
                 warnings.simplefilter("ignore")
                 scale_and_add_blocks_(numbers, one[0], one[0], key, 0)
-                scaled_heads((1, 1), (key, key), one.expand(2))
+                scaled_heads((1, 1), key_words([key, key], device), one.expand(2))
         except Exception as error:  # what a missing compiler raises is different from platform to platform
             raise RuntimeError(
                 f"noise='compiled' needs what torch.compile needs for {device.type}: a C++ compiler (CPU) or Triton "

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._gaussian import fill_with_gaussians_, gaussian_heads
-from balanceopt._random import SMALL, TOGETHER, in_groups, key_of, mixed, scale_, shaped_like
+from balanceopt._gaussian import Buffers, blocks_of, fill_with_gaussians_
+from balanceopt._random import SMALL, in_groups, key_of, keys_of, scale_, shaped_like
+from balanceopt._splitmix import mixed
 
 # The pool is made anew part by part, one in a step. Without that, slices come back (an inner product of many sigma).
 _PARTS = 16
+# Small tensors of so many elements share a slice.
+_TOGETHER = 2**16
 # Rows that a slice is read in; the rotation mixes them.
 _ROWS = 8
 # Of what is drawn for the pool, so that it has nothing to do with the noise of the same seed, step and parameter.
@@ -58,7 +61,7 @@ class Pool:
         numbers = self._at(tensors[0].device, largest, seed, step)
         large = [i for i, tensor in enumerate(tensors) if tensor.numel() > SMALL]
         small = in_groups(
-            [i for i, t in enumerate(tensors) if t.numel() <= SMALL], [t.numel() for t in tensors]
+            [i for i, t in enumerate(tensors) if t.numel() <= SMALL], [t.numel() for t in tensors], _TOGETHER
         )
         first_of = [*large, *(group[0] for group in small)]
         factor_of, scale_of = factors.unbind(), scales.float().unbind()
@@ -77,7 +80,7 @@ class Pool:
 
     def _at(self, device: torch.device, largest: int, seed: int, step: int) -> Tensor:
         """The pool of a step: what is there already, and the parts that are due."""
-        each = -(-max(5 * largest // 4, 4 * TOGETHER) // _PARTS)
+        each = -(-max(5 * largest // 4, 4 * _TOGETHER) // _PARTS)
         numbers = self._numbers.get(device)
         if numbers is None or numbers.numel() != each * _PARTS:
             self._numbers[device] = numbers = torch.empty(each * _PARTS, device=device)
@@ -97,8 +100,9 @@ def rotations(indices: Sequence[int], seed: int, step: int, device: torch.device
     """`(n, 8, 8)` orthogonal matrices, uniform among all: Q of a Gaussian matrix, with the signs of R's diagonal."""
     host = torch.device("cpu")  # so small that making them on a device would take longer
     size = _ROWS * _ROWS
-    keys = [key_of(seed ^ _ROTATION_SALT, step, index) for index in indices]
-    numbers = torch.stack(gaussian_heads((size,) * len(keys), keys, host)).view(-1, _ROWS, _ROWS)
+    numels = (size,) * len(indices)
+    keys = keys_of(seed ^ _ROTATION_SALT, step, indices, host)
+    numbers = torch.stack(Buffers(blocks_of(numels), host).heads(numels, keys)).view(-1, _ROWS, _ROWS)
     q, r = torch.linalg.qr(numbers.double())
     turns = (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).float()
     moved: Tensor = (

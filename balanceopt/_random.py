@@ -11,13 +11,13 @@ from torch import Tensor
 
 from balanceopt import _gaussian_compiled
 from balanceopt._deferred import on_host
-from balanceopt._gaussian import RUN, Key, fill_with_gaussians_, gaussian_heads, gaussian_pieces
+from balanceopt._gaussian import RUN, Buffers, Key, blocks_of, fill_with_gaussians_, gaussian_pieces
+from balanceopt._splitmix import each_mixed_in, mixed, mixed_in
 
-_WORD = 2**64 - 1
 # Tensors up to this size are served together: for each alone, operations would cost more than their arithmetic.
 SMALL = 2**14
 # As many numbers at once: their buffers stay small, and in cache.
-TOGETHER = 2**16
+TOGETHER = 2**17
 # A compiled kernel needs no other buffers, and calling it costs more.
 _TOGETHER_COMPILED = 2**17
 # How many elements of whole rows are made at a time for a part that holds some columns of them.
@@ -33,8 +33,16 @@ def generator_for(seed: int, step: int, index: int, device: torch.device) -> tor
 
 def key_of(seed: int, step: int, index: int) -> Key:
     """The name of a parameter's Gaussian stream at a step."""
-    own = _mixed_in(_of_step(seed, step), index)
-    return Key.from_bits(_mixed_in(own, 0), _mixed_in(own, 1))
+    own = mixed_in(_of_step(seed, step), index)
+    return Key.from_bits(mixed_in(own, 0), mixed_in(own, 1))
+
+
+def keys_of(seed: int, step: int, indices: Sequence[int], device: torch.device) -> Tensor:
+    """The same for many: int32 `(n, 3)`, a key's words by row, on the device without waiting for it."""
+    own = each_mixed_in(_of_step(seed, step), torch.tensor(indices))
+    low, high = each_mixed_in(own, 0), each_mixed_in(own, 1)
+    words = torch.stack([low, low >> 32, high], 1).to(torch.int32)
+    return words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words.to(device)
 
 
 @lru_cache(maxsize=4)
@@ -78,17 +86,24 @@ def scale_and_add_gaussians_(
             key = key_of(seed, step, indices[position])
             _scale_and_add_to_one(tensor, factor_of[position], scale_of[position], key, compiled)
     room = _TOGETHER_COMPILED if compiled else TOGETHER
-    for group in in_groups(small, [tensor.numel() for tensor in tensors], room):
-        chosen = [tensors[position] for position in group]
+    groups = [
+        ([tensors[place] for place in group], group)
+        for group in in_groups(small, [tensor.numel() for tensor in tensors], room)
+    ]
+    buffers: Buffers | None = None
+    for chosen, group in groups:
         numels = tuple(tensor.numel() for tensor in chosen)
-        keys = [key_of(seed, step, indices[position]) for position in group]
-        own_scales = [scale_of[position] for position in group]
+        keys = keys_of(seed, step, [indices[place] for place in group], chosen[0].device)
+        own_scales = [scale_of[place] for place in group]
         if compiled and sum(numels) >= 2 * RUN * _gaussian_compiled.FEWEST_BLOCKS:
             heads = _gaussian_compiled.scaled_heads(numels, keys, torch.stack(own_scales))
         else:
-            heads = gaussian_heads(numels, keys, chosen[0].device)
+            if buffers is None:  # one for all groups: new memory costs more than what is written to it
+                most = max(blocks_of([t.numel() for t in others]) for others, _ in groups)
+                buffers = Buffers(most, chosen[0].device)
+            heads = buffers.heads(numels, keys)
             torch._foreach_mul_(heads, own_scales)
-        scale_(chosen, [factor_of[position] for position in group])
+        scale_(chosen, [factor_of[place] for place in group])
         torch._foreach_add_(chosen, [shaped_like(t, z) for z, t in zip(heads, chosen, strict=True)])
 
 
@@ -153,21 +168,6 @@ def _by_pieces(numbers: Tensor, factor: Tensor, scale: Tensor, key: Key, first: 
     for place, values in gaussian_pieces(len(numbers), key, numbers.device, first):
         piece = numbers[place]
         (piece.mul_(factor) if scaled else piece).add_(values.mul_(scale))
-
-
-def mixed(*words: int) -> int:
-    """64 well-mixed bits of several integers (the finaliser of splitmix64, chained)."""
-    state = 0
-    for word in words:
-        state = _mixed_in(state, word)
-    return state
-
-
-def _mixed_in(state: int, word: int) -> int:
-    state = (state ^ (word & _WORD)) + 0x9E3779B97F4A7C15 & _WORD
-    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
-    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _WORD
-    return state ^ (state >> 31)
 
 
 def _scale_and_add_to_columns(

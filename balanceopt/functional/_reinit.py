@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -70,12 +71,16 @@ def soft_reinit_(
     params, initial = list(params), list(initial)
     strengths = _strengths(strength, len(params))
     _check_pairs(params, initial)
-    groups: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]] = {}
+    groups: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]]
+    groups = defaultdict(lambda: ([], []))
     for current, start, alpha in zip(params, initial, strengths, strict=True):
         if alpha > 0:
-            targets, sources = groups.setdefault((current.device, current.dtype, alpha), ([], []))
+            device, dtype = current.device, current.dtype
+            if start.dtype is not dtype or start.device != device:
+                start = start.to(device, dtype)
+            targets, sources = groups[device, dtype, alpha]
             targets.append(current)
-            sources.append(start.to(current.device, current.dtype))
+            sources.append(start)
     for (_, _, alpha), (targets, sources) in groups.items():
         if alpha == 1:
             torch._foreach_copy_(targets, sources)
@@ -94,7 +99,7 @@ def _strengths(strength: float | Tensor | Sequence[float | Tensor], count: int) 
         raise ValueError(
             f"`strength` should be one value, or one per parameter ({count}). Found {len(values)}."
         )
-    for alpha in values:
+    for alpha in set(values):
         if not 0 <= alpha <= 1:
             raise ValueError(f"`strength` should lie in [0, 1]. Found {alpha}.")
     return values
@@ -107,9 +112,10 @@ def _check_pairs(params: Sequence[Tensor], initial: Sequence[Tensor]) -> None:
         )
     if len({id(p) for p in params}) != len(params):
         raise ValueError("`params` should hold each tensor once. Found one twice.")
+    for dtype in {p.dtype for p in params}:
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise ValueError(f"`params` should be floating tensors. Found dtype {dtype}.")
     for current, start in zip(params, initial, strict=True):
-        if not (current.is_floating_point() or current.is_complex()):
-            raise ValueError(f"`params` should be floating tensors. Found dtype {current.dtype}.")
         if current.shape != start.shape:
             raise ValueError(
                 f"`initial` should have the shapes of `params`. Found {tuple(start.shape)} for {tuple(current.shape)}."

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._random import generator_for, mixed
+from balanceopt._random import generator_for
+from balanceopt._splitmix import mixed
 from balanceopt.monitor._outputs import map_tensors
 
 Rescale = Literal["none", "official", "per_modality"]

@@ -26,7 +26,7 @@ def chained(*words: int) -> int:
 
 def uniform(seed: int, step: int, stream: int, count: int) -> list[float]:
     """Numbers in [0, 1), 53 bits each, of the generator that starts where the three words lead."""
-    state = output((chained(seed, step) + stream * GOLDEN) & WORD)
+    state = chained(seed, step, stream)
     found = []
     for _ in range(count):
         state = next_of(state)

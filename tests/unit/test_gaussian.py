@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balanceopt._gaussian import Key, gaussian_heads, gaussian_pieces
-from balanceopt._random import gaussian_like, key_of, scale_and_add_gaussians_
+from balanceopt._gaussian import Buffers, Key, blocks_of, gaussian_pieces, int32
+from balanceopt._random import gaussian_like, key_of, keys_of, scale_and_add_gaussians_
 
 KEY = key_of(0, 0, 0)
 CPU = torch.device("cpu")
@@ -103,10 +103,22 @@ def test_no_element_no_piece():
 
 @given(st.lists(st.integers(0, 2_000), min_size=1, max_size=6))
 def test_many_streams_at_once_are_the_same_streams(numels):
-    keys = [key_of(1, 2, i) for i in range(len(numels))]
-    together = gaussian_heads(tuple(numels), keys, CPU)
-    for numel, key, head in zip(numels, keys, together, strict=True):
-        assert torch.equal(head, stream(numel, key))
+    keys = keys_of(1, 2, range(len(numels)), CPU)
+    buffers = Buffers(blocks_of(numels) + 3, CPU)
+    for _ in range(2):  # memory is used again
+        together = buffers.heads(tuple(numels), keys)
+        for index, (numel, head) in enumerate(zip(numels, together, strict=True)):
+            assert torch.equal(head, stream(numel, key_of(1, 2, index)))
+
+
+@given(
+    st.integers(-(2**63), 2**64),
+    st.integers(0, 2**40),
+    st.lists(st.integers(0, 2**40), min_size=1, max_size=9),
+)
+def test_keys_of_many_parameters_are_those_of_each(seed, step, indices):
+    for index, words in zip(indices, keys_of(seed, step, indices, CPU).tolist(), strict=True):
+        assert tuple(words) == tuple(int32(word) for word in key_of(seed, step, index))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (), (1,), (0,), (40, 600), (2, 3, 130, 131)])

@@ -83,6 +83,14 @@ def test_a_resumed_run_is_bit_for_bit_the_same():
     assert same_bits(model, twin)
 
 
+def test_one_kernel_serves_tensors_of_any_size_also_after_a_reset():
+    torch._dynamo.reset()
+    _gaussian_compiled.warm_up([(torch.device("cpu"), torch.float32)])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (2**15, 2**14 + 512, 2**16 + 3):
+            compiled_noise([size, 700, 900])
+
+
 def test_without_a_compiler_the_optimizer_is_not_built(monkeypatch):
     def fails(*args: object) -> None:
         raise OSError("no compiler")

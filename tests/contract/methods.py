@@ -57,7 +57,7 @@ METHODS = [
     Method("AMSS", bo.AMSS, limit=partial(bo.AMSS, clamp=(1, 1), offset=100)),
     Method(
         "AMSS+",
-        partial(bo.AMSS, scale="unbiased"),
+        partial(bo.AMSS, scale="unbiased", clamp=(0.3, 0.9)),  # one unit of six moves in each step, or more
         limit=partial(bo.AMSS, scale="unbiased", clamp=(1, 1), offset=100),
     ),
     Method(

@@ -74,18 +74,25 @@ def soft_reinit_(
     groups: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]]
     groups = defaultdict(lambda: ([], []))
     for current, start, alpha in zip(params, initial, strengths, strict=True):
-        if alpha > 0:
-            device, dtype = current.device, current.dtype
-            if start.dtype is not dtype or start.device != device:
-                start = start.to(device, dtype)
+        device, dtype = current.device, current.dtype
+        if alpha == 0:
+            continue
+        if start.dtype is not dtype or start.device != device:
+            # One by one: what was kept elsewhere is never all here.
+            _move_([current], [start.to(device, dtype)], alpha)
+        else:
             targets, sources = groups[device, dtype, alpha]
             targets.append(current)
             sources.append(start)
     for (_, _, alpha), (targets, sources) in groups.items():
-        if alpha == 1:
-            torch._foreach_copy_(targets, sources)
-        else:
-            torch._foreach_lerp_(targets, sources, alpha)
+        _move_(targets, sources, alpha)
+
+
+def _move_(params: list[Tensor], initial: list[Tensor], alpha: float) -> None:
+    if alpha == 1:
+        torch._foreach_copy_(params, initial)
+    else:
+        torch._foreach_lerp_(params, initial, alpha)
 
 
 def _strengths(strength: float | Tensor | Sequence[float | Tensor], count: int) -> list[float]:

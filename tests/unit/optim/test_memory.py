@@ -128,3 +128,12 @@ def test_relearning_keeps_the_initial_weights():
     peak, kept = allocated(lambda: schedulers.append(bo.ReLearnScheduler(base, monitor, [], [])))
     assert kept == pytest.approx(size, rel=0.01)
     assert peak < kept + BYTES
+
+
+def test_initial_weights_that_are_kept_elsewhere_come_one_by_one():
+    params = [torch.ones(shape) for shape in SHAPES]
+    elsewhere = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]  # for want of another device
+    peak, kept = allocated(lambda: bo.functional.soft_reinit_(params, elsewhere, 0.25))
+    assert peak == BYTES
+    assert kept == 0
+    assert all(bool((p == 0.75).all()) for p in params)

@@ -9,7 +9,7 @@ elements share their pairs: the first takes the cosines, the second the sines, s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise, starmap
 from typing import NamedTuple, overload
@@ -43,51 +43,12 @@ class Key(NamedTuple):
         return cls(low & 0xFFFFFFFF, low >> 32, high & 0xFFFFFFFF)
 
 
-def gaussian_pieces(
-    numel: int, key: Key, device: torch.device, first: int = 0
-) -> Iterator[tuple[slice, Tensor]]:
-    """Make elements `first` to `first + numel` of the stream `key` piece by piece.
-
-    Args:
-        numel: how many.
-        key: names the stream.
-        device: where.
-        first: index of the first element in the whole stream.
-
-    Yields:
-        Which elements, counted from `first`, and the float32 values in a buffer that the next piece uses again.
-    """
-    if numel <= 0:
-        return
-    blocks = range(first // (2 * RUN), -(-(first + numel) // (2 * RUN)))
-    at_once = _blocks_at_once(device)
-    scratch = Buffers(min(len(blocks), at_once), device)
-    end = first + numel
-    for piece in pieces(blocks, at_once):
-        values = scratch.fill(piece.start * RUN, len(piece), key)
-        begin = piece.start * 2 * RUN
-        start, stop = max(begin, first), min(piece.stop * 2 * RUN, end)
-        yield slice(start - first, stop - first), values[start - begin : stop - begin]
-
-
-@torch.no_grad()
-def fill_with_gaussians_(flat: Tensor, key: Key, first: int = 0) -> None:
-    """`flat[i] <-` element `first + i` of the stream `key`."""
-    for place, values in gaussian_pieces(len(flat), key, flat.device, first):
-        flat[place] = values
-
-
 def _blocks_at_once(device: torch.device) -> int:
     """A power of two."""
     if device.type != "cpu":
         return MOST_BLOCKS
     threads: int = 1 << (torch.get_num_threads().bit_length() - 1)
     return threads * _PAIRS_A_THREAD // RUN
-
-
-def blocks_of(numels: Iterable[int]) -> int:
-    """How many whole blocks hold the heads of streams."""
-    return sum(-(-numel // (2 * RUN)) for numel in numels)
 
 
 @lru_cache(maxsize=64)
@@ -119,33 +80,74 @@ def pieces(blocks: range, at_once: int) -> Iterator[range]:
     yield from starmap(range, pairwise([blocks.start, *inner, blocks.stop]))
 
 
-class Buffers:
-    """Memory for one piece of `(blocks, RUN)` pairs, and the arithmetic on it."""
+class Gaussians:
+    """Makes numbers in memory of its own, again and again: new memory costs more than what is written to it."""
 
-    def __init__(self, blocks: int, device: torch.device) -> None:
-        """For so many blocks at once."""
-        self.counter = torch.arange(blocks * RUN, dtype=torch.int32, device=device).view(blocks, RUN)
-        self.word = torch.empty_like(self.counter)
-        self.shifted = torch.empty_like(self.counter)
-        self.radius, self.angle = torch.empty(2, blocks, RUN, device=device)
-        self.values = torch.empty(blocks, 2, RUN, device=device)
+    def __init__(self, device: torch.device) -> None:
+        """On this device."""
+        self._device = device
+        self._blocks = -1
 
     @torch.no_grad()
-    def heads(self, numels: tuple[int, ...], keys: Tensor) -> list[Tensor]:
+    def pieces(
+        self, numel: int, key: Key, first: int = 0, scale: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Make elements `first` to `first + numel` of the stream `key` piece by piece.
+
+        Args:
+            numel: how many.
+            key: names the stream.
+            first: index of the first element in the whole stream.
+            scale: 0-d, what they are multiplied by.
+
+        Yields:
+            Which elements, counted from `first`, and the float32 values in memory that the next piece uses again.
+        """
+        if numel <= 0:
+            return
+        blocks = range(first // (2 * RUN), -(-(first + numel) // (2 * RUN)))
+        at_once = _blocks_at_once(self._device)
+        self._reserve(min(len(blocks), at_once))
+        end = first + numel
+        for piece in pieces(blocks, at_once):
+            values = self._fill(piece.start * RUN, len(piece), key, scale)
+            begin = piece.start * 2 * RUN
+            start, stop = max(begin, first), min(piece.stop * 2 * RUN, end)
+            yield slice(start - first, stop - first), values[start - begin : stop - begin]
+
+    @torch.no_grad()
+    def heads(self, numels: tuple[int, ...], keys: Tensor, scales: Tensor | None = None) -> list[Tensor]:
         """The first `numels[i]` elements of each stream `keys[i]`, all made in the same few operations.
 
         For many small tensors, where an operation for each would cost more than its arithmetic.
 
         Args:
-            numels: of each stream; `blocks_of` them are not more than there is memory for.
+            numels: of each stream.
             keys: int32 `(n, 3)`, the words of a key by row.
+            scales: `(n,)`, what they are multiplied by.
+
+        Returns:
+            float32 values in memory that the next call uses again.
         """
-        starts, stream, begins = layout(numels, self.values.device)
+        starts, stream, begins = layout(numels, self._device)
+        self._reserve(len(starts))
         words = keys.index_select(0, stream).split(1, dim=1)
-        values = self.fill(starts[:, None], len(starts), Key(*words))
+        by_block = None if scales is None else scales.index_select(0, stream)[:, None]
+        values = self._fill(starts[:, None], len(starts), Key(*words), by_block)
         return [values[begin : begin + numel] for begin, numel in zip(begins, numels, strict=True)]
 
-    def fill(self, first_pair: int | Tensor, blocks: int, key: Key) -> Tensor:
+    def _reserve(self, blocks: int) -> None:
+        """Have memory for so many blocks of pairs."""
+        if blocks <= self._blocks:
+            return
+        self._blocks = blocks
+        self.counter = torch.arange(blocks * RUN, dtype=torch.int32, device=self._device).view(blocks, RUN)
+        self.word = torch.empty_like(self.counter)
+        self.shifted = torch.empty_like(self.counter)
+        self.radius, self.angle = torch.empty(2, blocks, RUN, device=self._device)
+        self.values = torch.empty(blocks, 2, RUN, device=self._device)
+
+    def _fill(self, first_pair: int | Tensor, blocks: int, key: Key, scale: Tensor | None) -> Tensor:
         """The elements of the pairs from `first_pair` on; of a column of first pairs, a block for each."""
         word, radius, angle = self.word[:blocks], self.radius[:blocks], self.angle[:blocks]
         if isinstance(first_pair, Tensor):
@@ -165,6 +167,8 @@ class Buffers:
         # Both were signed: (word + 2**31 + 1/2) / 2**32 lies inside (0, 1), and turning by half a circle is no matter.
         radius.mul_(BITS).add_(0.5).clamp_(min=0.5 * BITS, max=1.0)
         radius.log_().mul_(-2).sqrt_()
+        if scale is not None:
+            radius.mul_(scale)
         angle.mul_(2 * math.pi * BITS)
         rows = self.values[:blocks]
         torch.cos(angle, out=rows[:, 0])

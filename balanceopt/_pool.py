@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._gaussian import Buffers, blocks_of, fill_with_gaussians_
-from balanceopt._random import SMALL, in_groups, key_of, keys_of, scale_, shaped_like
+from balanceopt._gaussian import Gaussians
+from balanceopt._random import SMALL, fill_, in_groups, key_of, keys_of, scale_, shaped_like
 from balanceopt._splitmix import mixed
 
 # The pool is made anew part by part, one in a step. Without that, slices come back (an inner product of many sigma).
@@ -102,7 +102,7 @@ def rotations(indices: Sequence[int], seed: int, step: int, device: torch.device
     size = _ROWS * _ROWS
     numels = (size,) * len(indices)
     keys = keys_of(seed ^ _ROTATION_SALT, step, indices, host)
-    numbers = torch.stack(Buffers(blocks_of(numels), host).heads(numels, keys)).view(-1, _ROWS, _ROWS)
+    numbers = torch.stack(Gaussians(host).heads(numels, keys)).view(-1, _ROWS, _ROWS)
     q, r = torch.linalg.qr(numbers.double())
     turns = (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).float()
     moved: Tensor = (
@@ -112,7 +112,7 @@ def rotations(indices: Sequence[int], seed: int, step: int, device: torch.device
 
 
 def _fill(part: Tensor, seed: int, step: int) -> None:
-    fill_with_gaussians_(part, key_of(seed ^ _PART_SALT, step, 0))
+    fill_(part, Gaussians(part.device).pieces(len(part), key_of(seed ^ _PART_SALT, step, 0)))
 
 
 def _slice(numbers: Tensor, size: int, seed: int, step: int, index: int) -> Tensor:

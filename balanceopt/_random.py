@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from balanceopt import _gaussian_compiled
 from balanceopt._deferred import on_host
-from balanceopt._gaussian import RUN, Buffers, Key, blocks_of, fill_with_gaussians_, gaussian_pieces
+from balanceopt._gaussian import RUN, Gaussians, Key
 from balanceopt._splitmix import each_mixed_in, mixed, mixed_in
 
 # Tensors up to this size are served together: for each alone, operations would cost more than their arithmetic.
@@ -77,6 +77,9 @@ def scale_and_add_gaussians_(
     No buffer of a tensor's size is made for a large one whose memory is in order: not for sharded ones either, whose
     ranks each make only their own part. `compiled` kernels give the same numbers but for rounding.
     """
+    if not tensors:
+        return
+    source = Gaussians(tensors[0].device)
     factor_of, scale_of = factors.unbind(), scales.unbind()
     small: list[int] = []
     for position, tensor in enumerate(tensors):
@@ -84,27 +87,25 @@ def scale_and_add_gaussians_(
             small.append(position)
         else:
             key = key_of(seed, step, indices[position])
-            _scale_and_add_to_one(tensor, factor_of[position], scale_of[position], key, compiled)
-    room = _TOGETHER_COMPILED if compiled else TOGETHER
-    groups = [
-        ([tensors[place] for place in group], group)
-        for group in in_groups(small, [tensor.numel() for tensor in tensors], room)
-    ]
-    buffers: Buffers | None = None
-    for chosen, group in groups:
-        numels = tuple(tensor.numel() for tensor in chosen)
-        keys = keys_of(seed, step, [indices[place] for place in group], chosen[0].device)
-        own_scales = [scale_of[place] for place in group]
-        if compiled and sum(numels) >= 2 * RUN * _gaussian_compiled.FEWEST_BLOCKS:
-            heads = _gaussian_compiled.scaled_heads(numels, keys, torch.stack(own_scales))
+            _scale_and_add_to_one(tensor, factor_of[position], scale_of[position], key, source, compiled)
+    if not small:
+        return
+    chosen = [tensors[place] for place in small]
+    scale_(chosen, [factor_of[place] for place in small])
+    keys = keys_of(seed, step, [indices[place] for place in small], chosen[0].device)
+    own_scales = torch.stack([scale_of[place] for place in small]).float()
+    # In memory each takes whole blocks.
+    sizes = [-(-tensor.numel() // (2 * RUN)) * 2 * RUN for tensor in chosen]
+    for group in in_groups(range(len(chosen)), sizes, _TOGETHER_COMPILED if compiled else TOGETHER):
+        part = slice(group[0], group[-1] + 1)
+        numels = tuple(tensor.numel() for tensor in chosen[part])
+        if compiled and sum(sizes[part]) >= 2 * RUN * _gaussian_compiled.FEWEST_BLOCKS:
+            heads = _gaussian_compiled.scaled_heads(numels, keys[part], own_scales[part])
         else:
-            if buffers is None:  # one for all groups: new memory costs more than what is written to it
-                most = max(blocks_of([t.numel() for t in others]) for others, _ in groups)
-                buffers = Buffers(most, chosen[0].device)
-            heads = buffers.heads(numels, keys)
-            torch._foreach_mul_(heads, own_scales)
-        scale_(chosen, [factor_of[place] for place in group])
-        torch._foreach_add_(chosen, [shaped_like(t, z) for z, t in zip(heads, chosen, strict=True)])
+            heads = source.heads(numels, keys[part], own_scales[part])
+        torch._foreach_add_(
+            chosen[part], [shaped_like(t, z) for z, t in zip(heads, chosen[part], strict=True)]
+        )
 
 
 def shaped_like(tensor: Tensor, numbers: Tensor) -> Tensor:
@@ -137,15 +138,17 @@ def scale_(tensors: list[Tensor], factors: list[Tensor]) -> None:
         torch._foreach_mul_([tensors[place] for place in chosen], [factors[place] for place in chosen])
 
 
-def _scale_and_add_to_one(tensor: Tensor, factor: Tensor, scale: Tensor, key: Key, compiled: bool) -> None:
+def _scale_and_add_to_one(
+    tensor: Tensor, factor: Tensor, scale: Tensor, key: Key, source: Gaussians, compiled: bool
+) -> None:
     local, place = _local_part(tensor)
     if local is None:
-        tensor.mul_(factor).add_(_distributed(tensor, key).mul_(scale))
+        tensor.mul_(factor).add_(_distributed(tensor, scale, key, source))
         return
     if local.numel() == 0:
         return
     if local.shape[1:] != tensor.shape[1:]:
-        _scale_and_add_to_columns(local, place, tensor.shape, factor, scale, key)
+        _scale_and_add_to_columns(local, place, tensor.shape, factor, scale, key, source)
         return
     first = place[0] * math.prod(tensor.shape[1:]) if place else 0
     numbers = local.view(-1) if local.is_contiguous() else local.reshape(-1)
@@ -157,29 +160,39 @@ def _scale_and_add_to_one(tensor: Tensor, factor: Tensor, scale: Tensor, key: Ke
             _gaussian_compiled.scale_and_add_blocks_(numbers[begin:end], factor, scale, key, first + begin)
             rest = [range(begin), range(end, len(numbers))]
     for part in filter(len, rest):
-        _by_pieces(numbers[part.start : part.stop], factor, scale, key, first + part.start)
+        _by_pieces(numbers[part.start : part.stop], factor, scale, key, first + part.start, source)
     if not local.is_contiguous():
         local.copy_(numbers.view(local.shape))
 
 
-def _by_pieces(numbers: Tensor, factor: Tensor, scale: Tensor, key: Key, first: int) -> None:
+def _by_pieces(
+    numbers: Tensor, factor: Tensor, scale: Tensor, key: Key, first: int, source: Gaussians
+) -> None:
     known = on_host(factor)
     scaled = known is None or known != 1
-    for place, values in gaussian_pieces(len(numbers), key, numbers.device, first):
+    for place, values in source.pieces(len(numbers), key, first, scale):
         piece = numbers[place]
-        (piece.mul_(factor) if scaled else piece).add_(values.mul_(scale))
+        (piece.mul_(factor) if scaled else piece).add_(values)
 
 
 def _scale_and_add_to_columns(
-    local: Tensor, place: Sequence[int], shape: torch.Size, factor: Tensor, scale: Tensor, key: Key
+    local: Tensor,
+    place: Sequence[int],
+    shape: torch.Size,
+    factor: Tensor,
+    scale: Tensor,
+    key: Key,
+    source: Gaussians,
 ) -> None:
     """Noise for a part that holds some columns: some whole rows are made at a time, and cut."""
     columns = tuple(slice(o, o + n) for o, n in zip(place[1:], local.shape[1:], strict=True))
     length = math.prod(shape[1:])
-    for rows in local.split(max(1, _OF_ROWS // length)):
-        made = torch.empty(len(rows), *shape[1:], device=local.device)
-        fill_with_gaussians_(made.view(-1), key, place[0] * length)
-        rows.mul_(factor).add_(made[(slice(None), *columns)].mul_(scale))
+    at_once = min(len(local), max(1, _OF_ROWS // length))
+    whole = torch.empty(at_once, *shape[1:], device=local.device)
+    for rows in local.split(at_once):
+        made = whole[: len(rows)]
+        fill_(made.view(-1), source.pieces(made.numel(), key, place[0] * length, scale))
+        rows.mul_(factor).add_(made[(slice(None), *columns)])
         place = (place[0] + len(rows), *place[1:])
 
 
@@ -197,10 +210,16 @@ def _local_part(tensor: Tensor) -> tuple[Tensor | None, Sequence[int]]:
     return tensor.to_local(), place  # type: ignore[attr-defined]
 
 
-def _distributed(tensor: Tensor, key: Key) -> Tensor:
+def _distributed(tensor: Tensor, scale: Tensor, key: Key, source: Gaussians) -> Tensor:
     """Noise for a tensor cut in a way of its own (strided shards): made in full, and cut."""
     from torch.distributed.tensor import distribute_tensor
 
     full = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    fill_with_gaussians_(full.view(-1), key)
+    fill_(full.view(-1), source.pieces(full.numel(), key, scale=scale))
     return distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def fill_(flat: Tensor, pieces: Iterable[tuple[slice, Tensor]]) -> None:
+    """Put pieces where they belong."""
+    for place, values in pieces:
+        flat[place] = values

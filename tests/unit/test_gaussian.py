@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balanceopt._gaussian import Buffers, Key, blocks_of, gaussian_pieces, int32
+from balanceopt._gaussian import Gaussians, Key, int32
 from balanceopt._random import gaussian_like, key_of, keys_of, scale_and_add_gaussians_
 
 KEY = key_of(0, 0, 0)
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def stream(numel: int, key: Key = KEY, first: int = 0) -> torch.Tensor:
     out = torch.full((numel,), math.nan)
-    for place, values in gaussian_pieces(numel, key, CPU, first):
+    for place, values in Gaussians(CPU).pieces(numel, key, first):
         out[place] = values
     return out
 
@@ -98,15 +98,15 @@ def test_indices_beyond_32_bits_are_another_part_of_the_stream():
 
 
 def test_no_element_no_piece():
-    assert list(gaussian_pieces(0, KEY, CPU)) == []
+    assert list(Gaussians(CPU).pieces(0, KEY)) == []
 
 
 @given(st.lists(st.integers(0, 2_000), min_size=1, max_size=6))
 def test_many_streams_at_once_are_the_same_streams(numels):
     keys = keys_of(1, 2, range(len(numels)), CPU)
-    buffers = Buffers(blocks_of(numels) + 3, CPU)
+    source = Gaussians(CPU)
     for _ in range(2):  # memory is used again
-        together = buffers.heads(tuple(numels), keys)
+        together = source.heads(tuple(numels), keys)
         for index, (numel, head) in enumerate(zip(numels, together, strict=True)):
             assert torch.equal(head, stream(numel, key_of(1, 2, index)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,20 @@ from tests.models import Multimodal, watch
 from tests.training import backward, batches, grad_of, groups_of, small_model
 
 CLASSES = 5
+
+# Of SGD.
+SGD_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.5},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "weight decay": {"momentum": 0.9, "weight_decay": 0.1},
+    "maximize": {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+    "foreach": {"momentum": 0.9, "weight_decay": 0.1, "foreach": True},
+    "fused": {"momentum": 0.9, "weight_decay": 0.1, "fused": True},
+    "loop": {"momentum": 0.9, "weight_decay": 0.1, "foreach": False, "fused": False},
+}
+every_option = pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
 
 
 class Encoders(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import balanceopt as bo
 from balanceopt.modulation import _amss, _parts
-from tests.masking import masked, masked_rows, momenta, step_frozen, weights
+from tests.masking import every_option, masked, masked_rows, momenta, step_frozen, weights
 from tests.training import (
     backward,
     bare,
@@ -24,19 +24,6 @@ from tests.training import (
     sgd,
     train,
 )
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "dampening": {"momentum": 0.9, "dampening": 0.5},
-    "nesterov": {"momentum": 0.9, "nesterov": True},
-    "weight decay": {"momentum": 0.9, "weight_decay": 0.1},
-    "maximize": {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
-    "foreach": {"momentum": 0.9, "weight_decay": 0.1, "foreach": True},
-    "fused": {"momentum": 0.9, "weight_decay": 0.1, "fused": True},
-    "loop": {"momentum": 0.9, "weight_decay": 0.1, "foreach": False, "fused": False},
-}
-every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 @every_option

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import balanceopt as bo
-from tests.masking import masked, masked_rows, weights
+from tests.masking import every_option, masked, masked_rows, weights
 from tests.models import watch
 from tests.training import (
     backward,
@@ -24,19 +23,6 @@ from tests.training import (
     small_model,
     train,
 )
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "dampening": {"momentum": 0.9, "dampening": 0.5},
-    "nesterov": {"momentum": 0.9, "nesterov": True},
-    "weight decay": {"momentum": 0.9, "weight_decay": 0.1},
-    "maximize": {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
-    "foreach": {"momentum": 0.9, "weight_decay": 0.1, "foreach": True},
-    "fused": {"momentum": 0.9, "weight_decay": 0.1, "fused": True},
-    "loop": {"momentum": 0.9, "weight_decay": 0.1, "foreach": False, "fused": False},
-}
-every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 @every_option

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import balanceopt as bo
 from balanceopt.modulation import _amss, _skip
-from tests.masking import masked, weights
+from tests.masking import SGD_OPTIONS, every_option, masked, weights
 from tests.models import Concat
 from tests.training import (
     backward,
@@ -27,7 +27,6 @@ from tests.training import (
     small_model,
     train,
 )
-from tests.unit.optim.test_masked_frozen import OPTIONS, every_option
 
 
 @pytest.fixture
@@ -264,7 +263,7 @@ def test_a_closure(compared):
     compared(make)
 
 
-@pytest.mark.parametrize("options", [OPTIONS["momentum"], OPTIONS["fused"]], ids=["loop", "fused"])
+@pytest.mark.parametrize("options", [SGD_OPTIONS["momentum"], SGD_OPTIONS["fused"]], ids=["loop", "fused"])
 def test_it_resumes_bit_for_bit(stepped, options):
     model, optimizer = masked(masked="frozen", **options)
     train(model, optimizer, batches(model, 3))

@@ -15,11 +15,11 @@ from balanceopt._warnings import warn_user
 from balanceopt.functional import keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHint, Step, Undo
 from balanceopt.modulation._bases import cancels_constant_factor
-from balanceopt.modulation._draw import Batch, Design, Importance, Masks, Sampling, Scale, batches_of, draw
+from balanceopt.modulation._draw import Batch, Design, Importance, Sampling, Scale, batches_of, draw
 from balanceopt.modulation._frozen import freeze
 from balanceopt.modulation._head import head_parts
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.modulation._parts import Part, alike, masked_rows, shard_of, unit_norms
+from balanceopt.modulation._parts import MaskedPart, Part, alike, masked_rows, shard_of, unit_norms
 from balanceopt.modulation._scratch import Scratch
 from balanceopt.modulation._skip import can_skip, step_kept, steps_as_sgd
 from balanceopt.modulation._units import UnitRule, find_units
@@ -142,33 +142,26 @@ class AMSS(Modulation):
         norms = unit_norms(plan.parts, plan.alike)
         masks = draw(plan.batches, norms, ratio, active, design, step.seed, step.number)
         step.count("nonfinite_gradients", masks.nonfinite)
+        masked = [
+            MaskedPart(part, kept, weight, self._masked_rows(part, kept))
+            for part, kept, weight in zip(plan.parts, masks.kept, masks.weights, strict=True)
+        ]
         if self.masked == "frozen":
-            return self._freeze(step, plan.parts, masks)
-        self._mask(plan.parts, masks)
+            return self._freeze(step, masked)
+        self._mask(masked)
         return None
 
-    def _freeze(self, step: Step, parts: Sequence[Part], masks: Masks) -> Undo:
+    def _freeze(self, step: Step, parts: Sequence[MaskedPart]) -> Undo:
         """Leave masked units out of the base's step where that can be done, else put them back after it."""
         self._scratch.clear()
-        masked = [self._masked_rows(part, kept) for part, kept in zip(parts, masks.kept, strict=True)]
-        can = step.is_last and steps_as_sgd(step.optimizer)
-        skipped = [
-            place
-            for place, (part, rows) in enumerate(zip(parts, masked, strict=True))
-            if can and rows is not None and rows.numel() > 0 and can_skip(part, step.optimizer)
-        ]
-        others = sorted(set(range(len(parts))) - set(skipped))
-        put_back = freeze(
-            [parts[i] for i in others],
-            [masks.kept[i] for i in others],
-            [masked[i] for i in others],
-            step.optimizer,
-            self._scratch,
-        )
-        weighed = others if self.scale == "none" else range(len(parts))
-        self._mask([parts[i] for i in weighed], masks.only(weighed))
-        kept = [masks.kept[i].nonzero().squeeze(1) for i in skipped]
-        show = step_kept([parts[i] for i in skipped], kept, step.optimizer, self._scratch)
+        skips = step.is_last and steps_as_sgd(step.optimizer)
+        skipped: list[MaskedPart] = []
+        others: list[MaskedPart] = []
+        for part in parts:
+            (skipped if skips and can_skip(part, step.optimizer) else others).append(part)
+        put_back = freeze(others, step.optimizer, self._scratch)
+        self._mask(others if self.scale == "none" else parts)
+        show = step_kept(skipped, step.optimizer, self._scratch)
 
         def undo() -> None:
             show()
@@ -176,24 +169,24 @@ class AMSS(Modulation):
 
         return undo
 
-    def _mask(self, parts: Sequence[Part], masks: Masks) -> None:
+    def _mask(self, parts: Sequence[MaskedPart]) -> None:
         """Multiply gradients by their masks."""
         few: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for part, kept, weight in zip(parts, masks.kept, masks.weights, strict=True):
+        for own in parts:
+            part = own.part
             gradient = part.of(part.slot.grad)
-            masked = self._masked_rows(part, kept) if self.scale == "none" else None
-            if masked is not None and part.rows is not None:
-                gradient.index_fill_(part.rows, masked, 0)  # writes only what is masked
+            if self.scale == "none" and own.masked is not None and part.rows is not None:
+                gradient.index_fill_(part.rows, own.masked, 0)  # writes only what is masked
             else:
                 few[0].append(gradient)
-                few[1].append(part.spread(weight))
+                few[1].append(part.spread(own.weight))
         if few[0]:
             torch._foreach_mul_(*few)
 
-    @staticmethod
-    def _masked_rows(part: Part, kept: Tensor) -> Tensor | None:
-        """What is not kept as indices, where the part is large and they can be read."""
-        return masked_rows(part, kept) if part.slot.grad.numel() >= _LARGE else None
+    def _masked_rows(self, part: Part, kept: Tensor) -> Tensor | None:
+        """What is not kept as indices, where that is of use, the part is large, and they can be read."""
+        of_use = self.scale == "none" or self.masked == "frozen"
+        return masked_rows(part, kept) if of_use and part.slot.grad.numel() >= _LARGE else None
 
     def ratios(self, step: Step) -> tuple[Tensor, Tensor]:
         """The step's `(M,)` keep ratios, and whether its scores can be used at all, 0-d bool."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,12 +58,6 @@ class Masks:
     weights: list[Tensor]
     kept: list[Tensor]
     nonfinite: Tensor
-
-    def only(self, places: Iterable[int]) -> Masks:
-        """Those of some of the parts."""
-        chosen = list(places)
-        weights, kept = ([own[place] for place in chosen] for own in (self.weights, self.kept))
-        return Masks(weights, kept, self.nonfinite)
 
 
 class Batch:

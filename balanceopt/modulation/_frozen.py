@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from balanceopt.modulation._base import Undo
-from balanceopt.modulation._parts import Part
+from balanceopt.modulation._parts import MaskedPart
 from balanceopt.modulation._scratch import Scratch
 
 # State that a base makes in its first step is zero before it, in units that have not moved, but for these.
@@ -28,28 +28,16 @@ _LEFT_BY_ZERO = frozenset({"step_size", "b", "beta1_prod", "bg", "bhg", "mask"})
 
 
 @torch.no_grad()
-def freeze(
-    parts: Sequence[Part],
-    kept: Sequence[Tensor],
-    masked: Sequence[Tensor | None],
-    optimizer: torch.optim.Optimizer,
-    scratch: Scratch,
-) -> Undo:
-    """Remember the units that are not kept; returns what puts them back after the step.
+def freeze(parts: Sequence[MaskedPart], optimizer: torch.optim.Optimizer, scratch: Scratch) -> Undo:
+    """Remember the units that are not kept, or all of a part where they are not known; returns what puts them back.
 
     Args:
         parts: what is masked.
-        kept: bool `(n,)` by part.
-        masked: the others as indices along `part.rows`, by part; None to remember all units of the part.
         optimizer: the base.
         scratch: memory to remember them in.
     """
     states = _states(optimizer)
-    frozen = [
-        _Frozen(part, own, rows, states, scratch)
-        for part, own, rows in zip(parts, kept, masked, strict=True)
-        if rows is None or rows.numel() > 0
-    ]
+    frozen = [_Frozen(own, states, scratch) for own in parts if own.masked is None or own.masked.numel() > 0]
 
     def put_back() -> None:
         with torch.no_grad():
@@ -64,14 +52,12 @@ class _Frozen:
 
     __slots__ = ("_before", "_keeps", "_own", "_part", "_rows", "_states")
 
-    def __init__(
-        self, part: Part, kept: Tensor, rows: Tensor | None, states: Sequence[Any], scratch: Scratch
-    ) -> None:
-        self._part = part
-        self._rows = rows
-        self._keeps = part.spread(kept)
+    def __init__(self, own: MaskedPart, states: Sequence[Any], scratch: Scratch) -> None:
+        self._part = own.part
+        self._rows = own.masked
+        self._keeps = own.part.spread(own.kept)
         self._states = states
-        parameter = part.slot.parameter
+        parameter = own.part.slot.parameter
         self._own = self._saved(parameter, scratch)
         self._before = [
             {keys: self._saved(value, scratch) for keys, value in _shaped(state, parameter)}

@@ -49,6 +49,11 @@ class Part:
         """The dimension of `of` whose indices are the units; None where it is not one."""
         return self.units.only_dim
 
+    @property
+    def is_rows(self) -> bool:
+        """Whether each index of the whole tensor's first dimension is a unit."""
+        return self.columns is None and self.rows == 0
+
     def _block(self, tensor: Tensor) -> Tensor:
         return tensor if self.columns is None else tensor[:, self.columns]
 
@@ -88,6 +93,23 @@ class ShardedPart(Part):
         return None
 
 
+@dataclass(frozen=True)
+class MaskedPart:
+    """A part and the step's mask of it.
+
+    Attributes:
+        part: of which.
+        kept: bool `(n,)`, units that are kept.
+        weight: `(n,)`, what their gradients are multiplied by.
+        masked: the other units, as indices along `part.rows`; None where they are not known.
+    """
+
+    part: Part
+    kept: Tensor
+    weight: Tensor
+    masked: Tensor | None
+
+
 def shard_of(part: Part) -> ShardedPart:
     """The part on this rank, where the parameter is a DTensor.
 
@@ -122,8 +144,7 @@ def alike(parts: Sequence[Part]) -> list[list[int]]:
     places: dict[Any, list[int]] = {}
     for place, part in enumerate(parts):
         p, gradient = part.slot.parameter, part.slot.grad
-        whole = part.columns is None and not isinstance(part, ShardedPart)
-        if whole and part.rows == 0 and part.units.count == p.shape[0] and p.numel() <= SMALL:
+        if part.is_rows and p.numel() <= SMALL:
             places.setdefault((gradient.device, gradient.dtype, p.shape[1:]), []).append(place)
     sizes = [part.slot.parameter.numel() for part in parts]
     return [group for own in places.values() for group in in_groups(own, sizes) if len(group) > 1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from balanceopt.modulation._base import Undo
-from balanceopt.modulation._parts import Part
+from balanceopt.modulation._parts import MaskedPart
 from balanceopt.modulation._scratch import Scratch
 
 # Elements of the rows that are stepped at once: few enough to stay in cache from one operation to the next.
@@ -23,48 +23,45 @@ def steps_as_sgd(optimizer: torch.optim.Optimizer) -> bool:
     return not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
-def can_skip(part: Part, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the part's units lie in memory one after the other, in gradient and momentum as in the parameter."""
-    p, gradient = part.slot.parameter, part.slot.grad
+def can_skip(own: MaskedPart, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether something is known to be masked, in units that lie in memory one after the other.
+
+    Gradient and momentum must lie as the parameter does.
+    """
+    part = own.part
+    if own.masked is None or own.masked.numel() == 0 or not part.is_rows:
+        return False
+    p = part.slot.parameter
     formats = [torch.contiguous_format, torch.channels_last] if p.dim() == 4 else [torch.contiguous_format]
-    alike = [gradient, *(t for t in optimizer.state.get(p, {}).values() if isinstance(t, Tensor))]
+    alike = [part.slot.grad, *(t for t in optimizer.state.get(p, {}).values() if isinstance(t, Tensor))]
     return (
-        part.rows == 0
-        and part.units.count == p.shape[0]
-        and part.columns is None
-        and p.device.type == "cpu"
+        p.device.type == "cpu"
         and p.dtype in (torch.float32, torch.float64)
         and any(p.is_contiguous(memory_format=form) for form in formats)
-        and all(t.dtype == p.dtype and t.stride() == p.stride() and not _is_special(t) for t in alike)
+        and all(t.dtype == p.dtype and t.stride() == p.stride() for t in alike)
     )
 
 
-def _is_special(tensor: Tensor) -> bool:
-    return tensor.is_sparse or hasattr(tensor, "device_mesh")
-
-
 @torch.no_grad()
-def step_kept(
-    parts: Sequence[Part], rows: Sequence[Tensor], optimizer: torch.optim.Optimizer, scratch: Scratch
-) -> Undo:
-    """Step some units of each part, and hide its gradient from the base; returns what shows it again.
+def step_kept(parts: Sequence[MaskedPart], optimizer: torch.optim.Optimizer, scratch: Scratch) -> Undo:
+    """Step the units of each part that are kept, and hide its gradient from the base; returns what shows it again.
 
     The arithmetic is SGD's, operation by operation, so that units move to the bit as in a step on all of them.
 
     Args:
         parts: what `can_skip`.
-        rows: int64, the units to step, by part.
         optimizer: torch's SGD, which steps next.
         scratch: memory for the pieces.
     """
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    hidden = [(part.slot.parameter, part.slot.grad) for part in parts]
+    hidden = [(own.part.slot.parameter, own.part.slot.grad) for own in parts]
     room: dict[torch.dtype, int] = {}
     for p, _ in hidden:
         room[p.dtype] = max(room.get(p.dtype, _AT_ONCE), p[0].numel())
     pieces = {dtype: scratch.take(2 * size, dtype).chunk(2) for dtype, size in room.items()}
-    for (p, gradient), own in zip(hidden, rows, strict=True):
-        _step_rows(p, gradient, own, optimizer.state[p], group_of[id(p)], pieces[p.dtype])
+    for (p, gradient), own in zip(hidden, parts, strict=True):
+        rows = own.kept.nonzero().squeeze(1)
+        _step_rows(p, gradient, rows, optimizer.state[p], group_of[id(p)], pieces[p.dtype])
     for p, _ in hidden:
         p.grad = None
 

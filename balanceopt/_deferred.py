@@ -17,6 +17,11 @@ def on_host(tensor: Tensor) -> np.ndarray | None:
     return (numbers.float() if numbers.dtype == torch.bfloat16 else numbers).numpy()  # numpy has no bfloat16
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class DeferredCounts:
     """Counters kept on their device, shown to a function as soon as they can be read without waiting.
 

@@ -17,6 +17,8 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from balanceopt._deferred import sent
+
 RUN = 256
 # Small enough for a piece's buffers to stay in cache, and as many for each thread as torch gives one at the least.
 # Python's threads, each with pieces of its own, wait for the interpreter's lock longer than they work.
@@ -68,10 +70,7 @@ def layout(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
 
 def key_words(keys: Sequence[Sequence[int | Tensor]], device: torch.device) -> Tensor:
     """Numbers of 32 bits by row, signed as torch's are, on the device without waiting for it."""
-    words = torch.tensor(
-        [[int32(word) for word in key] for key in keys], dtype=torch.int32, pin_memory=device.type == "cuda"
-    )
-    return words.to(device, non_blocking=True)
+    return sent(torch.tensor([[int32(word) for word in key] for key in keys], dtype=torch.int32), device)
 
 
 def pieces(blocks: range, at_once: int) -> Iterator[range]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanceopt._deferred import on_host
+from balanceopt._deferred import on_host, sent
 from balanceopt._gaussian import Gaussians
 from balanceopt._random import SMALL, fill_, in_groups, key_of, keys_of, scale_, shaped_like
 from balanceopt._splitmix import mixed
@@ -105,10 +105,7 @@ def rotations(indices: Sequence[int], seed: int, step: int, device: torch.device
     numbers = torch.stack(Gaussians(host).heads(numels, keys)).view(-1, _ROWS, _ROWS)
     q, r = torch.linalg.qr(numbers.double())
     turns = (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).float()
-    moved: Tensor = (
-        turns.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else turns.to(device)
-    )
-    return moved
+    return sent(turns, device)
 
 
 def _fill(part: Tensor, seed: int, step: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from balanceopt import _gaussian_compiled
-from balanceopt._deferred import on_host
+from balanceopt._deferred import on_host, sent
 from balanceopt._gaussian import RUN, Gaussians, Key
 from balanceopt._splitmix import each_mixed_in, mixed, mixed_in
 
@@ -18,8 +18,6 @@ from balanceopt._splitmix import each_mixed_in, mixed, mixed_in
 SMALL = 2**14
 # As many numbers at once: their buffers stay small, and in cache.
 TOGETHER = 2**17
-# A compiled kernel needs no other buffers, and calling it costs more.
-_TOGETHER_COMPILED = 2**17
 # How many elements of whole rows are made at a time for a part that holds some columns of them.
 _OF_ROWS = 2**18
 
@@ -42,7 +40,7 @@ def keys_of(seed: int, step: int, indices: Sequence[int], device: torch.device) 
     own = each_mixed_in(_of_step(seed, step), torch.tensor(indices))
     low, high = each_mixed_in(own, 0), each_mixed_in(own, 1)
     words = torch.stack([low, low >> 32, high], 1).to(torch.int32)
-    return words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words.to(device)
+    return sent(words, device)
 
 
 @lru_cache(maxsize=4)
@@ -96,7 +94,7 @@ def scale_and_add_gaussians_(
     own_scales = torch.stack([scale_of[place] for place in small]).float()
     # In memory each takes whole blocks.
     sizes = [-(-tensor.numel() // (2 * RUN)) * 2 * RUN for tensor in chosen]
-    for group in in_groups(range(len(chosen)), sizes, _TOGETHER_COMPILED if compiled else TOGETHER):
+    for group in in_groups(range(len(chosen)), sizes):
         part = slice(group[0], group[-1] + 1)
         numels = tuple(tensor.numel() for tensor in chosen[part])
         if compiled and sum(sizes[part]) >= 2 * RUN * _gaussian_compiled.FEWEST_BLOCKS:

@@ -2,11 +2,11 @@
 
 from balanceopt import functional
 from balanceopt.modality import modality_groups
-from balanceopt.modulation import AMSS, OGM, MaskUnits, Modulation, OptimizerHint, attention_heads
+from balanceopt.modulation import AMSS, OGM, MaskUnits, Modulation, OptimizerHintWarning, attention_heads
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.objective import UnimodalObjective
 from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
-from balanceopt.prediction import PredictionModulator
+from balanceopt.prediction import OPM
 from balanceopt.recording import Recorder
 from balanceopt.relearn import Diagnosis, ReLearnScheduler, diagnose
 
@@ -19,8 +19,8 @@ __all__ = [
     "ModalityMonitor",
     "ModulatedOptimizer",
     "Modulation",
-    "OptimizerHint",
-    "PredictionModulator",
+    "OptimizerHintWarning",
+    "OPM",
     "ReLearnScheduler",
     "Recorder",
     "UnimodalObjective",

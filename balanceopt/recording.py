@@ -37,7 +37,7 @@ class Recorder:
     """Record scores, ratios, coefficients and whatever else the methods compute, at every step.
 
     Args:
-        *sources: `ModulatedOptimizer`, what `attach` returns, `PredictionModulator`, `ReLearnScheduler`.
+        *sources: `ModulatedOptimizer`, what `attach` returns, `OPM`, `ReLearnScheduler`.
         every: record only every n-th step.
 
     Raises:

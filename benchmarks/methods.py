@@ -167,5 +167,5 @@ def _modulated(
     optimizer = bo.ModulatedOptimizer(base, monitor, modulation, seed=context.seed)
     if not drops:
         return Method(optimizer, bo.Recorder(optimizer), removes=(monitor.remove,))
-    modulator = bo.PredictionModulator(monitor, seed=context.seed)
+    modulator = bo.OPM(monitor, seed=context.seed)
     return Method(optimizer, bo.Recorder(optimizer, modulator), removes=(modulator.remove, monitor.remove))

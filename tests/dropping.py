@@ -35,11 +35,11 @@ def dropping(
     model: Multimodal | None = None,
     monitor: Any = None,
     **options: Any,
-) -> tuple[Any, bo.PredictionModulator]:
+) -> tuple[Any, bo.OPM]:
     """A small model and a modulator whose q is known once a batch of `class_zero` was trained on."""
     model = small_model(len(certainty)) if model is None else model
     watched = watch(model, **{"scores": certain(certainty), **(monitor or {})})
-    return model, bo.PredictionModulator(watched, **{"seed": 3, **options})
+    return model, bo.OPM(watched, **{"seed": 3, **options})
 
 
 def warm(
@@ -48,7 +48,7 @@ def warm(
     model: Multimodal | None = None,
     monitor: Any = None,
     **options: Any,
-) -> tuple[Any, bo.PredictionModulator]:
+) -> tuple[Any, bo.OPM]:
     """The same after one batch: the next forward drops."""
     model, modulator = dropping(certainty, model=model, monitor=monitor, **options)
     step(model)
@@ -85,6 +85,6 @@ def kept(x: Tensor, width: int = 4) -> Tensor:
     return torch.stack([(part != 0).any(1) for part in x.split(width, 1)])
 
 
-def drop_of(modulator: bo.PredictionModulator) -> Any:
+def drop_of(modulator: bo.OPM) -> Any:
     """What was done in the latest forward."""
     return modulator._latest

@@ -33,7 +33,7 @@ class Everything:
     model: Multimodal
     monitor: bo.ModalityMonitor
     optimizer: torch.optim.Optimizer
-    modulator: bo.PredictionModulator
+    modulator: bo.OPM
     scheduler: bo.ReLearnScheduler
     handle: Any = None
 
@@ -83,7 +83,7 @@ def everything(
             model = Concat()
     methods = [bo.OGM(0.5), bo.AMSS()] if methods is None else list(methods)
     monitor = watch(model)
-    modulator = bo.PredictionModulator(monitor, seed=seed)
+    modulator = bo.OPM(monitor, seed=seed)
     optimizer = make(groups_of(model) if groups is None else groups)
     handle = None
     if attached:

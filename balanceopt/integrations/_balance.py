@@ -33,7 +33,7 @@ class Balance:
         encoders: modules or dotted names by modality; a function from the model to them; or a monitor, which stays.
         head: as `ModalityMonitor` takes it, or a function from the model to that.
         modulation: the method, or several to act in order; `()` for none.
-        prediction: makes a `PredictionModulator` from the monitor.
+        prediction: makes a `OPM` from the monitor.
         relearn: makes a `ReLearnScheduler` from the optimizer and the monitor.
         seed: of all randomness, as in `attach`.
         strict: of the monitor and of `attach`; None for each one's own default.
@@ -90,7 +90,7 @@ class Balance:
 
     @property
     def modulator(self) -> Any:
-        """The run's `PredictionModulator`, if `prediction` makes one."""
+        """The run's `OPM`, if `prediction` makes one."""
         return self._beside.modulator
 
     @property

@@ -11,10 +11,10 @@ from torch.utils.hooks import RemovableHandle
 from balanceopt._warnings import warn_user
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._engine import Listener
-from balanceopt.prediction import PredictionModulator
+from balanceopt.prediction import OPM
 from balanceopt.relearn import ReLearnScheduler
 
-Prediction = Callable[[ModalityMonitor], PredictionModulator]
+Prediction = Callable[[ModalityMonitor], OPM]
 ReLearn = Callable[[torch.optim.Optimizer, ModalityMonitor], ReLearnScheduler]
 
 # An optimizer's groups are all that every framework's checkpoints carry.
@@ -30,7 +30,7 @@ class Beside:
     """
 
     def __init__(self, prediction: Prediction | None, relearn: ReLearn | None) -> None:
-        self.modulator: PredictionModulator | None = None
+        self.modulator: OPM | None = None
         self.scheduler: ReLearnScheduler | None = None
         self._prediction = prediction
         self._relearn = relearn

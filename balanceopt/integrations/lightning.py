@@ -34,7 +34,7 @@ class BalanceCallback(Balance, Callback):
             function from the LightningModule to such a mapping; or a `ModalityMonitor` that you built yourself.
         head: what makes the logits, as `ModalityMonitor` takes it, or a function from the LightningModule to it.
         modulation: the method, `OGM()` by default, several to act in order, or `()` for none.
-        prediction: OPM too: a function from the monitor to a `PredictionModulator`, or that class itself.
+        prediction: OPM too: a function from the monitor to a `OPM`, or that class itself.
         relearn: re-learning too: a function from optimizer and monitor to a `ReLearnScheduler`, which is stepped
             between epochs.
         seed: of the modulation's randomness; None for `torch.initial_seed()`, which `seed_everything` sets.

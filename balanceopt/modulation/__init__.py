@@ -2,7 +2,7 @@
 
 from balanceopt.modulation._amss import AMSS
 from balanceopt.modulation._attention import attention_heads
-from balanceopt.modulation._base import Modulation, OptimizerHint, Slot, Step, Undo
+from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step, Undo
 from balanceopt.modulation._ogm import OGM
 from balanceopt.modulation._units import MaskUnits
 
@@ -11,7 +11,7 @@ __all__ = [
     "MaskUnits",
     "Modulation",
     "OGM",
-    "OptimizerHint",
+    "OptimizerHintWarning",
     "Slot",
     "Step",
     "Undo",

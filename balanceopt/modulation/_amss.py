@@ -13,7 +13,7 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._warnings import warn_user
 from balanceopt.functional import keep_ratio
-from balanceopt.modulation._base import Modulation, OptimizerHint, Step, Undo
+from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step, Undo
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._draw import Batch, Design, Importance, Sampling, Scale, batches_of, draw
 from balanceopt.modulation._frozen import freeze
@@ -120,13 +120,13 @@ class AMSS(Modulation):
                     "LBFGS moves all parameters along one line: some can't stay where they are. Use masked='gradient'."
                 )
             warn_user(
-                "LBFGS's line search sees another mask each time it evaluates its closure.", OptimizerHint
+                "LBFGS's line search sees another mask each time it evaluates its closure.", OptimizerHintWarning
             )
         if self.scale in ("ratio", "official") and cancels_constant_factor(optimizer):
             warn_user(
                 f"{type(optimizer).__name__} divides a constant gradient factor out again, so the factor of "
                 f"AMSS(scale={self.scale!r}) slows no modality down. scale='none' masks without one.",
-                OptimizerHint,
+                OptimizerHintWarning,
             )
 
     @torch.no_grad()

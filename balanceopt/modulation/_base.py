@@ -17,7 +17,7 @@ Undo = Callable[[], None]
 Report = Callable[[str, Tensor], None]
 
 
-class OptimizerHint(UserWarning):
+class OptimizerHintWarning(UserWarning):
     """Nothing is wrong, but another setting would do more."""
 
 

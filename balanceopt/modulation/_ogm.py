@@ -13,7 +13,7 @@ from balanceopt._warnings import warn_user
 from balanceopt.functional import discrepancy_ratio, modulation_coefficient
 from balanceopt.functional._coefficients import CoefficientForm
 from balanceopt.functional._scores import RatioReduction
-from balanceopt.modulation._base import Modulation, OptimizerHint, Slot, Step, Undo
+from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step, Undo
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
 from balanceopt.modulation._lr import check_lr, scale_lr
@@ -103,7 +103,7 @@ class OGM(Modulation):
             warn_user(
                 f"{type(optimizer).__name__} divides a constant gradient factor out again, so OGM's coefficient does "
                 "little. OGM(apply_to='lr') scales the learning rate instead.",
-                OptimizerHint,
+                OptimizerHintWarning,
             )
         if self.alpha > 0 and self.apply_to == "lr":
             check_lr(optimizer)

@@ -12,9 +12,9 @@ class OwnHead(nn.LazyLinear):
     The weights are a function of the seed: the same on every rank, and the global random stream is left alone.
     """
 
-    def __init__(self, num_classes: int, seed: int, device: torch.device) -> None:
-        """Answer with `num_classes` logits."""
-        super().__init__(num_classes, device=device)
+    def __init__(self, out_features: int, seed: int, device: torch.device) -> None:
+        """Answer with `out_features` logits."""
+        super().__init__(out_features, device=device)
         self.seed = seed
 
     def reset_parameters(self) -> None:

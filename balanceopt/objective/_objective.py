@@ -33,7 +33,7 @@ class UnimodalObjective(nn.Module):
 
     Args:
         monitor: a `ModalityMonitor` on the model.
-        num_classes: C of the own heads' logits; 1 for a single logit of two classes.
+        out_features: C of the own heads' logits; 1 for a single logit of two classes.
         heads: `"own"`: give `objective.parameters()` to the optimizer too; `"shared"`: the shared head's uni-modal
             logits, `W^m z^m + b / M` or a late fusion's own head.
         weight: of these losses, or a mapping from modality to it.
@@ -55,7 +55,7 @@ class UnimodalObjective(nn.Module):
         >>> import balanceopt as bo
         >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b")})
         >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"})
-        >>> objective = bo.UnimodalObjective(monitor, num_classes=5)
+        >>> objective = bo.UnimodalObjective(monitor, out_features=5)
         >>> _ = model["a"](torch.ones(4, 2)), model["b"](torch.ones(4, 2))
         >>> objective(torch.tensor([0, 1, 2, 3])).shape
         torch.Size([])
@@ -70,7 +70,7 @@ class UnimodalObjective(nn.Module):
     def __init__(
         self,
         monitor: ModalityMonitor,
-        num_classes: int,
+        out_features: int,
         *,
         heads: Heads = "own",
         weight: float | Mapping[str, float] = 1.0,
@@ -81,9 +81,9 @@ class UnimodalObjective(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        weights = _checked(monitor, num_classes, heads, weight, feature_dims)
+        weights = _checked(monitor, out_features, heads, weight, feature_dims)
         check_pool(pool)
-        self.num_classes = num_classes
+        self.out_features = out_features
         self.heads: Heads = heads
         self.weight = weights
         self.pool: Pool = pool
@@ -133,10 +133,10 @@ class UnimodalObjective(nn.Module):
         """What the modality's head answers to its features `(B, ...)`, attached to the graphs of both."""
         if self.heads == "shared":
             logits = self.monitor.live_logits(name, features)
-            if logits.shape[-1] != self.num_classes:
+            if logits.shape[-1] != self.out_features:
                 raise ValueError(
-                    f"`num_classes` should be that of the shared head, {logits.shape[-1]}. "
-                    f"Found {self.num_classes}."
+                    f"`out_features` should be that of the shared head, {logits.shape[-1]}. "
+                    f"Found {self.out_features}."
                 )
             return logits
         vectors = pool_features(features, self.pool, self.monitor.projection(name))
@@ -190,14 +190,14 @@ class UnimodalObjective(nn.Module):
         chosen = shared_seed(self.monitor.group, seed)
         device = next(p.device for own in self.monitor.parameters.values() for p in own)
         return [
-            OwnHead(self.num_classes, (chosen + i) % 2**63, device)
+            OwnHead(self.out_features, (chosen + i) % 2**63, device)
             for i in range(len(self.monitor.modalities))
         ]
 
 
 def _checked(
     monitor: ModalityMonitor,
-    num_classes: int,
+    out_features: int,
     heads: Heads,
     weight: float | Mapping[str, float],
     feature_dims: Mapping[str, int] | None,
@@ -205,8 +205,8 @@ def _checked(
     """Each modality's weight, if all arguments fit."""
     if not isinstance(monitor, ModalityMonitor):
         raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
-    if num_classes < 1:
-        raise ValueError(f"`num_classes` should be at least 1. Found {num_classes}.")
+    if out_features < 1:
+        raise ValueError(f"`out_features` should be at least 1. Found {out_features}.")
     if heads not in get_args(Heads):
         raise ValueError(f"`heads` should be one of {get_args(Heads)}. Found {heads!r}.")
     if heads == "shared":

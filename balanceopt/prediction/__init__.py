@@ -1,5 +1,5 @@
 """OPM: drop features of the dominant modality in the forward pass, so that the others get to learn."""
 
-from balanceopt.prediction._modulator import PredictionModulator
+from balanceopt.prediction._modulator import OPM
 
-__all__ = ["PredictionModulator"]
+__all__ = ["OPM"]

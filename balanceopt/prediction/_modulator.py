@@ -1,4 +1,4 @@
-"""PredictionModulator: OPM as hooks on the encoders, from the scores that the monitor has anyway."""
+"""OPM as hooks on the encoders, from the scores that the monitor has anyway."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from balanceopt.prediction._widths import Widths
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
 
 
-class PredictionModulator:
+class OPM:
     r"""On-the-fly prediction modulation (OPM): drop the dominant modality's features before the fusion.
 
     In each training forward a sample loses the features of modality m with probability
@@ -63,7 +63,7 @@ class PredictionModulator:
         >>> import balanceopt as bo
         >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b", "head")})
         >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"}, head="head")
-        >>> with bo.PredictionModulator(monitor, q_base=0.4) as modulator:
+        >>> with bo.OPM(monitor, q_base=0.4) as modulator:
         ...     print(modulator.q)
         tensor([0., 0.])
 
@@ -89,9 +89,9 @@ class PredictionModulator:
     ) -> None:
         if not isinstance(monitor, ModalityMonitor):
             raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
-        monitor.expect_scores("PredictionModulator")
-        if any(isinstance(getattr(t, "__self__", None), PredictionModulator) for t in monitor._transforms):
-            raise ValueError("this monitor serves a PredictionModulator already. Call its remove() first.")
+        monitor.expect_scores("OPM")
+        if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor._transforms):
+            raise ValueError("this monitor serves a OPM already. Call its remove() first.")
         self.options = Options(
             q_base, lam, p_exe, rescale, warmup, end, ratio, same_batch, update_every, batch_dim
         )
@@ -189,7 +189,7 @@ class PredictionModulator:
         if self._watch is not None:
             self._watch.stop()
 
-    def __enter__(self) -> PredictionModulator:
+    def __enter__(self) -> OPM:
         return self
 
     def __exit__(
@@ -198,7 +198,7 @@ class PredictionModulator:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"PredictionModulator({self.options}, seed={self._seed})"
+        return f"OPM({self.options}, seed={self._seed})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Who listens from outside, and a forward under way, are no part of a model's copy.

@@ -12,7 +12,7 @@ from balanceopt.prediction._drop import Rescale
 
 @dataclass(frozen=True)
 class Options:
-    """As in `PredictionModulator`.
+    """As in `OPM`.
 
     Raises:
         ValueError: for an option outside its range.

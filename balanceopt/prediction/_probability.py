@@ -132,7 +132,7 @@ class DropProbabilities:
     def _tell_silence(self) -> None:
         self._tell(
             "silence",
-            f"no scores in {_SILENT_UPDATES} training forwards in a row: PredictionModulator leaves its drop "
+            f"no scores in {_SILENT_UPDATES} training forwards in a row: OPM leaves its drop "
             f"probabilities as they are. Likely causes: {self.monitor.silence()}.",
         )
 
@@ -140,7 +140,7 @@ class DropProbabilities:
         if counts["unusable_scores"]:
             self._tell(
                 "scores",
-                "scores are not finite, all zero, or of fewer than two modalities: PredictionModulator leaves its drop "
+                "scores are not finite, all zero, or of fewer than two modalities: OPM leaves its drop "
                 "probabilities as they are. stats() counts such updates.",
             )
 

@@ -41,7 +41,7 @@ class BackwardWatch:
         self._backwards += 1
         if self._backwards == _BACKWARDS:
             warn_user(
-                f"{_BACKWARDS} backwards without a training forward that PredictionModulator saw: nothing is dropped. "
+                f"{_BACKWARDS} backwards without a training forward that OPM saw: nothing is dropped. "
                 f"Likely causes: {self._monitor.silence()}."
             )
             self.stop()

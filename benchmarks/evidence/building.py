@@ -64,7 +64,7 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Mapping[st
             groups = [*groups, {"params": list(objective.parameters())}]
     optimizer = _optimizer(groups, monitor, context, options)
     if "opm_q_base" in options:
-        modulator = bo.PredictionModulator(monitor, q_base=options["opm_q_base"], seed=context.seed)
+        modulator = bo.OPM(monitor, q_base=options["opm_q_base"], seed=context.seed)
         removes.insert(0, modulator.remove)
     epoch_ends = _window(optimizer) if "ogm_epochs" in options else []
     if "relearn_lam" in options:

@@ -25,7 +25,7 @@ def trained(make=sgd, modulation=None, **options):
     """A run on the same batches, with OPM where `options` are given."""
     model = small_model()
     monitor = watch(model)
-    modulator = bo.PredictionModulator(monitor, seed=1, **options) if options else None
+    modulator = bo.OPM(monitor, seed=1, **options) if options else None
     optimizer = make(groups_of(model))
     if modulation is not None:
         optimizer = bo.ModulatedOptimizer(optimizer, monitor, modulation, seed=1)
@@ -77,7 +77,7 @@ def test_the_other_methods_limit_leaves_opm_as_it_is(method: Method):
 def test_both_follow_the_same_clean_scores():
     model = small_model()
     monitor = watch(model)
-    modulator = bo.PredictionModulator(monitor, q_base=1.0, seed=1)
+    modulator = bo.OPM(monitor, q_base=1.0, seed=1)
     optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, bo.OGM(0.5, noise=False))
     with bo.Recorder(modulator) as of_opm, bo.Recorder(optimizer) as of_ogm, inputs_of(model.head) as seen:
         train(model, optimizer, [batch(number, model) for number in BATCHES])
@@ -94,7 +94,7 @@ def test_re_learning_opm_and_ogm_share_a_monitor():
     loader = [(*inputs, labels) for inputs, labels in given]
     optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, bo.OGM(0.5))
     scheduler = bo.ReLearnScheduler(optimizer, monitor, loader, loader, every=1)
-    modulator = bo.PredictionModulator(monitor, seed=1)
+    modulator = bo.OPM(monitor, seed=1)
     train(model, optimizer, given)
     forwards = modulator.stats()["forwards"]
     assert scheduler.step() is not None

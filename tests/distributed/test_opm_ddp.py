@@ -65,7 +65,7 @@ class Run:
             self.caller = DistributedDataParallel(self.model)
         torch.manual_seed(50 + (dist.get_rank() if dist.is_initialized() else 0))
         self.monitor = watch(self.model)
-        self.modulator = bo.PredictionModulator(self.monitor, seed=seed, **(options or {}))
+        self.modulator = bo.OPM(self.monitor, seed=seed, **(options or {}))
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=0.3)
         if modulation is not None:
             self.optimizer = bo.ModulatedOptimizer(self.optimizer, self.monitor, modulation())

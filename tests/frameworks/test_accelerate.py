@@ -129,7 +129,7 @@ def test_resuming_is_exact(form, tmp_path):
 def beside(parts):
     """OPM and re-learning on the same monitor, registered for checkpoints."""
     accelerator, _, optimizer, _, counter = parts
-    modulator = bo.PredictionModulator(counter.monitor, seed=SEED)
+    modulator = bo.OPM(counter.monitor, seed=SEED)
     scheduler = bo.ReLearnScheduler(
         optimizer.optimizer, counter.monitor, flat(3), flat(2, first=3), every=1, seed=SEED
     )

@@ -129,7 +129,7 @@ def plain_everything(epochs):
     model, given = model_and_batches()
     monitor = bo.ModalityMonitor(model, dict(model.encoders.items()), head="head")
     optimizer = bo.ModulatedOptimizer(momentum(model), monitor, method(), seed=SEED)
-    bo.PredictionModulator(monitor, seed=SEED)
+    bo.OPM(monitor, seed=SEED)
     scheduler = bo.ReLearnScheduler(
         optimizer, monitor, flat(3), flat(2, first=3), every=2, optimizer_state="keep", seed=SEED
     )
@@ -168,7 +168,7 @@ def test_a_checkpoint_without_their_state_says_so(tmp_path):
 
 
 def test_prediction_modulation_alone():
-    balance = BalanceCallback(ENCODERS, "net.head", (), prediction=bo.PredictionModulator)
+    balance = BalanceCallback(ENCODERS, "net.head", (), prediction=bo.OPM)
     fit(Lit(), balance)
     assert balance.handles == []
     assert balance.modulator.stats()["forwards"] == STEPS

@@ -88,7 +88,7 @@ def linear(optimizer):
 def everything(**options):
     """OGM-GE, OPM and re-learning after every second epoch."""
     return callback(
-        prediction=lambda monitor: bo.PredictionModulator(monitor, seed=SEED),
+        prediction=lambda monitor: bo.OPM(monitor, seed=SEED),
         relearn=lambda optimizer, monitor: bo.ReLearnScheduler(
             optimizer, monitor, flat(3), flat(2, first=3), every=2, seed=SEED
         ),

@@ -129,7 +129,7 @@ def test_q_is_the_published_rule_of_the_ratios(score):
 @given(st.integers(2, 6), st.integers(1, 12), SEEDS)
 def test_in_a_model_every_sample_reaches_the_fusion(modalities, samples, seed):
     model = Concat(modalities)
-    modulator = bo.PredictionModulator(watch(model), q_base=1.0, seed=seed)
+    modulator = bo.OPM(watch(model), q_base=1.0, seed=seed)
     labels = torch.zeros(samples, dtype=torch.long)
     seen = []
     model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -48,7 +48,7 @@ def test_a_run_is_the_papers(modalities, rescale):
     """q_0 = 0; the features of batch t are dropped with q_t; then q_t+1 comes from the clean features of batch t."""
     model = Concat(modalities, width=[2, 6, 3][:modalities])
     options: dict[str, Any] = {"q_base": 0.4, "lam": 0.7}
-    modulator = bo.PredictionModulator(watch(model), rescale=rescale, seed=0, **options)
+    modulator = bo.OPM(watch(model), rescale=rescale, seed=0, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     q, dropped = [0.0] * modalities, 0
     for _ in range(6):

@@ -460,7 +460,7 @@ def allowing() -> Iterator[None]:
         yield
     for warning in seen:
         said = str(warning.message)
-        hint = issubclass(warning.category, bo.OptimizerHint)
+        hint = issubclass(warning.category, bo.OptimizerHintWarning)
         assert hint or any(re.match(one, said) for one in SAID), said
 
 

@@ -21,7 +21,7 @@ class TestCompany:
     @pytest.mark.parametrize("first", [False, True])
     def test_opm(self, first, heads):
         def loop(model, monitor, extra):
-            modulator = bo.PredictionModulator(monitor, q_base=1.0, seed=0)
+            modulator = bo.OPM(monitor, q_base=1.0, seed=0)
             if first:  # whoever is asked first by the monitor
                 monitor._taps.reverse()
             for seed in range(3):

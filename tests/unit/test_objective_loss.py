@@ -20,7 +20,7 @@ class TestWhichFeatures:
     def test_clean_ones_under_opm(self):
         model = Concat()
         monitor = watch(model)
-        modulator = bo.PredictionModulator(monitor, q_base=1.0)
+        modulator = bo.OPM(monitor, q_base=1.0)
         objective = objective_of(model, monitor=monitor)
         inputs, labels = batch()
         for _ in range(2):  # drop probabilities follow the first pass
@@ -215,7 +215,7 @@ class TestRefusals:
     def test_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             objective_of(Concat(), **options)
-        with pytest.raises(ValueError, match="`num_classes` should be at least 1"):
+        with pytest.raises(ValueError, match="`out_features` should be at least 1"):
             bo.UnimodalObjective(watch(Concat()), 0)
         with pytest.raises(TypeError, match="`monitor` should be"):
             bo.UnimodalObjective(cast(Any, Concat()), 3)

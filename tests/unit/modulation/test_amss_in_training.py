@@ -106,7 +106,7 @@ def test_it_shares_a_monitor_with_opm():
     model = small_model()
     monitor = watch(model)
     optimizer = bo.MaskedSubnetworkSGD(groups_of(model), monitor, lr=0.1, seed=0)
-    with bo.PredictionModulator(monitor, seed=0):
+    with bo.OPM(monitor, seed=0):
         train(model, optimizer, [batch(i, model) for i in range(5)])
         assert optimizer.stats()["modulated"] == 5
 
@@ -133,14 +133,14 @@ def test_a_single_modality_is_not_masked():
 @pytest.mark.parametrize("scale", ["ratio", "official"])
 def test_a_hint_where_the_base_takes_the_factor_out(scale):
     model = small_model()
-    with pytest.warns(bo.OptimizerHint, match="Adam divides a constant gradient factor out again"):
+    with pytest.warns(bo.OptimizerHintWarning, match="Adam divides a constant gradient factor out again"):
         bo.ModulatedOptimizer(torch.optim.Adam(groups_of(model)), watch(model), bo.AMSS(scale=scale))
 
 
 def test_a_line_search_sees_other_masks_each_time():
     model = small_model()
     base = torch.optim.LBFGS(model.parameters())
-    with pytest.warns(bo.OptimizerHint, match="sees another mask"):
+    with pytest.warns(bo.OptimizerHintWarning, match="sees another mask"):
         bo.ModulatedOptimizer(base, watch(model), bo.AMSS())
     with pytest.raises(NotImplementedError, match="Use masked='gradient'"):
         bo.ModulatedOptimizer(base, watch(model), bo.AMSS(masked="frozen"))

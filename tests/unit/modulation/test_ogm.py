@@ -360,7 +360,7 @@ class MyAdam(torch.optim.Adam):
 def test_a_hint_where_the_base_cancels_the_coefficient(make: Any, recwarn: pytest.WarningsRecorder):
     modulated(bo.OGM(0.5), make)
     (hint,) = recwarn
-    assert hint.category is bo.OptimizerHint
+    assert hint.category is bo.OptimizerHintWarning
     assert f"{make.__name__} divides a constant gradient factor out" in str(hint.message)
 
 

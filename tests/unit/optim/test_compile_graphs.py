@@ -52,7 +52,7 @@ def train(
     if methods:
         monitor = watch(model)
         if drop:
-            bo.PredictionModulator(monitor, seed=1)
+            bo.OPM(monitor, seed=1)
         optimizer = bo.ModulatedOptimizer(optimizer, monitor, methods, seed=1)
     run: Any = torch.compile(model, backend=backend) if "model" in what else model
     step: Callable[[], Any] = lambda: optimizer.step()  # noqa: E731

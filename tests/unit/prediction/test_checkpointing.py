@@ -59,7 +59,7 @@ def model_of(region, reentrant):
 def gradients(region, reentrant, *, forwards=1, **options):
     """Of three steps, each with `forwards` forwards before one backward."""
     model = model_of(region, reentrant)
-    modulator = bo.PredictionModulator(watch(model), q_base=0.9, seed=1, **options)
+    modulator = bo.OPM(watch(model), q_base=0.9, seed=1, **options)
     found = []
     for number in range(3):
         model.zero_grad()
@@ -93,7 +93,7 @@ def test_heads_inside_a_reentrant_region_are_heard(reentrant):
             return checkpoint(super().forward, *inputs, use_reentrant=reentrant)
 
     model = Model()
-    modulator = bo.PredictionModulator(watch(model), seed=0)
+    modulator = bo.OPM(watch(model), seed=0)
     for _ in range(3):
         inputs, labels = batch()
         backward(model, ([x.requires_grad_() for x in inputs], labels))
@@ -102,7 +102,7 @@ def test_heads_inside_a_reentrant_region_are_heard(reentrant):
 
 def test_a_backward_in_eval_mode_is_not_dropped_from():
     model = model_of("encoders", reentrant=False)
-    modulator = bo.PredictionModulator(watch(model), q_base=1, lam=0, seed=0)
+    modulator = bo.OPM(watch(model), q_base=1, lam=0, seed=0)
     for number in range(2):
         backward(model, class_zero(model, number))
     model.eval()
@@ -121,7 +121,7 @@ def run(model, prepare):
     """Three steps of SGD."""
     optimizer = sgd(groups_of(model))
     call = prepare(model)
-    modulator = bo.PredictionModulator(watch(model), seed=2)
+    modulator = bo.OPM(watch(model), seed=2)
     for inputs, labels in batches(model, 3):
         optimizer.zero_grad()
         F.cross_entropy(call(*inputs), labels).backward()
@@ -155,7 +155,7 @@ def test_a_model_compiled_and_called_before_says_so():
     model = small_model()
     model.compile(backend="eager")
     backward(model, class_zero(model))
-    modulator = bo.PredictionModulator(watch(model), seed=0)
+    modulator = bo.OPM(watch(model), seed=0)
 
     def often():
         for number in range(10):

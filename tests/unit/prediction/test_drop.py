@@ -90,7 +90,7 @@ def test_rows_that_do_not_fit_the_samples_are_refused():
 
 def test_an_output_without_tensors_is_refused():
     model: Any = Concat(encoder=lambda n, d: Wrapped(mlp(n, d), lambda z: z))
-    modulator = bo.PredictionModulator(watch(model, select={"audio": lambda o: o.z, "visual": lambda o: o}))
+    modulator = bo.OPM(watch(model, select={"audio": lambda o: o.z, "visual": lambda o: o}))
 
     class Opaque:
         def __init__(self, z):
@@ -250,7 +250,7 @@ def test_a_user_function_gets_clean_features():
         return answering(0.8, 0.2)(features)
 
     model = small_model()
-    bo.PredictionModulator(watch(model, scores=scores), q_base=1, seed=0)
+    bo.OPM(watch(model, scores=scores), q_base=1, seed=0)
     for number in range(2):
         backward(model, class_zero(model, number))
     assert all(z.all() for features in seen for z in features.values())

@@ -28,7 +28,7 @@ def test_remove_leaves_nothing_behind():
     monitor = watch(model)
     hooks = {name: len(m._forward_hooks) for name, m in model.named_modules()}
     parameter = next(model.parameters())
-    with pytest.raises(KeyError), bo.PredictionModulator(monitor) as modulator:
+    with pytest.raises(KeyError), bo.OPM(monitor) as modulator:
         raise KeyError
     modulator.remove()
     assert {name: len(m._forward_hooks) for name, m in model.named_modules()} == hooks
@@ -48,10 +48,10 @@ def test_labels_observed_after_it_was_removed_are_for_the_next_pass():
 
 def test_a_second_modulator_on_one_monitor_is_refused():
     _, modulator = dropping()
-    with pytest.raises(ValueError, match="serves a PredictionModulator already"):
-        bo.PredictionModulator(modulator.monitor)
+    with pytest.raises(ValueError, match="serves a OPM already"):
+        bo.OPM(modulator.monitor)
     modulator.remove()
-    bo.PredictionModulator(modulator.monitor)
+    bo.OPM(modulator.monitor)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_second_modulator_on_one_monitor_is_refused():
 def test_options_are_checked_before_anything_is_hooked(options, message):
     monitor = watch(small_model())
     with pytest.raises(ValueError, match=message):
-        bo.PredictionModulator(monitor, **options)
+        bo.OPM(monitor, **options)
     assert not monitor._scorer.accumulators
     assert not monitor._transforms
 
@@ -83,15 +83,15 @@ def test_options_are_checked_before_anything_is_hooked(options, message):
 def test_what_is_no_monitor_or_has_no_head_is_refused():
     model = small_model()
     with pytest.raises(TypeError, match="`monitor` should be a ModalityMonitor"):
-        bo.PredictionModulator(model)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="PredictionModulator needs uni-modal scores"):
-        bo.PredictionModulator(watch(model, head=None))
+        bo.OPM(model)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="OPM needs uni-modal scores"):
+        bo.OPM(watch(model, head=None))
 
 
 def test_one_modality_is_left_alone_with_a_warning():
     model = small_model(1)
     with pytest.warns(UserWarning, match="there is nothing to balance"):
-        modulator = bo.PredictionModulator(watch(model), q_base=1)
+        modulator = bo.OPM(watch(model), q_base=1)
     backward_often(model, 3)
     assert kept(fused(model)).all()
     assert modulator.stats()["forwards"] == 0
@@ -100,7 +100,7 @@ def test_one_modality_is_left_alone_with_a_warning():
 def test_repr_shows_the_options():
     _, modulator = dropping(q_base=0.4, rescale="official")
     text = repr(modulator)
-    assert text.startswith("PredictionModulator(q_base=0.4, lam=0.5, p_exe=1.0, rescale='official'")
+    assert text.startswith("OPM(q_base=0.4, lam=0.5, p_exe=1.0, rescale='official'")
     assert text.endswith("seed=3)")
 
 
@@ -137,7 +137,7 @@ def test_a_copy_goes_on_from_the_same_scores():
 
 def test_it_survives_pickling_with_the_model():
     model = small_model()
-    modulator = bo.PredictionModulator(watch(model), seed=1)
+    modulator = bo.OPM(watch(model), seed=1)
     backward(model, class_zero(model))
     loaded_model, loaded = pickle.loads(pickle.dumps((model, modulator)))
     backward(loaded_model, class_zero(loaded_model))
@@ -156,7 +156,7 @@ def test_parts_called_one_by_one_are_dropped_too():
 
 def test_no_scores_is_said_once():
     model = small_model()
-    modulator = bo.PredictionModulator(watch(model, labels="observe"), seed=0)
+    modulator = bo.OPM(watch(model, labels="observe"), seed=0)
     with pytest.warns(UserWarning, match=r"no scores in 10 training forwards.*monitor\.observe"):
         backward_often(model, 11)
     backward_often(model, 1)

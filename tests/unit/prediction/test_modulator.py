@@ -78,7 +78,7 @@ def test_scores_are_those_of_the_clean_features(name):
 
     scores()
     undropped = scores()
-    modulator = bo.PredictionModulator(monitor, q_base=1, lam=0, seed=0)
+    modulator = bo.OPM(monitor, q_base=1, lam=0, seed=0)
     scores()
     torch.testing.assert_close(scores(), undropped)
     assert modulator.stats()["dropping"] == 1
@@ -146,7 +146,7 @@ def test_encoders_statistics_are_those_of_training_without_it():
 @pytest.mark.parametrize("options", [{"q_base": 0}, {"p_exe": 0}, {"warmup": 99}, {"end": 0}], ids=str)
 def test_limits_are_plain_training_bit_for_bit(options):
     plain, model = small_model(encoder=with_dropout), small_model(encoder=with_dropout)
-    modulator = bo.PredictionModulator(watch(model), seed=0, **options)
+    modulator = bo.OPM(watch(model), seed=0, **options)
     for net in (plain, model):
         torch.manual_seed(5)
         train(net, sgd(groups_of(net), momentum=0.9), [class_zero(net, i) for i in range(4)])
@@ -224,7 +224,7 @@ def test_gradient_accumulation_adds_scores_up():
     qs = []
     for every, cuts in ((1, [slice(0, 16)]), (2, [slice(0, 6), slice(6, 16)])):
         model = small_model()
-        modulator = bo.PredictionModulator(watch(model), update_every=every, seed=0)
+        modulator = bo.OPM(watch(model), update_every=every, seed=0)
         for cut in cuts:
             backward(model, ([x[cut] for x in inputs], labels[cut]))
         model(*inputs)

@@ -34,7 +34,7 @@ class NoWaiting(TorchDispatchMode):
 def run(options, monitor):
     torch.manual_seed(0)
     model = small_model(3)
-    modulator = bo.PredictionModulator(watch(model, **monitor), seed=1, **options)
+    modulator = bo.OPM(watch(model, **monitor), seed=1, **options)
     with inputs_of(model.head) as seen:
         for number in range(4):
             inputs, labels = batch(8, 3)

@@ -35,7 +35,7 @@ class Run:
             torch.manual_seed(0)
             self.model = FUSIONS[fusion]()
         watched = watch(self.model, **(monitor or {}))
-        self.modulator = bo.PredictionModulator(watched, **{"seed": 4, **options})
+        self.modulator = bo.OPM(watched, **{"seed": 4, **options})
         self.optimizer: torch.optim.Optimizer = sgd(groups_of(self.model), momentum=0.9)
         if wrapped:
             self.optimizer = bo.ModulatedOptimizer(self.optimizer, watched, bo.OGM(0.5), seed=4)
@@ -110,7 +110,7 @@ def test_the_epoch_is_kept():
 
 def test_a_state_of_other_modalities_is_refused():
     state = Run().modulator.state_dict()
-    other = bo.PredictionModulator(watch(Concat(3)))
+    other = bo.OPM(watch(Concat(3)))
     with pytest.raises(ValueError, match="the state should be of modalities"):
         other.load_state_dict(state)
 

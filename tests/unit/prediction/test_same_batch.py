@@ -17,7 +17,7 @@ from tests.training import backward, class_zero, small_model
 
 def modulator_on(model, **options):
     monitor = watch(model, **options.pop("monitor", {}))
-    return bo.PredictionModulator(monitor, **{"same_batch": True, "seed": 1, **options})
+    return bo.OPM(monitor, **{"same_batch": True, "seed": 1, **options})
 
 
 def still(model):
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_features_dropped_at_once():
         monitor = watch(
             model, scores=lambda f: [torch.tensor([4.0 - 3 * i, 0, 0, 0, 0]).expand(8, -1) for i in (0, 1)]
         )
-        modulator = bo.PredictionModulator(monitor, same_batch=same_batch, seed=1)
+        modulator = bo.OPM(monitor, same_batch=same_batch, seed=1)
         for number in range(2):
             model.zero_grad()
             inputs, labels = class_zero(model, number)

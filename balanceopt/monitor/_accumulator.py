@@ -17,7 +17,6 @@ class Accumulator:
     def __init__(
         self,
         settle: Callable[[Pass], ModalitySums | None],
-        on_take: Callable[[Accumulator], None],
         *,
         needs_entropy: bool,
         steps: bool,
@@ -26,11 +25,8 @@ class Accumulator:
         self.needs_entropy = needs_entropy
         self.steps = steps
         self._settle = settle
-        self._on_take = on_take
-        self.held: ModalitySums | None = None
         self._sums: ModalitySums | None = None
         self._latest: Pass | None = None
-        self._held_back = False
 
     def add(self, done: Pass) -> None:
         """Note a pass. It is scored when the next one comes or the sums are taken: labels may still arrive."""
@@ -38,18 +34,10 @@ class Accumulator:
         self._latest = done
 
     def take(self) -> ModalitySums | None:
-        """The sums over the passes since the last take or discard, and start anew; None where no pass had any.
-
-        Passes left without scores on purpose (`every=`) take the last sums.
-        """
+        """The sums over the passes since the last take or discard, and start anew; None where no pass had any."""
         self._fold()
         sums = self._sums
-        if sums is not None:
-            self.held = sums
-        elif self._held_back:
-            sums = self.held
         self.discard()
-        self._on_take(self)
         return sums
 
     def peek(self) -> ModalitySums | None:
@@ -61,13 +49,12 @@ class Accumulator:
         """Forget what was not taken."""
         if self._latest is not None:
             self._latest.closed = True
-        self._sums, self._latest, self._held_back = None, None, False
+        self._sums, self._latest = None, None
 
     def _fold(self) -> None:
         done, self._latest = self._latest, None
         if done is None:
             return
-        self._held_back |= done.held_back
         sums = self._settle(done)
         if sums is not None:
             self._sums = sums if self._sums is None else self._sums + sums
@@ -76,6 +63,6 @@ class Accumulator:
         # A pass holds tensors of a graph, which can neither be copied nor pickled: it is scored now. Nor are gradients
         # copied, and the scores of a step belong to them.
         if self.steps:
-            return {**self.__dict__, "_sums": None, "_latest": None, "_held_back": False}
+            return {**self.__dict__, "_sums": None, "_latest": None}
         self._fold()
         return dict(self.__dict__)

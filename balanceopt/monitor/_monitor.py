@@ -47,7 +47,6 @@ class ModalityMonitor(Services):
         group: process group over which scores are summed; None for the default one, False for no communication.
         select: for an encoder whose output is not its feature tensor `(B, ...)`: a function that picks it.
         slices: each modality's columns of the head's input, where they can't be found by comparing numbers.
-        every: with `"zero-out"`, score only every n-th optimizer step; the last scores hold in between.
         ignore_index: label of samples that do not count.
         strict: raise, not warn, where labels recovered from the gradient are doubtful.
 
@@ -77,12 +76,11 @@ class ModalityMonitor(Services):
         group: Group = None,
         select: Select | None = None,
         slices: Mapping[str, slice] | None = None,
-        every: int = 1,
         ignore_index: int = -100,
         strict: bool = False,
     ) -> None:
         refuse_model(model)
-        _check_options(labels, every)
+        _check_labels(labels)
         self.model = unwrap(model)
         self._was_compiled = is_compiled(model)
         self.encoders = resolve_encoders(model, encoders)
@@ -97,7 +95,6 @@ class ModalityMonitor(Services):
         self._scorer = Scorer(
             self.modalities,
             choose_scores(scores, self.model, self.encoders, self.head, slices),
-            every=every,
             ignore_index=ignore_index,
             strict=strict,
             recovers=self._labels.allows("gradient"),
@@ -191,9 +188,7 @@ class ModalityMonitor(Services):
         )
 
 
-def _check_options(labels: LabelSource | nn.Module, every: int) -> None:
-    if every < 1:
-        raise ValueError(f"`every` should be at least 1. Found every = {every}.")
+def _check_labels(labels: LabelSource | nn.Module) -> None:
     if not isinstance(labels, nn.Module) and labels not in get_args(LabelSource):
         raise ValueError(
             f"`labels` should be one of {get_args(LabelSource)} or a loss module. Found {labels!r}."

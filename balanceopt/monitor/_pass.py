@@ -37,7 +37,6 @@ class Pass:
         head_calls: how often heads ran.
         answering_call: which run of the joint head made `logits`.
         listening: for the gradient of how many logits hooks were put on; only that of the last one counts.
-        held_back: scores were not due in this pass (`every=`).
         vectors: each modality's clean features as the head gets them `(N, D_m)`, where that is known.
         ignore_index: of the loss module that gave the labels, where it has one.
         ended: nothing of its forward is awaited.
@@ -68,7 +67,6 @@ class Pass:
     head_calls: int = 0
     answering_call: int = 0
     listening: int = 0
-    held_back: bool = False
     vectors: dict[str, Tensor] = field(default_factory=dict)
     ignore_index: int | None = None
     ended: bool = False

@@ -32,7 +32,7 @@ class Passes:
     _alive: WeakSet[Pass]
 
     def __init__(self, labels: Labels, scorer: Scorer, *, train_only: bool, answers: int) -> None:
-        """Begin passes with labels and turns from `labels` and `scorer`; `answers` heads complete one."""
+        """Begin passes with labels from `labels`, counted by `scorer`; `answers` heads complete one."""
         self._labels = labels
         self._scorer = scorer
         self.train_only = train_only
@@ -100,7 +100,7 @@ class Passes:
         return torch.is_grad_enabled() and (module.training or not self.train_only) and not in_vmap()
 
     def _new(self) -> Pass:
-        current = Pass(held_back=self._scorer.holds_back(), first_node=next_node())
+        current = Pass(first_node=next_node())
         self._scorer.seen.note("forwards")
         for earlier in self._alive:
             if earlier.end_node is None:  # its forward broke off, or was one of parts

@@ -1,4 +1,4 @@
-"""From a forward in training to its scores: when they are due, how they are made, who takes them."""
+"""From a forward in training to its scores: how they are made, who takes them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ class Scorer:
         seen: how often what happened.
         recovery: reads labels from gradients; None where that is not wanted.
         accumulators: one for each consumer.
-        window: how many steps' passes were begun: the phase of `every`.
-        fresh: no pass has begun since the last step ended.
     """
 
     def __init__(
@@ -36,22 +34,18 @@ class Scorer:
         modalities: Sequence[str],
         unimodal: UnimodalLogits | None,
         *,
-        every: int,
         ignore_index: int,
         strict: bool,
         recovers: bool,
     ) -> None:
-        """Score by `unimodal`, on every `every`-th step; `recovers` allows labels read from gradients."""
+        """Score by `unimodal`; `recovers` allows labels read from gradients."""
         self.modalities = tuple(modalities)
         self.unimodal = unimodal
-        self.every = every
         self.ignore_index = ignore_index
         self.recovery = Recovery(strict=strict) if recovers else None
         self.classes: int | None = None
         self.seen = Seen()
         self.accumulators: list[Accumulator] = []
-        self.window = 0
-        self.fresh = True
 
     @property
     def needs_outputs(self) -> bool:
@@ -60,20 +54,13 @@ class Scorer:
 
     def accumulator(self, *, needs_entropy: bool, steps: bool) -> Accumulator:
         """A new consumer's view of the passes."""
-        accumulator = Accumulator(self.settled, self._on_take, needs_entropy=needs_entropy, steps=steps)
+        accumulator = Accumulator(self.settled, needs_entropy=needs_entropy, steps=steps)
         self.accumulators.append(accumulator)
         return accumulator
 
     def drop_accumulator(self, accumulator: Accumulator) -> None:
         """Stop filling it."""
         self.accumulators = [a for a in self.accumulators if a is not accumulator]
-
-    def holds_back(self) -> bool:
-        """Whether the pass that begins now goes without scores."""
-        if self.fresh:
-            self.window += 1
-            self.fresh = False
-        return self.every > 1 and (self.window - 1) % self.every != 0
 
     def end_forward(self, current: Pass) -> None:
         """Make the uni-modal logits while the features are at hand, then let the features go."""
@@ -83,9 +70,9 @@ class Scorer:
         if current.logits is not None and self.unimodal is not None:
             self.classes = current.logits.shape[-1]
             current.unimodal = {}
-            if not current.held_back and current.logits.shape[0] == 0:
+            if current.logits.shape[0] == 0:
                 self.unimodal.join(current)
-            elif not current.held_back:
+            else:
                 made = current.early or self.unimodal(current)
                 current.unimodal = {name: plain(logits) for name, logits in made.items()}
                 if any(accumulator.needs_entropy for accumulator in self.accumulators):
@@ -129,7 +116,7 @@ class Scorer:
         if done.sums is not None:
             self.seen.note(f"labels:{done.label_source}")
             self.seen.note_score()
-        elif not done.held_back:
+        else:
             self.seen.note("unscored")
 
     def _refuse_misfit(self, done: Pass) -> None:
@@ -140,12 +127,6 @@ class Scorer:
             done.labels, done.label_source = None, "gradient"
 
     def clear(self) -> None:
-        """Forget all scores; no step has begun."""
+        """Forget all scores."""
         for accumulator in self.accumulators:
             accumulator.discard()
-        self.window, self.fresh = 0, True
-
-    def _on_take(self, accumulator: Accumulator) -> None:
-        """Notice that a step ended, for `every`: by those who step, or where nobody does by anyone."""
-        if accumulator.steps or not any(a.steps for a in self.accumulators):
-            self.fresh = True

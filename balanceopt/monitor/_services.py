@@ -150,11 +150,6 @@ class Services:
         return self._capture.passes.train_only
 
     @property
-    def every(self) -> int:
-        """Scores are due on every n-th step."""
-        return self._scorer.every
-
-    @property
     def ignore_index(self) -> int:
         """Label of samples that do not count."""
         return self._scorer.ignore_index
@@ -163,24 +158,6 @@ class Services:
     def recovers_labels(self) -> bool:
         """Whether labels may be read from the gradient at the joint logits."""
         return self._scorer.recovery is not None
-
-    @property
-    def window(self) -> int:
-        """How many steps' passes were begun: the phase of `every`."""
-        return self._scorer.window
-
-    @window.setter
-    def window(self, window: int) -> None:
-        self._scorer.window, self._scorer.fresh = window, True
-
-    @property
-    def phase(self) -> tuple[int, bool]:
-        """`window`, and whether a step ended since its first pass; may be set after a resume."""
-        return self._scorer.window, self._scorer.fresh
-
-    @phase.setter
-    def phase(self, phase: tuple[int, bool]) -> None:
-        self._scorer.window, self._scorer.fresh = phase
 
     @property
     def layout(self) -> dict[str, Any]:

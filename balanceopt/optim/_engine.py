@@ -64,7 +64,7 @@ class Engine:
         warn_of_known_defects(optimizer)
         self._has_own_groups = steps_others(optimizer)
         self.accumulator = monitor.accumulator(needs_entropy=any(m.needs_entropy for m in chosen))
-        self._kept = Kept(optimizer, monitor, self.accumulator, seed)
+        self._kept = Kept(optimizer, monitor, seed)
         self._kept.begin()
         self._number = self._kept.number
         self._undo: list[Undo] = []
@@ -130,11 +130,6 @@ class Engine:
         self._owners.refresh()
         self._kept.fill()
 
-    def before_save(self) -> None:
-        """Put what a checkpoint should hold into the groups."""
-        self.undo()
-        self._kept.save()
-
     def after_load(self) -> None:
         """Take a checkpoint's state over: tags from this optimizer, counters from the checkpoint."""
         self._owners.restore_tags()
@@ -152,9 +147,7 @@ class Engine:
     def detach(self, *, keep_state: bool = False) -> None:
         """Leave the base optimizer and the monitor as they were, but for the numbers in its groups if they are kept."""
         self.undo()
-        if keep_state:
-            self._kept.save()
-        else:
+        if not keep_state:
             self._kept.clear()
         self.monitor.drop_accumulator(self.accumulator)
         for modulation in self.modulations:

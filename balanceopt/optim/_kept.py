@@ -9,11 +9,9 @@ import torch
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import shared_seed
 from balanceopt.modulation._shards import local_part
-from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums
+from balanceopt.monitor import ModalityMonitor
 
-STEP, SEED, EPOCH, HELD, WINDOW = (
-    f"balanceopt_{name}" for name in ("step", "seed", "epoch", "held_scores", "window")
-)
+STEP, SEED, EPOCH = "balanceopt_step", "balanceopt_seed", "balanceopt_epoch"
 
 BARE_STATE = (
     "the checkpoint holds a bare optimizer's state: it is loaded, and balanceopt's step counter and seed "
@@ -26,26 +24,17 @@ NOT_COUNTED = (
 
 
 class Kept:
-    """The step counter, the seed, the epoch and the scores that `every=` holds; plain numbers, equal in every group.
+    """The step counter, the seed and the epoch; plain numbers, equal in every group.
 
     Args:
         optimizer: the base, whose groups they live in.
-        monitor: whose phase of `every` is kept.
-        accumulator: whose last scores are kept, where `every` may hold them for later steps.
+        monitor: whose ranks share the seed.
         seed: of all randomness; None for what the groups hold, else `torch.initial_seed()`. That of the first rank
             holds for all.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        monitor: ModalityMonitor,
-        accumulator: Accumulator,
-        seed: int | None,
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor, seed: int | None) -> None:
         self._optimizer = optimizer
-        self._monitor = monitor
-        self._accumulator = accumulator
         self._is_chosen = seed is not None
         self._seed = shared_seed(monitor.group, seed)
 
@@ -78,7 +67,7 @@ class Kept:
         if STEP not in self._first:
             self.fill()
             return
-        self._take_over()
+        self.fill()
         if self._is_chosen:
             self._set(SEED, self._seed)
 
@@ -86,18 +75,9 @@ class Kept:
         """Give groups that are new what the first one has."""
         # All keys are there from the start: a flattened checkpoint is read by the keys that the optimizer has.
         defaults: dict[str, Any] = {STEP: 0, SEED: self._seed, EPOCH: None}
-        if self._monitor.every > 1:
-            defaults |= {HELD: [], WINDOW: 0}
         for group in self._optimizer.param_groups:
             for key, value in defaults.items():
                 group.setdefault(key, self._first.get(key, value))
-
-    def save(self) -> None:
-        """Put there what lives elsewhere between checkpoints."""
-        if self._monitor.every > 1:
-            held = self._accumulator.held
-            self._set(HELD, [] if held is None else held.flat().tolist())
-            self._set(WINDOW, self._monitor.window)
 
     def load(self) -> None:
         """Take over what a checkpoint put there."""
@@ -106,20 +86,12 @@ class Kept:
         elif self.number == 0 and _is_trained(self._optimizer):
             # torch.distributed.checkpoint fills in what a checkpoint lacks with what the optimizer had.
             warn_user(NOT_COUNTED)
-        self._take_over()
-
-    def _take_over(self) -> None:
         self.fill()
-        if self._monitor.every > 1:
-            flat = torch.tensor(self._first[HELD], device=device_of(self._optimizer))
-            modalities = len(self._monitor.modalities)
-            self._accumulator.held = ModalitySums.from_flat(flat, modalities) if flat.numel() else None
-            self._monitor.window = self._first[WINDOW]
 
     def clear(self) -> None:
         """Leave the groups as they were."""
         for group in self._optimizer.param_groups:
-            for key in (STEP, SEED, EPOCH, HELD, WINDOW):
+            for key in (STEP, SEED, EPOCH):
                 group.pop(key, None)
 
     @property

@@ -158,7 +158,6 @@ class OPM:
             "epoch": self._epoch,
             "repeats": dict(self._repeats),
             "widths": dict(self._widths.seen),
-            "phase": list(self.monitor.phase),
             "layout": self.monitor.layout,
         }
 
@@ -177,9 +176,6 @@ class OPM:
         self._repeats, self._widths.seen = dict(state["repeats"]), dict(state["widths"])
         self._latest = None
         self.monitor.layout = state["layout"]
-        if self.monitor.every > 1:
-            window, fresh = state["phase"]
-            self.monitor.phase = window, fresh
 
     def remove(self) -> None:
         """Drop nothing any more. The monitor stays. May be called twice."""
@@ -266,9 +262,8 @@ class OPM:
                 "`same_batch=True` needs the labels before the forward: call monitor.observe(labels) before it, or "
                 "pass them to the model as `labels=`."
             )
-        if not current.held_back:
-            sums = self.monitor.early_sums(current)
-            self._probabilities.follow(None if sums is None else scores_and_counts(sums))
+        sums = self.monitor.early_sums(current)
+        self._probabilities.follow(None if sums is None else scores_and_counts(sums))
         self._report(self._forwards - 1, True)
         self._arm(drop, next(iter(current.features.values())).device)
 

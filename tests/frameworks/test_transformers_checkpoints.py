@@ -59,11 +59,6 @@ def test_resuming_is_exact_with_accumulation(tmp_path):
     assert same_bits(resumed, whole)
 
 
-def test_scores_that_hold_for_several_steps_are_resumed(tmp_path):
-    whole, resumed, _ = resume(tmp_path, lambda **options: callback(scores="zero-out", every=4, **options))
-    assert same_bits(resumed, whole)
-
-
 def test_a_checkpoint_without_balancing_says_so(tmp_path):
     trainer(tmp_path, Net(encoder=with_dropout), **LONG).train()
     balance = callback()

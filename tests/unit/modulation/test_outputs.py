@@ -275,10 +275,6 @@ def test_tagged_parameters_outside_the_encoder(touched):
     agree(Concat, groups=groups)
 
 
-def test_scores_that_are_held(touched):
-    at_steps(FUSIONS["mlp"], touched, given={"every": 2})
-
-
 def test_labels_that_come_after_backward(touched):
     torch.manual_seed(0)
     model = Concat()

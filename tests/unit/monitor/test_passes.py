@@ -336,16 +336,6 @@ def test_discard_and_reset_forget_what_was_not_taken(model, monitor):
     assert other.take() is not None
 
 
-def test_held_is_what_was_taken_last(model, monitor):
-    scores = monitor.accumulator()
-    assert scores.held is None
-    train_step(model, *batch())
-    taken = scores.take()
-    assert scores.held is taken
-    scores.discard()
-    assert scores.held is taken
-
-
 def test_entropies_where_a_consumer_asks_for_them(model, monitor):
     inputs, labels = batch()
     scores = monitor.accumulator(needs_entropy=True)

@@ -404,58 +404,6 @@ def test_compiled_parts_of_the_fusion(how):
     torch._dynamo.reset()
 
 
-# every=
-
-
-def test_every_scores_the_first_of_so_many_steps_and_holds_it():
-    model = Gated()
-    with watch(model, every=3) as monitor:
-        scores = monitor.accumulator()
-        spy = Spy(monitor)
-        taken = []
-        for _ in range(7):
-            train_step(model, *batch(8))
-            taken.append(scores.take())
-    assert [bool(u) for u in spy.unimodal] == [True, False, False, True, False, False, True]
-    assert taken[0] is taken[1] is taken[2]
-    assert taken[3] is taken[4] is taken[5]
-    assert len({id(t) for t in taken}) == 3
-    assert monitor.stats()["passes_without_scores"] == 0
-
-
-def test_every_counts_steps_not_micro_batches():
-    model = Gated()
-    with watch(model, every=2) as monitor:
-        scores = monitor.accumulator()
-        counts = []
-        for _ in range(4):
-            for _ in range(3):
-                train_step(model, *batch(4))
-            sums = scores.take()
-            assert sums is not None
-            counts.append(sums.count.tolist())
-    assert counts == [[12, 12]] * 4
-
-
-def test_every_costs_nothing_in_between():
-    model = Gated()
-    runs: Counter[str] = Counter()
-    forward = model.head.forward
-    vars(model.head)["forward"] = lambda x: runs.update(["head"]) or forward(x)
-    with watch(model, every=4) as monitor:
-        scores = monitor.accumulator()
-        for _ in range(4):
-            train_step(model, *batch(8))
-            scores.take()
-    assert runs["head"] == 4 + 2
-
-
-@pytest.mark.parametrize("every", [0, -1])
-def test_every_below_one(every):
-    with pytest.raises(ValueError, match=f"`every` should be at least 1. Found every = {every}"):
-        watch(Gated(), every=every)
-
-
 # Errors
 
 

@@ -87,10 +87,10 @@ def test_making_the_state_leaves_no_noise_in_it(make: Any):
     assert not any(bool(t.any()) for t in tensors)
 
 
-def test_epoch_and_held_scores_come_along_flattened(tmp_path: Path):
+def test_the_epoch_comes_along_flattened(tmp_path: Path):
     def start() -> Any:
         model = small_model()
-        monitor = watch(model, scores="zero-out", every=3)
+        monitor = watch(model)
         optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, bo.OGM(0.5, start=1), seed=1)
         return model, optimizer
 

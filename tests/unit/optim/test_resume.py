@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import balanceopt as bo
-from tests.models import MLPHead, watch
+from tests.models import watch
 from tests.training import batch, batches, groups_of, modulated, same_bits, sgd, small_model, train
 
 ROOT = Path(__file__).parents[3]
@@ -210,35 +210,6 @@ def test_the_state_is_plain_numbers():
     (group, *_) = optimizer.state_dict()["param_groups"]
     own = {key: value for key, value in group.items() if key.startswith("balanceopt_")}
     assert own == {"balanceopt_step": 0, "balanceopt_seed": 7, "balanceopt_epoch": 2}
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3, 4])
-def test_scores_held_by_every(cut: int, tmp_path: Path):
-    """With `every=3` a resumed run goes on with the same held scores, at the same place in the rhythm."""
-
-    def start() -> Any:
-        torch.manual_seed(0)
-        model = MLPHead()
-        monitor = watch(model, every=3)
-        return model, bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, bo.OGM(0.5), seed=5)
-
-    def fit(model: Any, optimizer: Any, first: int, last: int) -> None:
-        for number in range(first, last):
-            torch.manual_seed(number)  # dropout
-            inputs = [torch.randn(8, n) for n in (5, 6)]
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(*inputs), torch.arange(8) % 5).backward()
-            optimizer.step()
-
-    model, optimizer = start()
-    fit(model, optimizer, 0, cut)
-    state = reloaded(optimizer, tmp_path / "saved.pt")
-    again, other = start()
-    again.load_state_dict(model.state_dict())
-    other.load_state_dict(state)
-    fit(model, optimizer, cut, 7)
-    fit(again, other, cut, 7)
-    assert same_bits(model, again)
 
 
 def test_the_seed_is_read_at_construction():

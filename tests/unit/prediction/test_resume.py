@@ -30,11 +30,11 @@ def batches(count, first=0):
 class Run:
     """One training, built anew as a new process would."""
 
-    def __init__(self, fusion="concat", *, wrapped=True, monitor=None, **options):
+    def __init__(self, fusion="concat", *, wrapped=True, **options):
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             self.model = FUSIONS[fusion]()
-        watched = watch(self.model, **(monitor or {}))
+        watched = watch(self.model)
         self.modulator = bo.OPM(watched, **{"seed": 4, **options})
         self.optimizer: torch.optim.Optimizer = sgd(groups_of(self.model), momentum=0.9)
         if wrapped:
@@ -73,8 +73,6 @@ OPTIONS: dict[str, Any] = {
     "every batch": {"q_base": 1.0, "lam": 0.0},  # all of a batch may be gone when the run goes on
     "micro-batches": {"update_every": 2},
     "same batch": {"same_batch": True},
-    "held scores": {"monitor": {"every": 3}},
-    "held micro-batches": {"monitor": {"every": 2}, "update_every": 2},
     "window": {"warmup": 2, "end": 7},
 }
 

@@ -98,9 +98,7 @@ class Run:
         self.model = small_model() if model is None else model
         self.caller: Any = wrap(self.model)
         self.monitor = watch(self.model, **(monitor or {}))
-        self.modulator = (
-            bo.OPM(self.monitor, seed=seed, **(options or {})) if method in DROPPING else None
-        )
+        self.modulator = bo.OPM(self.monitor, seed=seed, **(options or {})) if method in DROPPING else None
         self.optimizer: torch.optim.Optimizer = base(groups_of(self.model), momentum=0.9)
         modulations = METHODS.get(method, list)()
         if modulations:

@@ -120,7 +120,8 @@ class AMSS(Modulation):
                     "LBFGS moves all parameters along one line: some can't stay where they are. Use masked='gradient'."
                 )
             warn_user(
-                "LBFGS's line search sees another mask each time it evaluates its closure.", OptimizerHintWarning
+                "LBFGS's line search sees another mask each time it evaluates its closure.",
+                OptimizerHintWarning,
             )
         if self.scale in ("ratio", "official") and cancels_constant_factor(optimizer):
             warn_user(

@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SECONDARY:
-.PHONY: help demo evidence test test-slow test-distributed test-frameworks test-bases check format docs bench clean
+.PHONY: help demo evidence test test-settings test-thorough test-slow test-distributed test-frameworks test-bases check format docs bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
@@ -29,6 +29,20 @@ evidence: $(VENV)/.extra-demo ## train every method on every set, into docs/evid
 
 test: $(VENV)/.extra-test ## run the tests, without the slow ones; ARGS="-k ogm" goes to pytest
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# Each run of test-settings: the processor's kernels, threads, and the seed of the tests' order and of hypothesis.
+SETTINGS := default:1:1 default:2:2 default:4:3 avx2:1:3 avx2:2:1 avx2:4:2
+
+test-settings: $(VENV)/.extra-test ## run the tests as on other processors, with more threads, in random order; half an hour
+	@for setting in $(SETTINGS); do \
+	  kernels=$${setting%%:*}; seed=$${setting##*:}; threads=$${setting#*:}; threads=$${threads%:*}; \
+	  echo "ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads, seed $$seed"; \
+	  ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads HYPOTHESIS_PROFILE=seeded $(BIN)/python -m pytest -n $(JOBS) \
+	    --random-order --random-order-seed=$$seed --hypothesis-seed=$$seed $(ARGS) || exit 1; \
+	done
+
+test-thorough: $(VENV)/.extra-test ## run the property tests with twenty times the examples, new ones each time
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-slow: $(VENV)/.extra-test ## run the slow tests
 	@$(BIN)/python -m pytest -m slow $(ARGS)

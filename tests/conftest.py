@@ -11,15 +11,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Derandomised: the same examples on every machine. HYPOTHESIS_PROFILE=thorough looks for new ones.
+# Derandomised: the same examples on every machine. HYPOTHESIS_PROFILE=seeded takes those of --hypothesis-seed,
+# HYPOTHESIS_PROFILE=thorough looks for new ones.
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("seeded", settings.get_profile("default"), derandomize=False)
 settings.register_profile(
     "thorough", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# One thread: tests run side by side, and the order of a sum must not depend on the machine.
-torch.set_num_threads(int(os.environ.get("BALANCEOPT_TEST_THREADS", "1")))
+# One thread unless asked otherwise: tests run side by side.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

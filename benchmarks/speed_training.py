@@ -21,7 +21,6 @@ from benchmarks.timing import Contender, measure
 CLASSES = 6
 ROWS: dict[str, Callable[[], Modulation]] = {
     "OGM": METHODS["OGM"],
-    "OGM, output": lambda: bo.OGM(0.3, noise=False, apply_to="output", min_ndim=0),
     "OGM-GE, compiled": METHODS["OGM-GE, compiled"],
     "OGM-GE, pool": METHODS["OGM-GE, pool"],
     "AMSS": METHODS["AMSS"],

@@ -97,15 +97,6 @@ class Modulation(ABC):
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Warn or raise where the base optimizer does not go with the method."""
 
-    def connect(self, monitor: ModalityMonitor, acts: Callable[[], bool]) -> None:
-        """An optimizer with this method begins: watch the monitor's passes, if the method acts before the step."""
-
-    def disconnect(self) -> None:
-        """It ends."""
-
-    def forget(self) -> None:
-        """The gradients of the passes since the last step were used, or thrown away."""
-
     def options(self) -> dict[str, Any]:
         """What `repr` shows: the constructor's arguments, which have attributes of their names."""
         return {name: getattr(self, name) for name in signature(type(self)).parameters}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -18,8 +17,7 @@ from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
 from balanceopt.modulation._lr import check_lr, scale_lr
 from balanceopt.modulation._noise import Noise, parameters_of, source_of
-from balanceopt.modulation._outputs import AtOutputs
-from balanceopt.monitor import ModalityMonitor, ModalitySums
+from balanceopt.monitor import ModalitySums
 
 
 class OGM(Modulation):
@@ -40,8 +38,7 @@ class OGM(Modulation):
         noise_scale: factor on its standard deviation.
         apply_to: `"grad"` scales gradients. Adam and its kin divide a constant factor out again; `"lr"` scales the
             learning rate of the modality's parameters for this step instead, which acts on any base, and on the noise
-            with it. `"output"` scales the gradient at the encoders' outputs in backward, which costs nothing: for
-            one backward a step, without noise, all of an encoder's tensors (`min_ndim=0`); docs/methods/ogm.md.
+            with it.
         min_ndim: only tensors with at least this many dimensions (2 leaves norms and biases alone, as published).
         start: first step (epoch, once `set_epoch` was called) in which it acts.
         end: last one, inclusive; None for no end.
@@ -66,7 +63,7 @@ class OGM(Modulation):
         form: CoefficientForm = "cvpr",
         noise: bool | Noise = True,
         noise_scale: float = 1.0,
-        apply_to: Literal["grad", "lr", "output"] = "grad",
+        apply_to: Literal["grad", "lr"] = "grad",
         min_ndim: int = 2,
         start: int = 0,
         end: int | None = None,
@@ -81,8 +78,8 @@ class OGM(Modulation):
             raise ValueError(f"`noise` should be a bool or one of {get_args(Noise)}. Found {noise!r}.")
         if form not in get_args(CoefficientForm):
             raise ValueError(f"`form` should be one of {get_args(CoefficientForm)}. Found {form!r}.")
-        if apply_to not in ("grad", "lr", "output"):
-            raise ValueError(f"`apply_to` should be 'grad', 'lr' or 'output'. Found {apply_to!r}.")
+        if apply_to not in ("grad", "lr"):
+            raise ValueError(f"`apply_to` should be 'grad' or 'lr'. Found {apply_to!r}.")
         if ratio not in get_args(RatioReduction):
             raise ValueError(f"`ratio` should be one of {get_args(RatioReduction)}. Found {ratio!r}.")
         if min_ndim < 0:
@@ -95,7 +92,6 @@ class OGM(Modulation):
         self.min_ndim = min_ndim
         self.ratio: RatioReduction = ratio
         self._source = source_of(noise)
-        self._outputs = self._at_outputs() if apply_to == "output" else None
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Say so where scaling gradients does nothing to the base, or its learning rate can't be scaled."""
@@ -110,30 +106,10 @@ class OGM(Modulation):
         if self.noise and self.noise_scale > 0:
             self._source.prepare(parameters_of(optimizer, self.min_ndim))
 
-    def connect(self, monitor: ModalityMonitor, acts: Callable[[], bool]) -> None:
-        """Scale at the outputs of its encoders, where that is asked for."""
-        if self._outputs is not None:
-            self._outputs.connect(monitor, acts)
-
-    def disconnect(self) -> None:
-        """Scale there no more."""
-        if self._outputs is not None:
-            self._outputs.disconnect()
-
-    def forget(self) -> None:
-        """The next backward is another step's."""
-        if self._outputs is not None:
-            self._outputs.forget()
-
     def modulate(self, step: Step) -> Undo | None:
         """Scale by the step's coefficients and add noise."""
-        done = self._scaled_in_backward(step)
         slots = {
-            name: [
-                slot
-                for slot in own
-                if slot.parameter.dim() >= self.min_ndim and id(slot.parameter) not in done
-            ]
+            name: [slot for slot in own if slot.parameter.dim() >= self.min_ndim]
             for name, own in step.slots.items()
         }
         noisy = self.noise and self.noise_scale > 0
@@ -169,40 +145,14 @@ class OGM(Modulation):
 
     def coefficient(self, step: Step) -> tuple[Tensor, Tensor]:
         """The step's `(M,)` coefficients, and whether its scores can be used at all, 0-d bool."""
-        ratio, k, usable = self._ratio_and_coefficient(step.sums)
-        step.report("score", step.sums.mean_score)
+        sums = step.sums
+        usable = scores_usable(sums)
+        ratio = discrepancy_ratio(sums.mean_score, self.ratio, sums.present)
+        k = torch.where(usable, modulation_coefficient(ratio, self.alpha, self.form), 1)
+        step.report("score", sums.mean_score)
         step.report("ratio", ratio)
         step.report("coefficient", k)
         return k, usable
-
-    def _ratio_and_coefficient(self, sums: ModalitySums) -> tuple[Tensor, Tensor, Tensor]:
-        usable = scores_usable(sums)
-        ratio = discrepancy_ratio(sums.mean_score, self.ratio, sums.present)
-        return ratio, torch.where(usable, modulation_coefficient(ratio, self.alpha, self.form), 1), usable
-
-    def _coefficient_alone(self, sums: ModalitySums) -> Tensor:
-        return self._ratio_and_coefficient(sums)[1]
-
-    def _at_outputs(self) -> AtOutputs:
-        if self.noise and self.noise_scale > 0:
-            raise ValueError(
-                "`apply_to='output'` takes noise=False: the noise has the size of the unscaled gradient, which is then "
-                "never seen. Found noise=True."
-            )
-        if self.min_ndim != 0:
-            raise ValueError(
-                "`apply_to='output'` scales all of an encoder's tensors, norms and biases too: give min_ndim=0. "
-                f"Found min_ndim = {self.min_ndim}."
-            )
-        return AtOutputs(self._coefficient_alone)
-
-    def _scaled_in_backward(self, step: Step) -> set[int]:
-        """`id` of the parameters whose gradients were scaled on their way."""
-        names = frozenset() if self._outputs is None else self._outputs.scaled()
-        if not names or step.monitor is None:
-            return set()
-        own = step.monitor.parameters
-        return {id(p) for name in names for p in own[name]}
 
 
 def scores_usable(sums: ModalitySums) -> Tensor:

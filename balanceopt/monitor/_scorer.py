@@ -100,12 +100,6 @@ class Scorer:
         done.gradients.clear()
         return done.sums
 
-    def settled_in_backward(self, current: Pass) -> ModalitySums | None:
-        """The same while its backward still runs; None where labels may yet come."""
-        if current.labels is not None or self.recovery is not None:
-            self._settle(current)
-        return current.sums
-
     def _settle(self, done: Pass) -> None:
         if done.settled:
             return

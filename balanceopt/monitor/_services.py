@@ -177,13 +177,6 @@ class Services:
         """The sums of a pass whose encoders have run, before its fusion does; None without labels."""
         return early_sums(self._chosen, current, self.modalities, self.ignore_index)
 
-    def sums_in_backward(self, current: Pass) -> ModalitySums | None:
-        """The sums of a pass whose gradient has reached the logits, before its backward is over.
-
-        None where the labels are neither given yet nor to be read from the gradient. Labels given later are too late.
-        """
-        return self._scorer.settled_in_backward(current)
-
     @property
     def num_classes(self) -> int | None:
         """C, once a pass was seen."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -73,8 +72,6 @@ class Engine:
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
         self._oddities = DeferredCounts(tuple(_ODDITIES), self._warn_of_oddities)
         self._odd: dict[str, Tensor] = {}
-        self._connected = False
-        self._connect()
         if len(monitor.modalities) == 1:
             warn_user(
                 f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: "
@@ -117,7 +114,6 @@ class Engine:
         """Forget scores whose gradients are thrown away."""
         self.undo()
         self.accumulator.discard()
-        self._forget()
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -150,8 +146,6 @@ class Engine:
         if not keep_state:
             self._kept.clear()
         self.monitor.drop_accumulator(self.accumulator)
-        for modulation in self.modulations:
-            modulation.disconnect()
 
     def stats(self) -> dict[str, int]:
         """Steps modulated, left to the base for want of scores, outside the window; and oddities met."""
@@ -161,7 +155,6 @@ class Engine:
 
     def _begin(self) -> None:
         self.undo()
-        self._connect()
         if self._owners.changed():
             self.refresh()
         # However often a closure runs, it is one step with one number.
@@ -180,7 +173,8 @@ class Engine:
             )
         if (sums is None and not self._any_nonzero(gradients)) or not gradients:
             return
-        acting = [m for m in self.modulations if self._acts(m)]
+        balances = len(self.monitor.modalities) > 1
+        acting = [m for m in self.modulations if balances and m.acts_at(self._kept.clock)]
         if not acting:
             self._steps["outside_window"] += 1
         elif sums is None:
@@ -188,22 +182,6 @@ class Engine:
         else:
             self._modulate(acting, sums, slots)
         self._kept.number = self._number + 1
-        self._forget()
-
-    def _connect(self) -> None:
-        """Let modulations watch the monitor's passes; in a copy, whose monitor nobody watches yet, once it steps."""
-        if not self._connected:
-            for modulation in self.modulations:
-                modulation.connect(self.monitor, partial(self._acts, modulation))
-        self._connected = True
-
-    def _acts(self, modulation: Modulation) -> bool:
-        """Whether a modulation acts in the step that comes next."""
-        return len(self.monitor.modalities) > 1 and modulation.acts_at(self._kept.clock)
-
-    def _forget(self) -> None:
-        for modulation in self.modulations:
-            modulation.forget()
 
     def _modulate(
         self, acting: Sequence[Modulation], sums: ModalitySums, slots: dict[str, list[Slot]]
@@ -265,9 +243,6 @@ class Engine:
             own = getattr(values, "_local_tensor", values)
             found += (own != 0).any().to(found.device)
         return bool(sum_over_ranks(found, self.monitor.group) > 0)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_connected": False}
 
     def _note(self, name: str, count: Tensor) -> None:
         self._odd[name] = self._odd[name] + count if name in self._odd else count

@@ -18,7 +18,6 @@ class Method:
         make: the modulation at work.
         limit: the modulation with the options at which it is the base optimizer, bit for bit.
         scales_lr: needs a base with a learning rate for each group.
-        copies: a copy's next step is bit for bit the original's.
         frozen: keeps units where they are, which a base that moves everything along one line can't.
     """
 
@@ -26,7 +25,6 @@ class Method:
     make: Callable[[], bo.Modulation]
     limit: Callable[[], bo.Modulation]
     scales_lr: bool = False
-    copies: bool = True
     frozen: bool = False
 
     def __str__(self) -> str:
@@ -46,12 +44,6 @@ METHODS = [
         partial(bo.OGM, 0.5, noise=False, apply_to="lr"),
         limit=partial(bo.OGM, 0, noise=False, apply_to="lr"),
         scales_lr=True,
-    ),
-    Method(
-        "OGM output",
-        partial(bo.OGM, 0.5, noise=False, apply_to="output", min_ndim=0),
-        limit=partial(bo.OGM, 0, noise=False, apply_to="output", min_ndim=0),
-        copies=False,
     ),
     # All units are kept where the ratios are clamped to 1; the offset makes every significance positive.
     Method("AMSS", bo.AMSS, limit=partial(bo.AMSS, clamp=(1, 1), offset=100)),

@@ -332,7 +332,7 @@ def test_outside_the_window_no_scores_are_asked_for():
         ({"noise_scale": -0.1}, "`noise_scale` should be non-negative"),
         ({"noise": "fast"}, "`noise` should be a bool or one of .*'pool'.* Found 'fast'"),
         ({"form": "A"}, "`form` should be one of .*'cvpr'.* Found 'A'"),
-        ({"apply_to": "update"}, "`apply_to` should be 'grad', 'lr' or 'output'"),
+        ({"apply_to": "update"}, "`apply_to` should be 'grad' or 'lr'"),
         ({"ratio": "sum"}, "`ratio` should be one of"),
         ({"min_ndim": -1}, "`min_ndim` should be non-negative"),
         ({"start": -1}, "`start` and `end` should satisfy"),

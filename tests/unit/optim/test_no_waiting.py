@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import balanceopt as bo
-from balanceopt.modulation import _amss, _gradients, _ogm, _outputs, _parts
+from balanceopt.modulation import _amss, _gradients, _ogm, _parts
 from tests.models import FUSIONS, batch, train_step, watch
 from tests.training import sgd
 
@@ -43,7 +43,6 @@ def test_the_guard_sees_what_it_should():
 
 MODULATIONS: dict[str, Any] = {
     "OGM": bo.OGM(0.5, noise=False),
-    "OGM at outputs": bo.OGM(0.5, noise=False, apply_to="output", min_ndim=0),
     "OGM-GE": bo.OGM(0.5),
     "OGM-GE, pool": bo.OGM(0.5, noise="pool"),
     "tpami": bo.OGM(0.5, form="tpami", ratio="ratio_of_means"),
@@ -59,7 +58,7 @@ MODULATIONS: dict[str, Any] = {
 # Frozen units are found by number where that costs no waiting, which is on the CPU: two passes fewer over the memory.
 NUMBERED = {"AMSS, frozen"}
 # Who asks whether numbers can be read in place.
-ASKING = (_amss, _gradients, _ogm, _outputs, _parts)
+ASKING = (_amss, _gradients, _ogm, _parts)
 
 
 @pytest.mark.parametrize("name", MODULATIONS)
@@ -83,7 +82,7 @@ def test_a_step_does_not_wait(name: str, fusion: str, modalities: int, place: st
             train_step(model, *batch(8, modalities))
             optimizer.step()
         else:
-            with NoWaiting():  # what is scaled in backward included
+            with NoWaiting():
                 train_step(model, *batch(8, modalities))
                 optimizer.step()
     assert optimizer.stats()["modulated"] == 3

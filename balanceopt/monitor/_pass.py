@@ -27,7 +27,6 @@ class Pass:
         head_outputs: each modality's own head's logits `(N, C)`, for per-head fusion.
         logits: the joint logits `(N, C)`, N rows.
         unimodal: each modality's logits `(N, C)` float32; None before the forward's end.
-        early: the same, where a consumer asked for them before the fusion ran.
         entropies: each modality's feature entropy by sample `(B,)`, where a consumer asked for it.
         present: bool `(B,)` by modality, the samples that have it; all of them where not given.
         observed: what the user gave: labels, and `present`.
@@ -57,7 +56,6 @@ class Pass:
     head_outputs: dict[str, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
     unimodal: dict[str, Tensor] | None = None
-    early: dict[str, Tensor] = field(default_factory=dict)
     entropies: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
     observed: Observed | None = None
@@ -95,4 +93,4 @@ class Pass:
         self.ended = True
         self.inputs = None
         self.outputs, self.features, self.sent_features, self.vectors = {}, {}, {}, {}
-        self.head_inputs, self.head_outputs, self.early = {}, {}, {}
+        self.head_inputs, self.head_outputs = {}, {}

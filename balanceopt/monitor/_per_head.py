@@ -50,19 +50,15 @@ class PerHead:
             if bool(torch.isfinite(sent).all()):
                 self.projections[name] = projection_onto(sent, as_rows(current.head_inputs[name]))
 
-    def clean(self, name: str, features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The modality's logits `(N, C)` from clean features, `dtype` as its head gets them."""
-        head = self.heads[name]
-        x = projected(name, self.projections[name], features)
-        with quiet(list(head.modules()), x.device):
-            logits = logits_of(head.forward(x.to(x.dtype if dtype is None else dtype)))
-        assert logits is not None
-        return logit_rows(head, logits).float()
-
     def _without_drop(self, name: str, current: Pass) -> Tensor:
         if self.projections.get(name) is None:
             raise RuntimeError(
                 f"the features of {name!r} were dropped, and what its head gets can't be made from its encoder's "
                 "output. Pass `select=` with a function that turns that output into the head's input."
             )
-        return self.clean(name, current.features[name], current.head_inputs[name].dtype)
+        head = self.heads[name]
+        x = projected(name, self.projections[name], current.features[name])
+        with quiet(list(head.modules()), x.device):
+            logits = logits_of(head.forward(x.to(current.head_inputs[name].dtype)))
+        assert logits is not None
+        return logit_rows(head, logits).float()

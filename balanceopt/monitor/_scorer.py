@@ -73,7 +73,7 @@ class Scorer:
             if current.logits.shape[0] == 0:
                 self.unimodal.join(current)
             else:
-                made = current.early or self.unimodal(current)
+                made = self.unimodal(current)
                 current.unimodal = {name: plain(logits) for name, logits in made.items()}
                 if any(accumulator.needs_entropy for accumulator in self.accumulators):
                     with torch.no_grad():

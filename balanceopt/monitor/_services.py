@@ -11,7 +11,6 @@ from balanceopt.distributed import Group
 from balanceopt.modality import modality_parameters, unwrap
 from balanceopt.monitor._accumulator import Accumulator
 from balanceopt.monitor._capture import Capture, GradientListener, Head, Tap, Transform
-from balanceopt.monitor._early import can_score_early, early_sums
 from balanceopt.monitor._layout import lay_out, layout_of
 from balanceopt.monitor._matching import Projection
 from balanceopt.monitor._pass import Pass
@@ -167,15 +166,6 @@ class Services:
     @layout.setter
     def layout(self, layout: dict[str, Any]) -> None:
         lay_out(self._scorer.unimodal, layout)
-
-    @property
-    def can_score_early(self) -> bool:
-        """Whether `early_sums` is to be had: for split and per-head once a pass has shown the way to the head."""
-        return can_score_early(self._chosen, self.modalities)
-
-    def early_sums(self, current: Pass) -> ModalitySums | None:
-        """The sums of a pass whose encoders have run, before its fusion does; None without labels."""
-        return early_sums(self._chosen, current, self.modalities, self.ignore_index)
 
     @property
     def num_classes(self) -> int | None:

@@ -74,16 +74,6 @@ class SplitHead:
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
         return nn.functional.linear(x, weight[:, self.columns[name]], share)
 
-    def clean(self, name: str, features: Tensor) -> Tensor:
-        """The modality's logits `(N, C)` from clean features, before the head has run."""
-        weight, share = self._detached()
-        weight = weight[:, self.columns[name]]
-        z = projected(name, self.projections[name], features)
-        if z.shape[-1] != weight.shape[-1]:  # a row of logits for each position
-            z = projected(name, self.projections[name], as_rows(features))
-        with torch.autocast(z.device.type, enabled=False):
-            return nn.functional.linear(z.float(), weight, share)
-
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as the forward had them: reading a parametrized one in training mode may change its state."""
         if is_parametrized(self.head):

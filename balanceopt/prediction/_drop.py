@@ -111,8 +111,6 @@ class Drop:
         factors: `(M,)`, what features are multiplied by; None for nothing.
         training: by modality, whether its encoder was in training mode when it first ran.
         rows: by modality, how many rows its encoder returned.
-        decided: what is dropped is known.
-        waiting: by modality, the outputs that wait for that.
     """
 
     modalities: Sequence[str]
@@ -124,8 +122,6 @@ class Drop:
     factors: Tensor | None = None
     training: dict[str, bool] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
-    decided: bool = True
-    waiting: dict[str, list[Any]] = field(default_factory=dict)
     _dropped: Tensor | None = None
 
     def note(self, name: str, output: Any, training: bool) -> None:
@@ -142,7 +138,7 @@ class Drop:
         if len(self.rows) == len(self.modalities) and fewest > 0:
             self.repeats.update({m: rows // fewest for m, rows in self.rows.items() if rows % fewest == 0})
 
-    def apply(self, name: str, output: Any, *, in_place: bool = False) -> Any:
+    def apply(self, name: str, output: Any) -> Any:
         """The output with its dropped samples zero; the output itself where there is nothing to do.
 
         Raises:
@@ -150,7 +146,7 @@ class Drop:
         """
         if not self.applies_to(name):
             return output
-        return map_tensors(lambda x: self._changed(name, x, in_place), output)
+        return map_tensors(lambda x: self._changed(name, x), output)
 
     def applies_to(self, name: str) -> bool:
         """Whether the modality's features may change in this pass, as far as the host knows."""
@@ -192,15 +188,13 @@ class Drop:
             self._dropped = ~sample_kept(self.q, samples, self.generator(self.q.device), present)
         return self._dropped
 
-    def _changed(self, name: str, x: Tensor, in_place: bool) -> Tensor:
+    def _changed(self, name: str, x: Tensor) -> Tensor:
         if not is_feature(x, self.batch_dim[name]):
             return x
-        mask = self.mask_for(name, x)
-        x = x.masked_fill_(mask, 0) if in_place else x.masked_fill(mask, 0)
-        if self.factors is not None:
-            factor = self.factors[self.modalities.index(name)].to(x.device, x.dtype)
-            x = x.mul_(factor) if in_place else x * factor
-        return x
+        x = x.masked_fill(self.mask_for(name, x), 0)
+        if self.factors is None:
+            return x
+        return x * self.factors[self.modalities.index(name)].to(x.device, x.dtype)
 
     def _rows_of(self, name: str, output: Any) -> int:
         dim = self.batch_dim[name]

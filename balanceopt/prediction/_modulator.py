@@ -19,8 +19,7 @@ from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._supported import in_backward
 from balanceopt.prediction._drop import Drop, Rescale, is_executed, mask_generator, rescale_factors
 from balanceopt.prediction._options import Options
-from balanceopt.prediction._probability import DropProbabilities, scores_and_counts
-from balanceopt.prediction._same_batch import SameBatch, refuse_checkpointing
+from balanceopt.prediction._probability import DropProbabilities
 from balanceopt.prediction._watch import BackwardWatch, LostSamples
 from balanceopt.prediction._widths import Widths
 
@@ -48,8 +47,6 @@ class OPM:
         warmup: training forwards (epochs, once `set_epoch` was called) before anything is dropped.
         end: the last one in which anything is, inclusive; None for no end.
         ratio: `"mean_of_ratios"` or `"ratio_of_means"`, for three modalities or more.
-        same_batch: take q from the batch that it is applied to, as the published code does. Labels must be known before
-            the forward, and all encoders must run before the fusion.
         update_every: forwards between updates of q; the number of micro-batches where gradients are accumulated.
         batch_dim: dimension of the samples in encoders' outputs, or a mapping from modality to it.
         seed: of all randomness, a function of (seed, forward, modality, rank); None for `torch.initial_seed()` of the
@@ -82,7 +79,6 @@ class OPM:
         warmup: int = 0,
         end: int | None = None,
         ratio: RatioReduction = "mean_of_ratios",
-        same_batch: bool = False,
         update_every: int = 1,
         batch_dim: int | Mapping[str, int] = 0,
         seed: int | None = None,
@@ -92,9 +88,7 @@ class OPM:
         monitor.expect_scores("OPM")
         if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor._transforms):
             raise ValueError("this monitor serves a OPM already. Call its remove() first.")
-        self.options = Options(
-            q_base, lam, p_exe, rescale, warmup, end, ratio, same_batch, update_every, batch_dim
-        )
+        self.options = Options(q_base, lam, p_exe, rescale, warmup, end, ratio, update_every, batch_dim)
         self.monitor = monitor
         self.listeners: list[Listener] = []
         self._batch_dims = self.options.batch_dims(monitor.modalities)
@@ -106,9 +100,8 @@ class OPM:
         self._latest: Drop | None = None
         self._lost = LostSamples()
         self._probabilities = DropProbabilities(
-            monitor, q_base=q_base, lam=lam, ratio=ratio, report=self._report_ratio, same_batch=same_batch
+            monitor, q_base=q_base, lam=lam, ratio=ratio, report=self._report_ratio
         )
-        self._same_batch = SameBatch(self._choose_now) if same_batch else None
         self._watch: BackwardWatch | None = None
         if len(monitor.modalities) > 1:
             self._watch = BackwardWatch(monitor)
@@ -206,11 +199,7 @@ class OPM:
         """What goes on into the fusion instead of an encoder's output; the same when the forward is run again."""
         drop: Drop | None = current.notes.get(self)
         if in_backward():
-            if drop is None:
-                return output
-            if self._same_batch is not None:
-                refuse_checkpointing()
-            return drop.apply(name, output)
+            return output if drop is None else drop.apply(name, output)
         encoder = self.monitor.encoders[name]
         if drop is None:
             drop = self._begin(current, next(encoder.parameters()).device)
@@ -218,8 +207,6 @@ class OPM:
         drop.note(name, output, encoder.training)
         if self.options.rescale == "official":
             self._widths.note(name, output)
-        if self._same_batch is not None and not drop.decided:
-            return self._same_batch.hold(name, current, drop, output)
         return drop.apply(name, output)
 
     def _begin(self, current: Pass, device: torch.device) -> Drop:
@@ -229,7 +216,7 @@ class OPM:
             self._watch.stop()
         if self._latest is not None:
             self._lost.look(self._latest)
-        if self._same_batch is None and number % self.options.update_every == 0:
+        if number % self.options.update_every == 0:
             self.update()
         self._forwards += 1
         drop = self._latest = Drop(
@@ -241,31 +228,10 @@ class OPM:
         )
         clock = number if self._epoch is None else self._epoch
         acts = self.options.acts_at(clock)
-        executed = is_executed(self.options.p_exe, self._seed, number)
-        if self._same_batch is not None:
-            drop.decided = not (acts and executed and self.monitor.can_score_early)
-        else:
-            self._report(number, acts)
-            if acts and executed:
-                self._arm(drop, device)
+        self._report(number, acts)
+        if acts and is_executed(self.options.p_exe, self._seed, number):
+            self._arm(drop, device)
         return drop
-
-    def _choose_now(self, current: Pass, drop: Drop) -> None:
-        """All encoders have run: q from the scores of this very batch.
-
-        Raises:
-            RuntimeError: if its labels are not known yet.
-        """
-        if current.labels is None:
-            current.closed = True  # the next labels are for the next forward
-            raise RuntimeError(
-                "`same_batch=True` needs the labels before the forward: call monitor.observe(labels) before it, or "
-                "pass them to the model as `labels=`."
-            )
-        sums = self.monitor.early_sums(current)
-        self._probabilities.follow(None if sums is None else scores_and_counts(sums))
-        self._report(self._forwards - 1, True)
-        self._arm(drop, next(iter(current.features.values())).device)
 
     def _arm(self, drop: Drop, device: torch.device) -> None:
         q = self._probabilities.value.to(device)

@@ -25,7 +25,6 @@ class Options:
     warmup: int
     end: int | None
     ratio: RatioReduction
-    same_batch: bool
     update_every: int
     batch_dim: int | Mapping[str, int]
 
@@ -47,11 +46,6 @@ class Options:
         if self.update_every < 1:
             raise ValueError(
                 f"`update_every` should be at least 1. Found update_every = {self.update_every}."
-            )
-        if self.same_batch and self.update_every != 1:
-            raise ValueError(
-                "`update_every` should be 1 with `same_batch=True`, where every batch has a q of its own. "
-                f"Found update_every = {self.update_every}."
             )
 
     def batch_dims(self, modalities: Sequence[str]) -> dict[str, int]:

@@ -38,9 +38,8 @@ class DropProbabilities:
         lam: float,
         ratio: RatioReduction,
         report: Callable[[str, Tensor], None],
-        same_batch: bool,
     ) -> None:
-        """Begin with q = 0; `same_batch` where scores are handed over and not taken from the monitor."""
+        """Begin with q = 0."""
         self.monitor = monitor
         self.value = torch.zeros(len(monitor.modalities), dtype=torch.float32)
         self.possible = False
@@ -48,7 +47,7 @@ class DropProbabilities:
         self.updates = 0
         self._q_base, self._lam, self._ratio = q_base, lam, ratio
         self._report = report
-        self._accumulator = None if same_batch else monitor.accumulator(steps=False)
+        self._accumulator = monitor.accumulator(steps=False)
         self._silent = 0
         self._unusable = DeferredCounts(("unusable_scores",), self._tell_unusable)
         self._told: set[str] = set()
@@ -75,7 +74,7 @@ class DropProbabilities:
 
     def fetch(self) -> Tensor | None:
         """This rank's summed scores and counts `(2, M)` since the last update, which are then taken."""
-        sums = None if self._accumulator is None else self._accumulator.take()
+        sums = self._accumulator.take()
         own = None if sums is None else scores_and_counts(sums)
         if self.pending is not None:
             own = self.pending if own is None else own + self.pending.to(own.device)
@@ -84,7 +83,7 @@ class DropProbabilities:
 
     def waiting(self) -> Tensor | None:
         """What the next `fetch` would give; it stays."""
-        sums = None if self._accumulator is None else self._accumulator.peek()
+        sums = self._accumulator.peek()
         if sums is None or self.pending is None:
             return self.pending if sums is None else scores_and_counts(sums)
         return scores_and_counts(sums) + self.pending.to(sums.score.device)
@@ -95,8 +94,7 @@ class DropProbabilities:
         self.possible = bool(value.any())
         self.pending = None if pending is None else pending.detach().clone()
         self._silent = 0
-        if self._accumulator is not None:
-            self._accumulator.discard()
+        self._accumulator.discard()
 
     def unusable(self) -> int:
         """How often scores came that could not be used; waits for the device."""
@@ -104,9 +102,8 @@ class DropProbabilities:
 
     def close(self) -> None:
         """Take no more scores."""
-        if self._accumulator is not None:
-            self._accumulator.discard()  # labels that are observed from now on are for another pass
-            self.monitor.drop_accumulator(self._accumulator)
+        self._accumulator.discard()  # labels that are observed from now on are for another pass
+        self.monitor.drop_accumulator(self._accumulator)
 
     def _set(self, total: Tensor) -> None:
         empty = ModalitySums.zeros(len(self.monitor.modalities), 2, total.device)

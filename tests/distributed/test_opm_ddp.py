@@ -25,7 +25,6 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "with OGM-GE": {"modulation": lambda: bo.OGM(0.5)},
     "gated": {"options": {"p_exe": 0.5, "rescale": "official"}},
     "watched": {"options": {"warmup": 99}},
-    "same batch": {"options": {"same_batch": True}},
     "checkpointed": {"again": True},
     "sharded": {"wrap": "fully_shard"},
     "sharded, watched": {"wrap": "fully_shard", "options": {"warmup": 99}},

@@ -32,7 +32,7 @@ def followed(score, *, q_base=0.5, lam=0.5, ratio="mean_of_ratios", count=None):
     """The drop probabilities after these summed scores."""
     monitor = watch(Concat(len(score)))
     probabilities = DropProbabilities(
-        monitor, q_base=q_base, lam=lam, ratio=ratio, report=lambda name, values: None, same_batch=True
+        monitor, q_base=q_base, lam=lam, ratio=ratio, report=lambda name, values: None
     )
     count = torch.full_like(score, 64) if count is None else count
     if (score > 0).any():

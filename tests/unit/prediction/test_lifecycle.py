@@ -66,7 +66,6 @@ def test_a_second_modulator_on_one_monitor_is_refused():
         ({"warmup": -1}, "`warmup` and `end` should satisfy"),
         ({"warmup": 3, "end": 2}, "`warmup` and `end` should satisfy"),
         ({"update_every": 0}, "`update_every` should be at least 1"),
-        ({"update_every": 2, "same_batch": True}, "`update_every` should be 1 with"),
         ({"batch_dim": -1}, "`batch_dim` should be non-negative"),
         ({"batch_dim": {"smell": 1}}, "`batch_dim` should be given for"),
     ],

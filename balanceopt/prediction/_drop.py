@@ -14,7 +14,7 @@ from balanceopt._random import generator_for
 from balanceopt._splitmix import mixed
 from balanceopt.monitor._outputs import map_tensors
 
-Rescale = Literal["none", "official", "per_modality"]
+Rescale = Literal["none", "official"]
 
 
 # Streams of their own, apart from each other and from the noise of the optimizers that share the seed.
@@ -64,8 +64,8 @@ def sample_kept(q: Tensor, samples: int, generator: torch.Generator, present: Te
 def rescale_factors(q: Tensor, rescale: Rescale, widths: Tensor | None = None) -> Tensor | None:
     r"""What features are multiplied by after the drop.
 
-    `"official"`: \(1 / (1 - \theta)\) for all modalities, \(\theta = \sum_m d_m q_m / \sum_m d_m\);
-    `"per_modality"`: \(1 / (1 - q^m)\), as in inverted dropout; `"none"`: nothing. A denominator of 0 gives 1.
+    `"official"`: \(1 / (1 - \theta)\) for all modalities, \(\theta = \sum_m d_m q_m / \sum_m d_m\), and 1 where
+    \(\theta = 1\); `"none"`: nothing.
 
     Args:
         q: `(M,)` drop probabilities.
@@ -84,11 +84,8 @@ def rescale_factors(q: Tensor, rescale: Rescale, widths: Tensor | None = None) -
     """
     if rescale == "none":
         return None
-    if rescale == "official":
-        d = torch.ones_like(q) if widths is None else widths
-        lost = ((d * q).sum() / d.sum()).expand_as(q)
-    else:
-        lost = q
+    d = torch.ones_like(q) if widths is None else widths
+    lost = ((d * q).sum() / d.sum()).expand_as(q)
     return torch.where(lost < 1, 1 / (1 - lost), 1)
 
 

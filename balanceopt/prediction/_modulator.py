@@ -42,8 +42,8 @@ class OPM:
         q_base: probability just above a ratio of 1.
         lam: growth with the ratio, >= 0.
         p_exe: part of the batches in which anything is dropped (0.7 in the published scripts).
-        rescale: `"none"`; `"official"`, all features times \(1 / (1 - \theta)\) with \(\theta\) the mean of q over
-            all features; `"per_modality"`, the modality's own times \(1 / (1 - q^m)\).
+        rescale: `"none"`, or `"official"`: all features times \(1 / (1 - \theta)\) with \(\theta\) the mean of q over
+            all features.
         warmup: training forwards (epochs, once `set_epoch` was called) before anything is dropped.
         end: the last one in which anything is, inclusive; None for no end.
         ratio: `"mean_of_ratios"` or `"ratio_of_means"`, for three modalities or more.

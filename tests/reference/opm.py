@@ -33,7 +33,3 @@ def official_feature(
     z: Sequence[float], kept: bool, widths: Sequence[int], q: Sequence[float]
 ) -> list[float]:
     return [x / (1 - theta(widths, q)) for x in feature(z, kept)]
-
-
-def inverted_feature(z: Sequence[float], kept: bool, q: float) -> list[float]:
-    return [x / (1 - q) for x in feature(z, kept)]

@@ -186,13 +186,6 @@ def test_official_rescaling_divides_all_features():
     torch.testing.assert_close(x[1], z[1] / (1 - theta))
 
 
-def test_rescaling_by_modality_is_inverted_dropout():
-    x, z, q = rescaled("per_modality")
-    held = (x[0] != 0).any(1)
-    torch.testing.assert_close(x[0][held], z[0][held] / (1 - q[0]))
-    assert torch.equal(x[1], z[1])
-
-
 def test_rescaling_acts_on_the_gradient_too():
     grads = []
     kinds: list[Any] = ["none", "official"]
@@ -208,11 +201,9 @@ def test_rescaling_acts_on_the_gradient_too():
 
 def test_nothing_is_divided_by_zero():
     everything = torch.ones(2)
-    kinds: list[Any] = ["official", "per_modality"]
-    for rescale in kinds:
-        factors = rescale_factors(everything, rescale)
-        assert factors is not None
-        assert factors.tolist() == [1, 1]
+    factors = rescale_factors(everything, "official")
+    assert factors is not None
+    assert factors.tolist() == [1, 1]
     assert rescale_factors(everything, "none") is None
 
 

@@ -47,7 +47,6 @@ class OPM:
         warmup: training forwards (epochs, once `set_epoch` was called) before anything is dropped.
         end: the last one in which anything is, inclusive; None for no end.
         ratio: `"mean_of_ratios"` or `"ratio_of_means"`, for three modalities or more.
-        update_every: forwards between updates of q; the number of micro-batches where gradients are accumulated.
         batch_dim: dimension of the samples in encoders' outputs, or a mapping from modality to it.
         seed: of all randomness, a function of (seed, forward, modality, rank); None for `torch.initial_seed()` of the
             first rank, read now.
@@ -79,7 +78,6 @@ class OPM:
         warmup: int = 0,
         end: int | None = None,
         ratio: RatioReduction = "mean_of_ratios",
-        update_every: int = 1,
         batch_dim: int | Mapping[str, int] = 0,
         seed: int | None = None,
     ) -> None:
@@ -88,7 +86,7 @@ class OPM:
         monitor.expect_scores("OPM")
         if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor._transforms):
             raise ValueError("this monitor serves a OPM already. Call its remove() first.")
-        self.options = Options(q_base, lam, p_exe, rescale, warmup, end, ratio, update_every, batch_dim)
+        self.options = Options(q_base, lam, p_exe, rescale, warmup, end, ratio, batch_dim)
         self.monitor = monitor
         self.listeners: list[Listener] = []
         self._batch_dims = self.options.batch_dims(monitor.modalities)
@@ -216,8 +214,7 @@ class OPM:
             self._watch.stop()
         if self._latest is not None:
             self._lost.look(self._latest)
-        if number % self.options.update_every == 0:
-            self.update()
+        self.update()
         self._forwards += 1
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,

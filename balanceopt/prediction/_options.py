@@ -25,7 +25,6 @@ class Options:
     warmup: int
     end: int | None
     ratio: RatioReduction
-    update_every: int
     batch_dim: int | Mapping[str, int]
 
     def __post_init__(self) -> None:
@@ -42,10 +41,6 @@ class Options:
         if self.warmup < 0 or (self.end is not None and self.end < self.warmup):
             raise ValueError(
                 f"`warmup` and `end` should satisfy 0 <= warmup <= end. Found {self.warmup} and {self.end}."
-            )
-        if self.update_every < 1:
-            raise ValueError(
-                f"`update_every` should be at least 1. Found update_every = {self.update_every}."
             )
 
     def batch_dims(self, modalities: Sequence[str]) -> dict[str, int]:

@@ -218,15 +218,31 @@ def test_q_stays_when_scores_are_unusable():
     torch.testing.assert_close(modulator.q, torch.tensor([Q, 0.0]))
 
 
-def test_gradient_accumulation_adds_scores_up():
-    """`update_every=2` and two micro-batches: the q of the whole batch."""
+def test_micro_batches_have_a_q_each():
+    """Of the scores of the micro-batch before."""
+    inputs, labels = batch(16)
+    model = small_model()
+    monitor = watch(model)
+    sums, modulator = monitor.accumulator(), bo.OPM(monitor, seed=0)
+    for cut in (slice(0, 6), slice(6, 16)):
+        backward(model, ([x[cut] for x in inputs], labels[cut]))
+        model(*inputs)
+        taken = sums.take()
+        assert taken is not None
+        ratio = bo.functional.discrepancy_ratio(taken.mean_score)
+        torch.testing.assert_close(modulator.q, bo.functional.drop_probability(ratio))
+        assert modulator.q.any()
+
+
+def test_scores_of_several_forwards_in_one_backward_add_up():
+    """Their q is that of the whole batch."""
     inputs, labels = batch(16)
     qs = []
-    for every, cuts in ((1, [slice(0, 16)]), (2, [slice(0, 6), slice(6, 16)])):
+    for cuts in ([slice(0, 16)], [slice(0, 6), slice(6, 16)]):
         model = small_model()
-        modulator = bo.OPM(watch(model), update_every=every, seed=0)
-        for cut in cuts:
-            backward(model, ([x[cut] for x in inputs], labels[cut]))
+        modulator = bo.OPM(watch(model), seed=0)
+        losses = [F.cross_entropy(model(*[x[cut] for x in inputs]), labels[cut]) for cut in cuts]
+        torch.stack(losses).sum().backward()
         model(*inputs)
         qs.append(modulator.q)
     torch.testing.assert_close(qs[0], qs[1])

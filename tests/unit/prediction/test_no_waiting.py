@@ -50,7 +50,7 @@ def run(options, monitor):
 @pytest.mark.parametrize("monitor", [{}, {"scores": "zero-out"}], ids=["split", "zero-out"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rescale": "official"}, {"update_every": 2}],
+    [{}, {"rescale": "official"}],
     ids=str,
 )
 def test_a_forward_does_not_wait(options, monitor):

@@ -71,7 +71,6 @@ OPTIONS: dict[str, Any] = {
     "plain": {},
     "official": {"rescale": "official", "p_exe": 0.7},
     "every batch": {"q_base": 1.0, "lam": 0.0},  # all of a batch may be gone when the run goes on
-    "micro-batches": {"update_every": 2},
     "window": {"warmup": 2, "end": 7},
 }
 

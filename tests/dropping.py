@@ -18,11 +18,11 @@ from tests.training import class_zero, small_model
 CERTAIN = (0.8, 0.2)
 
 
-def certain(certainty: Sequence[float], dim: int = 0) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def certain(certainty: Sequence[float]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """For `scores=`: each modality gives class 0 its own probability, whatever the features and their rows."""
 
     def logits(features: dict[str, Tensor]) -> dict[str, Tensor]:
-        samples = min(z.shape[dim] for z in features.values())
+        samples = min(len(z) for z in features.values())
         rows = [torch.tensor([p, 1 - p, 0.0, 0.0, 0.0]).log() for p in certainty]
         return {name: rows[NAMES.index(name)].expand(samples, -1) for name in features}
 

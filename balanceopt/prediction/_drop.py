@@ -89,9 +89,9 @@ def rescale_factors(q: Tensor, rescale: Rescale, widths: Tensor | None = None) -
     return torch.where(lost < 1, 1 / (1 - lost), 1)
 
 
-def is_feature(x: Tensor, batch_dim: int) -> bool:
+def is_feature(x: Tensor) -> bool:
     """Whether a tensor of an encoder's output is dropped from: not masks, indices, lengths or single numbers."""
-    return (x.is_floating_point() or x.is_complex()) and x.dim() > batch_dim
+    return (x.is_floating_point() or x.is_complex()) and x.dim() > 0
 
 
 @dataclass(eq=False)
@@ -101,7 +101,6 @@ class Drop:
     Attributes:
         modalities: names, in the order of `q`.
         generator: makes the mask's generator on a device.
-        batch_dim: of each modality's outputs.
         repeats: rows that each modality's encoder returns for a sample; learnt on the way.
         present: bool `(B,)` by modality, the samples that have it, as far as that is known before the forward.
         q: `(M,)`, None while nothing is dropped.
@@ -112,7 +111,6 @@ class Drop:
 
     modalities: Sequence[str]
     generator: Callable[[torch.device], torch.Generator]
-    batch_dim: Mapping[str, int]
     repeats: dict[str, int]
     present: Mapping[str, Tensor] = field(default_factory=dict)
     q: Tensor | None = None
@@ -159,17 +157,17 @@ class Drop:
             ValueError: if its rows are not those of the samples.
         """
         dropped = self._draw(name)[self.modalities.index(name)]
-        dim = self.batch_dim[name]
-        samples, rows = len(dropped), x.shape[dim]
+        samples, rows = len(dropped), len(x)
         if rows != samples and (samples == 0 or rows == 0 or rows % samples):
             raise ValueError(
-                f"the encoder of {name!r} returned a tensor of shape {tuple(x.shape)} for {samples} samples, with "
-                f"{rows} rows along dimension {dim}. Pass `batch_dim=`, or let the encoder return its features alone."
+                f"every tensor that the encoder of {name!r} returns should have a row, or the same number of rows, for "
+                f"each of the {samples} samples along dimension 0. Found shape {tuple(x.shape)}: let the encoder "
+                "return its features alone, samples first."
             )
         mask = dropped.to(x.device)
         if rows != samples:  # several rows for a sample, one after the other: frames of a clip
             mask = mask.unsqueeze(1).expand(-1, rows // samples).reshape(-1)
-        return mask.view([-1 if d == dim else 1 for d in range(x.dim())])
+        return mask.view(-1, *[1] * (x.dim() - 1))
 
     def _draw(self, name: str) -> Tensor:
         """bool `(M, B)`, drawn when the first encoder, `name`, has returned."""
@@ -186,7 +184,7 @@ class Drop:
         return self._dropped
 
     def _changed(self, name: str, x: Tensor) -> Tensor:
-        if not is_feature(x, self.batch_dim[name]):
+        if not is_feature(x):
             return x
         x = x.masked_fill(self.mask_for(name, x), 0)
         if self.factors is None:
@@ -194,18 +192,17 @@ class Drop:
         return x * self.factors[self.modalities.index(name)].to(x.device, x.dtype)
 
     def _rows_of(self, name: str, output: Any) -> int:
-        dim = self.batch_dim[name]
         sizes: list[int] = []
 
         def look(x: Tensor) -> Tensor:
-            if is_feature(x, dim):
-                sizes.append(x.shape[dim])
+            if is_feature(x):
+                sizes.append(len(x))
             return x
 
         map_tensors(look, output)
         if not sizes:
             raise TypeError(
-                f"the encoder of {name!r} should return a tensor of features, or something that holds one, with more "
-                f"than {dim} dimensions. Found {type(output).__name__}."
+                f"the encoder of {name!r} should return a tensor of features (B, ...), or something that holds one. "
+                f"Found {type(output).__name__}."
             )
         return sizes[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -47,13 +47,13 @@ class OPM:
         warmup: training forwards (epochs, once `set_epoch` was called) before anything is dropped.
         end: the last one in which anything is, inclusive; None for no end.
         ratio: `"mean_of_ratios"` or `"ratio_of_means"`, for three modalities or more.
-        batch_dim: dimension of the samples in encoders' outputs, or a mapping from modality to it.
         seed: of all randomness, a function of (seed, forward, modality, rank); None for `torch.initial_seed()` of the
             first rank, read now.
 
     Raises:
         TypeError: if `monitor` is no `ModalityMonitor`.
-        ValueError: for an option outside its range, a monitor without a head, or one that serves another modulator.
+        ValueError: for an option outside its range, a monitor without a head or with another `OPM`, or an encoder whose
+            outputs don't have the samples along dimension 0.
 
     Example:
         >>> import balanceopt as bo
@@ -78,18 +78,17 @@ class OPM:
         warmup: int = 0,
         end: int | None = None,
         ratio: RatioReduction = "mean_of_ratios",
-        batch_dim: int | Mapping[str, int] = 0,
         seed: int | None = None,
     ) -> None:
         if not isinstance(monitor, ModalityMonitor):
             raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
         monitor.expect_scores("OPM")
+        _refuse_batch_second(monitor)
         if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor._transforms):
             raise ValueError("this monitor serves a OPM already. Call its remove() first.")
-        self.options = Options(q_base, lam, p_exe, rescale, warmup, end, ratio, batch_dim)
+        self.options = Options(q_base, lam, p_exe, rescale, warmup, end, ratio)
         self.monitor = monitor
         self.listeners: list[Listener] = []
-        self._batch_dims = self.options.batch_dims(monitor.modalities)
         self._seed = shared_seed(monitor.group, seed)
         self._forwards = self._dropping = 0
         self._epoch: int | None = None
@@ -219,7 +218,6 @@ class OPM:
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,
             generator=partial(mask_generator, self._seed, number, rank_in(self.monitor.group)),
-            batch_dim=self._batch_dims,
             repeats=self._repeats,
             present=dict(current.present),
         )
@@ -253,3 +251,13 @@ class OPM:
     def _tell(self, number: int, quantity: str, values: Tensor) -> None:
         for listener in self.listeners:
             listener(number, quantity, self.monitor.modalities, values)
+
+
+def _refuse_batch_second(monitor: ModalityMonitor) -> None:
+    for name, encoder in monitor.encoders.items():
+        if getattr(encoder, "batch_first", True) is False:
+            raise ValueError(
+                f"OPM needs the samples along dimension 0 of the encoders' outputs. Found the encoder of {name!r}, a "
+                f"{type(encoder).__name__} with batch_first=False: build it with batch_first=True, or put it into a "
+                "module that returns (B, ...)."
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import get_args
 
@@ -25,7 +24,6 @@ class Options:
     warmup: int
     end: int | None
     ratio: RatioReduction
-    batch_dim: int | Mapping[str, int]
 
     def __post_init__(self) -> None:
         for name in ("q_base", "p_exe"):
@@ -42,25 +40,6 @@ class Options:
             raise ValueError(
                 f"`warmup` and `end` should satisfy 0 <= warmup <= end. Found {self.warmup} and {self.end}."
             )
-
-    def batch_dims(self, modalities: Sequence[str]) -> dict[str, int]:
-        """The dimension of samples in each modality's outputs.
-
-        Raises:
-            ValueError: if it is negative, or given for an unknown modality.
-        """
-        if isinstance(self.batch_dim, Mapping):
-            unknown = self.batch_dim.keys() - set(modalities)
-            if unknown:
-                raise ValueError(
-                    f"`batch_dim` should be given for {tuple(modalities)}. Found also {sorted(unknown)}."
-                )
-            dims = {name: self.batch_dim.get(name, 0) for name in modalities}
-        else:
-            dims = dict.fromkeys(modalities, self.batch_dim)
-        if min(dims.values()) < 0:
-            raise ValueError(f"`batch_dim` should be non-negative. Found {self.batch_dim}.")
-        return dims
 
     def acts_at(self, clock: int) -> bool:
         """Whether the window is open."""

@@ -10,8 +10,8 @@ from torch import nn
 
 import balanceopt as bo
 from balanceopt.prediction._drop import rescale_factors, sample_kept
-from tests.dropping import certain, dropping, fused, inputs_of, kept, step, warm
-from tests.models import Concat, ConcatOfWrapped, Signal, Tokens, Wrapped, linear, mlp, watch
+from tests.dropping import dropping, fused, inputs_of, kept, step, warm
+from tests.models import NAMES, Concat, ConcatOfWrapped, Signal, Tokens, Wrapped, linear, mlp, watch
 from tests.training import answering, backward, class_zero, small_model
 
 
@@ -59,22 +59,19 @@ def test_maps_and_tokens_are_dropped_whole(encoder, between):
     assert not sent_by(model).any()
 
 
-class TimeFirst(Concat):
-    """Encoders return `(T, B, D)`."""
+def test_an_encoder_with_the_samples_along_another_dimension_is_refused():
+    class Recurrent(Concat):
+        def encode(self, *inputs):
+            return [
+                encoder(x.unsqueeze(0))[0][0]
+                for encoder, x in zip(self.encoders.values(), inputs, strict=True)
+            ]
 
-    def __init__(self):
-        super().__init__(encoder=lambda n, d: Wrapped(mlp(n, d), lambda z: torch.stack([z, 2 * z, 3 * z])))
-
-    def fuse(self, features):
-        return super().fuse([z.mean(0) for z in features])
-
-
-@pytest.mark.parametrize("batch_dim", [1, {"audio": 1, "visual": 1}])
-def test_the_batch_may_be_another_dimension(batch_dim):
-    model, _ = warm(model=TimeFirst(), batch_dim=batch_dim, monitor={"scores": certain((0.8, 0.2), dim=1)})
-    mask = kept(fused(model))
-    assert 0 < mask[0].sum() < 8
-    assert mask[1].all()
+    monitor = watch(Recurrent(encoder=nn.LSTM), select=dict.fromkeys(NAMES[:2], lambda output: output[0][0]))
+    with pytest.raises(ValueError, match=r"encoder of 'audio', a LSTM with batch_first=False"):
+        bo.OPM(monitor)
+    assert not monitor._transforms
+    assert not monitor._scorer.accumulators
 
 
 def test_rows_that_do_not_fit_the_samples_are_refused():
@@ -84,7 +81,7 @@ def test_rows_that_do_not_fit_the_samples_are_refused():
 
     model = Recurrent(encoder=lambda n, d: Wrapped(mlp(n, d), lambda z: (z, torch.ones(3, len(z), 2))))
     step_model, _ = warm(model=model)
-    with pytest.raises(ValueError, match=r"shape \(3, 8, 2\) for 8 samples, with 3 rows along dimension 0"):
+    with pytest.raises(ValueError, match=r"each of the 8 samples along dimension 0. Found shape \(3, 8, 2\)"):
         fused(step_model)
 
 

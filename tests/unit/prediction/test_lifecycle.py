@@ -65,8 +65,6 @@ def test_a_second_modulator_on_one_monitor_is_refused():
         ({"ratio": "max"}, "`ratio` should be one of"),
         ({"warmup": -1}, "`warmup` and `end` should satisfy"),
         ({"warmup": 3, "end": 2}, "`warmup` and `end` should satisfy"),
-        ({"batch_dim": -1}, "`batch_dim` should be non-negative"),
-        ({"batch_dim": {"smell": 1}}, "`batch_dim` should be given for"),
     ],
     ids=str,
 )

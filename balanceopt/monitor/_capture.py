@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -26,9 +25,6 @@ Select = Mapping[str, Callable[[Any], Tensor]]
 Transform = Callable[[str, Pass, Any], Any]
 Tap = Callable[[str, Any, Pass | None], None]
 GradientListener = Callable[[Pass, Tensor], None]
-
-# Forwards before one backward whose heads only reentrant activation checkpointing will make part of a graph.
-_UNHEARD = 32
 
 
 class Capture:
@@ -65,7 +61,6 @@ class Capture:
         self._scorer = scorer
         self._select = dict(select)
         self._group = group
-        self._unheard: deque[Pass] = deque(maxlen=_UNHEARD)
         self.handles: list[RemovableHandle] = []
         try:
             self._register()
@@ -85,7 +80,6 @@ class Capture:
             handle.remove()
         self.handles.clear()
         self.passes.forget()
-        self._unheard.clear()
 
     def features(self, name: str, output: Any) -> Tensor:
         """The feature tensor of an encoder's output, attached to its graph.
@@ -156,7 +150,7 @@ class Capture:
         if logits is None:
             return
         if in_backward():
-            self._listen_again(module, logits)
+            self._refuse_reentrant_head(logits)
             return
         current = self.passes.of_head()
         if current is None:
@@ -237,22 +231,20 @@ class Capture:
         if logits.requires_grad:
             current.listening += 1
             logits.register_hook(partial(self._on_gradient, current, head, current.listening))
-            if current in self._unheard:
-                self._unheard.remove(current)
-        elif current not in self._unheard:
-            self._unheard.append(current)
 
-    def _listen_again(self, head: nn.Module, logits: Tensor) -> None:
-        """Under reentrant activation checkpointing only the second run of a head is part of a graph."""
+    def _refuse_reentrant_head(self, logits: Tensor) -> None:
+        """Raise where only the second run of a head, in backward, is part of a graph."""
         current = self.passes.recomputed()
-        if current is not None and current in self._unheard and logits.requires_grad:
-            self._listen(current, head, logits)
+        if current is not None and not current.listening and logits.requires_grad:
+            raise NotImplementedError(
+                "the head runs under reentrant activation checkpointing, which keeps its first run out of the graph. "
+                "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # Who listens from outside (a scheduler with its loaders) is no part of the model; nor is a loss that is gone.
         alive = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
-        outside: dict[str, Any] = {"taps": [], "gradient_listeners": [], "_unheard": deque(maxlen=_UNHEARD)}
-        return {**self.__dict__, **outside, "handles": alive}
+        return {**self.__dict__, "taps": [], "gradient_listeners": [], "handles": alive}
 
 
 def _copied(x: Tensor) -> Tensor:

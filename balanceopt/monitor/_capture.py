@@ -18,7 +18,7 @@ from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._passes import Passes, answers_of
 from balanceopt.monitor._rows import logit_rows
 from balanceopt.monitor._scorer import Scorer
-from balanceopt.monitor._supported import in_backward, next_node, outside_graphs, plain, refuse_join
+from balanceopt.monitor._supported import in_backward, is_batched, next_node, outside_graphs, refuse_join
 
 Head = nn.Module | Mapping[str, nn.Module] | None
 Select = Mapping[str, Callable[[Any], Tensor]]
@@ -121,7 +121,7 @@ class Capture:
         current = self.passes.begin(module)
         if current is not None:
             if self._scorer.needs_outputs:
-                current.inputs = map_tensors(plain, (args, kwargs))
+                current.inputs = map_tensors(Tensor.detach, (args, kwargs))
             self._labels.from_call(current, args, kwargs)
 
     @outside_graphs
@@ -185,12 +185,12 @@ class Capture:
 
     @outside_graphs
     def _on_gradient(self, current: Pass, head: nn.Module, call: int, gradient: Tensor) -> None:
-        if call != current.listening or not self.handles:
+        if call != current.listening or not self.handles or is_batched(gradient):
             return
         self.passes.backward_reached(current)
         if not current.ended:  # the loop called parts of the model: only now is it known that none is left
             self._scorer.end_forward(current)
-        rows = logit_rows(head, plain(gradient))
+        rows = logit_rows(head, gradient.detach())
         self._scorer.backward_reached(current, rows)
         for listener in self.gradient_listeners:
             listener(current, rows)
@@ -216,7 +216,7 @@ class Capture:
         current.head_calls += 1
         if name is None and current.listening and not logits.requires_grad:
             return  # an answer on the side, which nothing is trained by
-        current.head_inputs[name] = torch.empty(0, 0) if x is None else plain(x)
+        current.head_inputs[name] = torch.empty(0, 0) if x is None else x.detach()
         if name is None or not current.head_outputs:
             self._listen(current, head, logits)
         own = logit_rows(head, _copied(logits))
@@ -248,4 +248,4 @@ class Capture:
 
 
 def _copied(x: Tensor) -> Tensor:
-    return plain(x).clone()
+    return x.detach().clone()

@@ -12,7 +12,7 @@ from torch import nn
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._scorer import Scorer
-from balanceopt.monitor._supported import in_vmap, next_node, running_node
+from balanceopt.monitor._supported import next_node, running_node
 
 
 class Passes:
@@ -97,7 +97,7 @@ class Passes:
         self._running = False
 
     def _is_training(self, module: nn.Module) -> bool:
-        return torch.is_grad_enabled() and (module.training or not self.train_only) and not in_vmap()
+        return torch.is_grad_enabled() and (module.training or not self.train_only)
 
     def _new(self) -> Pass:
         current = Pass(first_node=next_node())

@@ -14,7 +14,6 @@ from balanceopt.monitor._recovery import Recovery
 from balanceopt.monitor._seen import Seen
 from balanceopt.monitor._settle import settle
 from balanceopt.monitor._sums import ModalitySums
-from balanceopt.monitor._supported import plain
 from balanceopt.monitor._unimodal import UnimodalLogits
 
 
@@ -74,7 +73,7 @@ class Scorer:
                 self.unimodal.join(current)
             else:
                 made = self.unimodal(current)
-                current.unimodal = {name: plain(logits) for name, logits in made.items()}
+                current.unimodal = {name: logits.detach() for name, logits in made.items()}
                 if any(accumulator.needs_entropy for accumulator in self.accumulators):
                     with torch.no_grad():
                         current.entropies = {

@@ -43,7 +43,8 @@ def why_silent(seen: Seen, *, compiled: bool) -> str:
         )
     elif not recent["forwards"]:
         reasons.append(
-            "no forward of the model in training mode was seen (fine-tuning in eval mode: train_only=False)"
+            "no forward of the model in training mode was seen (fine-tuning in eval mode: train_only=False; "
+            "torch.func transforms are not watched: call loss.backward())"
         )
     elif not recent["passes"]:
         reasons.append("no backward reached the head's output (frozen model, or no loss on it)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -63,19 +64,15 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def in_vmap() -> bool:
-    """Whether a function transform other than `torch.func.grad` is at work, which shows no numbers."""
+def is_traced() -> bool:
+    """Whether a function transform (`torch.func`) or an export is at work, which shows no numbers."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether a gradient stands for many, as under `vmap` or `torch.autograd.grad(..., is_grads_batched=True)`."""
     functorch = torch._C._functorch
-    stack = functorch.get_interpreter_stack()
-    return stack is not None and any(level.key() != functorch.TransformType.Grad for level in stack)
-
-
-def plain(x: Tensor) -> Tensor:
-    """The tensor inside the wrappers of `torch.func.grad`, detached."""
-    x = x.detach()
-    while torch._C._functorch.is_gradtrackingtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
 
 
 def next_node() -> int:
@@ -90,8 +87,13 @@ def running_node() -> int:
 
 
 def outside_graphs(function: Function) -> Function:
-    """Keep a hook out of compiled graphs: it looks at numbers and keeps them."""
+    """Keep a hook, which looks at numbers, out of compiled graphs; it is a no-op while `is_traced`."""
+
+    @wraps(function)
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        return None if is_traced() else function(*args, **kwargs)
+
     knows_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
     options: dict[str, Any] = {"reason": _NO_FULL_GRAPH} if knows_reason else {}
-    disabled: Function = torch.compiler.disable(function, **options)
+    disabled: Function = torch.compiler.disable(hook, **options)
     return disabled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,7 +134,8 @@ def by_transform(model, inputs, labels):
     def loss(parameters, x, y, label):
         return F.cross_entropy(torch.func.functional_call(model, parameters, (x, y)), label)
 
-    return torch.func.grad(loss)(parameters, *inputs, labels)
+    gradient: Any = torch.func.grad(loss)
+    return gradient(parameters, *inputs, labels)
 
 
 def by_sample(model, inputs, labels):

@@ -26,7 +26,6 @@ METHODS: dict[str, Callable[[], Modulation]] = {
     "OGM-GE, pool": lambda: bo.OGM(0.3, noise="pool"),
     "AMSS": lambda: bo.AMSS(),
     "AMSS+": lambda: bo.AMSS(scale="unbiased"),
-    "AMSS, frozen": lambda: bo.AMSS(masked="frozen"),
 }
 PUBLISHED = ("OGM", "OGM-GE", "AMSS", "AMSS+")
 

@@ -13,7 +13,7 @@ import balanceopt as bo
 from balanceopt.modulation import Slot, Step
 from balanceopt.monitor import ModalitySums
 from tests.models import Multimodal, watch
-from tests.training import backward, batches, grad_of, groups_of, small_model
+from tests.training import grad_of, groups_of, small_model
 
 CLASSES = 5
 
@@ -119,19 +119,3 @@ def weights(model: Multimodal) -> list[Tensor]:
 def masked_rows(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
     """The rows whose gradient was set to zero."""
     return [(b != 0).any(1) & (a == 0).all(1) for b, a in zip(before, after, strict=True)]
-
-
-def momenta(optimizer: torch.optim.Optimizer, model: Multimodal) -> list[Tensor]:
-    zero = torch.zeros(())
-    return [optimizer.state[p].get("momentum_buffer", zero).clone().expand_as(p) for p in weights(model)]
-
-
-def step_frozen(
-    model: Multimodal, optimizer: torch.optim.Optimizer, number: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """One step; returns the weights before it, and which of their rows were masked."""
-    optimizer.zero_grad()
-    backward(model, batches(model, 1, first=number)[0])
-    before, grads = [p.detach().clone() for p in weights(model)], [grad_of(p).clone() for p in weights(model)]
-    optimizer.step()
-    return before, masked_rows(grads, [grad_of(p) for p in weights(model)])

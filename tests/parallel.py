@@ -35,7 +35,7 @@ METHODS: dict[str, Callable[[], list[bo.modulation.Modulation]]] = {
     "OPM": list,
     "AMSS": lambda: [bo.AMSS()],
     "AMSS+": lambda: [bo.AMSS(scale="unbiased")],
-    "frozen": lambda: [bo.AMSS(masked="frozen", mask_head=True)],
+    "head": lambda: [bo.AMSS(mask_head=True)],
     "all": lambda: [bo.OGM(0.5), bo.AMSS()],
 }
 DROPPING = ("OPM", "all")

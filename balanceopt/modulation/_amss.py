@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,19 +13,14 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._warnings import warn_user
 from balanceopt.functional import keep_ratio
-from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step, Undo
+from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._draw import Batch, Design, Importance, Sampling, Scale, batches_of, draw
-from balanceopt.modulation._frozen import freeze
 from balanceopt.modulation._head import head_parts
 from balanceopt.modulation._ogm import scores_usable
 from balanceopt.modulation._parts import MaskedPart, Part, alike, masked_rows, shard_of, unit_norms
-from balanceopt.modulation._scratch import Scratch
-from balanceopt.modulation._skip import can_skip, step_kept, steps_as_sgd
 from balanceopt.modulation._units import UnitRule, find_units
 from balanceopt.monitor import ModalityMonitor
-
-Masked = Literal["gradient", "frozen"]
 
 # Sets of parameters with a gradient, such as turn up in alternation, whose units are remembered.
 _PLANS = 4
@@ -42,7 +37,8 @@ class AMSS(Modulation):
     (\(M_j = 1\)), drawn without replacement in proportion to the squared norms of their gradients; u is the modal
     significance of `functional.modal_significance`. A unit is a filter, a row or an attention head (`MaskUnits`); norms
     and biases are never masked. With `scale="unbiased"` (AMSS+) unit j is kept with probability \(\pi_j\), these sum to
-    \(n r^m\), and \(w_j = 1 / \pi_j\), so that the mean of the masked gradient is the gradient.
+    \(n r^m\), and \(w_j = 1 / \pi_j\), so that the mean of the masked gradient is the gradient. Masked units get no
+    gradient, and still move by momentum and weight decay.
 
     Args:
         temperature: T > 0; small values follow the significance more sharply.
@@ -53,8 +49,6 @@ class AMSS(Modulation):
             `"norm"` (default for `"unbiased"` and `"ratio"`, where it has the least variance).
         clamp: lower and upper limit of the keep ratios.
         offset: added to the information in the significance, nats.
-        masked: `"gradient"`: masked units get no gradient, and still move by momentum and weight decay; `"frozen"`:
-            they do not move at all, nor does what the optimizer keeps of them.
         units: goes before the default: a mapping from parameters, modules or classes of modules to `MaskUnits`,
             `"whole"` (not masked) or `"element"`, or a function of `(module, name, parameter)` to one of these or None.
         min_ndim: tensors with fewer dimensions are not masked, unless `units` names them.
@@ -86,7 +80,6 @@ class AMSS(Modulation):
         importance: Importance | None = None,
         clamp: tuple[float, float] = (0.1, 0.9),
         offset: float = 0.5,
-        masked: Masked = "gradient",
         units: UnitRule | None = None,
         min_ndim: int = 2,
         max_weight: float | None = None,
@@ -103,22 +96,16 @@ class AMSS(Modulation):
         self.importance: Importance = default if importance is None else importance
         self.clamp = clamp
         self.offset = offset
-        self.masked: Masked = masked
         self.units = units
         self.min_ndim = min_ndim
         self.max_weight = max_weight
         self.mask_head = mask_head
         self._plans: dict[Any, _Plan] = {}
-        self._scratch = Scratch()
         self._check_options()
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Say so where the base optimizer undoes the masks or their weights."""
         if isinstance(optimizer, torch.optim.LBFGS):
-            if self.masked == "frozen":
-                raise NotImplementedError(
-                    "LBFGS moves all parameters along one line: some can't stay where they are. Use masked='gradient'."
-                )
             warn_user(
                 "LBFGS's line search sees another mask each time it evaluates its closure.",
                 OptimizerHintWarning,
@@ -131,13 +118,13 @@ class AMSS(Modulation):
             )
 
     @torch.no_grad()
-    def modulate(self, step: Step) -> Undo | None:
+    def modulate(self, step: Step) -> None:
         """Draw the step's masks and multiply the gradients by them."""
         plan = self._plan(step)
         ratio, usable = self.ratios(step)
         known = on_host(usable)
         if not plan.parts or (known is not None and not known):
-            return None
+            return
         design = Design(self.scale, self.sampling, self.importance, self.max_weight)
         active = step.sums.present & usable
         norms = unit_norms(plan.parts, plan.alike)
@@ -147,28 +134,7 @@ class AMSS(Modulation):
             MaskedPart(part, kept, weight, self._masked_rows(part, kept))
             for part, kept, weight in zip(plan.parts, masks.kept, masks.weights, strict=True)
         ]
-        if self.masked == "frozen":
-            return self._freeze(step, masked)
         self._mask(masked)
-        return None
-
-    def _freeze(self, step: Step, parts: Sequence[MaskedPart]) -> Undo:
-        """Leave masked units out of the base's step where that can be done, else put them back after it."""
-        self._scratch.clear()
-        skips = step.is_last and steps_as_sgd(step.optimizer)
-        skipped: list[MaskedPart] = []
-        others: list[MaskedPart] = []
-        for part in parts:
-            (skipped if skips and can_skip(part, step.optimizer) else others).append(part)
-        put_back = freeze(others, step.optimizer, self._scratch)
-        self._mask(others if self.scale == "none" else parts)
-        show = step_kept(skipped, step.optimizer, self._scratch)
-
-        def undo() -> None:
-            show()
-            put_back()
-
-        return undo
 
     def _mask(self, parts: Sequence[MaskedPart]) -> None:
         """Multiply gradients by their masks."""
@@ -186,8 +152,8 @@ class AMSS(Modulation):
 
     def _masked_rows(self, part: Part, kept: Tensor) -> Tensor | None:
         """What is not kept as indices, where that is of use, the part is large, and they can be read."""
-        of_use = self.scale == "none" or self.masked == "frozen"
-        return masked_rows(part, kept) if of_use and part.slot.grad.numel() >= _LARGE else None
+        of_use = self.scale == "none" and part.slot.grad.numel() >= _LARGE
+        return masked_rows(part, kept) if of_use else None
 
     def ratios(self, step: Step) -> tuple[Tensor, Tensor]:
         """The step's `(M,)` keep ratios, and whether its scores can be used at all, 0-d bool."""
@@ -242,7 +208,6 @@ class AMSS(Modulation):
             ("scale", Scale),
             ("sampling", Sampling),
             ("importance", Importance),
-            ("masked", Masked),
         ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(

@@ -54,7 +54,6 @@ class Step:
         report: takes what a `Recorder` may want, `(M,)` by name.
         count: takes how often something odd happened, a 0-d tensor by name.
         monitor: who watches the model; None where a modulation is called without one.
-        is_last: no other method changes the gradients after this one.
     """
 
     sums: ModalitySums
@@ -66,7 +65,6 @@ class Step:
     report: Report = field(default=lambda name, values: None)
     count: Report = field(default=lambda name, values: None)
     monitor: ModalityMonitor | None = None
-    is_last: bool = True
 
 
 class Modulation(ABC):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -205,7 +204,7 @@ class Engine:
             monitor=self.monitor,
         )
         for modulation in acting:
-            undo = modulation.modulate(replace(step, is_last=modulation is acting[-1]))
+            undo = modulation.modulate(step)
             if undo is not None:
                 self._undo.append(undo)
         if self._odd:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from balanceopt.modulation import AMSS
-from balanceopt.modulation._amss import Masked
 from balanceopt.modulation._draw import Scale
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._wrapper import WrappedOptimizer
@@ -21,8 +20,7 @@ class MaskedSubnetworkSGD(WrappedOptimizer):
     \qquad \theta_j \leftarrow \theta_j - \eta b_j$$
 
     for the units j of each tensor of an encoder, with momentum \(\mu\), dampening \(\tau\), weight decay
-    \(\lambda\), the mask M and the weights w of `AMSS`. Where no mask acts it is `torch.optim.SGD`, bit for bit. With
-    `masked="frozen"` both assignments are made for the units that are kept only.
+    \(\lambda\), the mask M and the weights w of `AMSS`. Where no mask acts it is `torch.optim.SGD`, bit for bit.
 
     Args:
         params: parameters or groups, such as `modality_groups(model, encoders)`.
@@ -34,8 +32,6 @@ class MaskedSubnetworkSGD(WrappedOptimizer):
         nesterov: Nesterov's momentum.
         temperature: of the keep ratios.
         scale: `"none"` (AMSS), `"unbiased"` (AMSS+), `"ratio"` or `"official"`.
-        masked: `"gradient"` masks gradients, as published; `"frozen"` leaves masked units where they are, and their
-            momentum.
         seed: of the masks, which are a function of (seed, step, parameter); None for `torch.initial_seed()` of the
             first rank, read now.
         maximize: ascend.
@@ -74,7 +70,6 @@ class MaskedSubnetworkSGD(WrappedOptimizer):
         *,
         temperature: float = 0.2,
         scale: Scale = "none",
-        masked: Masked = "gradient",
         seed: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -82,7 +77,7 @@ class MaskedSubnetworkSGD(WrappedOptimizer):
         strict: bool = True,
         **options: Any,
     ) -> None:
-        modulation = AMSS(temperature, scale=scale, masked=masked, **options)
+        modulation = AMSS(temperature, scale=scale, **options)
         base = torch.optim.SGD(
             params,
             lr,

@@ -18,14 +18,12 @@ class Method:
         make: the modulation at work.
         limit: the modulation with the options at which it is the base optimizer, bit for bit.
         scales_lr: needs a base with a learning rate for each group.
-        frozen: keeps units where they are, which a base that moves everything along one line can't.
     """
 
     name: str
     make: Callable[[], bo.Modulation]
     limit: Callable[[], bo.Modulation]
     scales_lr: bool = False
-    frozen: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -51,11 +49,5 @@ METHODS = [
         "AMSS+",
         partial(bo.AMSS, scale="unbiased", clamp=(0.3, 0.9)),  # one unit of six moves in each step, or more
         limit=partial(bo.AMSS, scale="unbiased", clamp=(1, 1), offset=100),
-    ),
-    Method(
-        "AMSS frozen",
-        partial(bo.AMSS, masked="frozen", mask_head=True),
-        limit=partial(bo.AMSS, masked="frozen", mask_head=True, clamp=(1, 1), offset=100),
-        frozen=True,
     ),
 ]

@@ -29,7 +29,7 @@ PAIRS = [
     pytest.param(method, base, id=f"{method}-{base}")
     for method in METHODS
     for base in BASES
-    if (base.scales_lr or not method.scales_lr) and not (base.closure and method.frozen)
+    if base.scales_lr or not method.scales_lr
 ]
 every_pair = pytest.mark.parametrize(("method", "base"), PAIRS)
 # What hangs on the wrapper and not on the method: third-party bases with one method only.

@@ -25,7 +25,6 @@ from tests.contract.package_bases import (
     make,
 )
 from tests.contract.runs import advance, build
-from tests.masking import step_frozen, weights
 from tests.models import Concat, Multimodal
 from tests.training import backward, batch, distance, grad_of, groups_of, same_bits, small_model
 
@@ -84,19 +83,6 @@ def test_at_its_limit_it_is_the_base_bit_for_bit(method: Method, base: Base):
     advance(model, optimizer, base, range(4))
     advance(twin, plain, base, range(4))
     assert same_bits(model, twin)
-
-
-@but(["AdaHessian", "SophiaH"])  # they ask for backward(create_graph=True)
-def test_frozen_units_do_not_move(base: Base):
-    model, optimizer = build(base, bo.AMSS(masked="frozen", clamp=(0.3, 0.7)))
-    count = 0
-    for number in range(LATER):
-        before, rows = step_frozen(model, optimizer, number)
-        for p, old, masked in zip(weights(model), before, rows, strict=True):
-            count += int(masked.sum())
-            assert torch.equal(p[masked], old[masked])
-    assert count > 0
-    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def given_gradients(

@@ -23,8 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "AMSS": {},
     "AMSS+": {"scale": "unbiased"},
     "topk": {"sampling": "topk"},
-    "frozen": {"masked": "frozen", "mask_head": True},
-    "frozen+": {"masked": "frozen", "scale": "unbiased"},
+    "head": {"mask_head": True},
 }
 
 
@@ -117,7 +116,7 @@ def train(wrap: str, options: dict[str, Any], rows: slice) -> tuple[dict[str, Te
     return parameters, {name: torch.stack(found) for name, found in masks.items()}
 
 
-CASES = [(wrap, name) for wrap in ("ddp", "fully_shard") for name in OPTIONS] + [("zero", "frozen")]
+CASES = [(wrap, name) for wrap in ("ddp", "fully_shard") for name in OPTIONS] + [("zero", "AMSS")]
 
 
 def on_a_rank(rank: int) -> dict[tuple[str, str], Any]:

@@ -23,7 +23,6 @@ METHODS = {
     "OGM-GE": lambda: bo.OGM(0.5),
     "AMSS": lambda: bo.AMSS(),
     "AMSS+": lambda: bo.AMSS(scale="unbiased"),
-    "frozen": lambda: bo.AMSS(masked="frozen"),
 }
 
 

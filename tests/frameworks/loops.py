@@ -29,7 +29,6 @@ METHODS = {
     "OGM": bo.OGM(0.5, noise=False),
     "OGM-GE": bo.OGM(0.5),
     "AMSS": bo.AMSS(),
-    "AMSS frozen": bo.AMSS(masked="frozen"),
     "AMSS+": bo.AMSS(scale="unbiased"),
 }
 

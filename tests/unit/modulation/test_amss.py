@@ -166,7 +166,6 @@ def test_the_way_of_an_accelerator_waits_for_nothing_and_gives_the_same(monkeypa
         bo.AMSS(),
         bo.AMSS(scale="unbiased"),
         bo.AMSS(scale="official", sampling="topk"),
-        bo.AMSS(masked="frozen"),
     ):
         net = two()
         here = mask(modulation, net, *TWO)
@@ -183,7 +182,7 @@ def test_the_way_of_an_accelerator_waits_for_nothing_and_gives_the_same(monkeypa
 
 
 def test_it_can_be_copied_and_pickled_after_steps():
-    modulation, net = bo.AMSS(masked="frozen"), two()
+    modulation, net = bo.AMSS(), two()
     first = mask(modulation, net, *TWO)
     for again in (copy.deepcopy(modulation), pickle.loads(pickle.dumps(modulation))):
         assert repr(again) == repr(modulation)
@@ -203,7 +202,6 @@ def test_it_can_be_copied_and_pickled_after_steps():
         ({"sampling": "random"}, "`sampling` should be one of"),
         ({"importance": "gn"}, "`importance` should be one of"),
         ({"importance": ""}, "`importance` should be one of"),
-        ({"masked": "update"}, "`masked` should be one of"),
         ({"offset": NAN}, "`offset` should be finite"),
         ({"max_weight": 0}, "`max_weight` should be positive"),
         ({"min_ndim": -1}, "`min_ndim` should be non-negative"),

@@ -114,8 +114,8 @@ def test_it_shares_a_monitor_with_opm():
 def test_attach_masks_too():
     model = small_model()
     base = sgd(groups_of(model))
-    twin, wrapped = modulated(bo.AMSS(masked="frozen"))
-    with bo.attach(base, watch(model), bo.AMSS(masked="frozen"), seed=7):
+    twin, wrapped = modulated(bo.AMSS())
+    with bo.attach(base, watch(model), bo.AMSS(), seed=7):
         train(model, base, [batch(i, model) for i in range(3)])
     train(twin, wrapped, [batch(i, twin) for i in range(3)])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
@@ -142,8 +142,6 @@ def test_a_line_search_sees_other_masks_each_time():
     base = torch.optim.LBFGS(model.parameters())
     with pytest.warns(bo.OptimizerHintWarning, match="sees another mask"):
         bo.ModulatedOptimizer(base, watch(model), bo.AMSS())
-    with pytest.raises(NotImplementedError, match="Use masked='gradient'"):
-        bo.ModulatedOptimizer(base, watch(model), bo.AMSS(masked="frozen"))
 
 
 @pytest.mark.parametrize("modalities", [2, 3])
@@ -180,9 +178,7 @@ def test_micro_batches_are_one_batch():
 def test_re_learning_goes_on_beside_it():
     model = small_model()
     monitor = watch(model)
-    optimizer = bo.MaskedSubnetworkSGD(
-        groups_of(model), monitor, lr=0.1, momentum=0.9, masked="frozen", seed=0
-    )
+    optimizer = bo.MaskedSubnetworkSGD(groups_of(model), monitor, lr=0.1, momentum=0.9, seed=0)
     scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1, seed=0)
     for _ in range(2):
         train_epoch(model, optimizer, loaders()[0])

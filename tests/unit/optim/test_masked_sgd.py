@@ -26,9 +26,8 @@ from tests.training import (
 
 
 @every_option
-@pytest.mark.parametrize("frozen", ["gradient", "frozen"])
-def test_with_all_units_it_is_sgd_bit_for_bit(options, frozen):
-    model, optimizer = masked(masked=frozen, clamp=(1, 1), offset=100, **options)
+def test_with_all_units_it_is_sgd_bit_for_bit(options):
+    model, optimizer = masked(clamp=(1, 1), offset=100, **options)
     twin, plain = bare(lambda groups: sgd(groups, **options))
     for one, stepped in ((model, optimizer), (twin, plain)):
         train(one, stepped, batches(one, 5))
@@ -82,7 +81,7 @@ def test_masked_units_still_move_by_momentum_and_weight_decay():
     assert all(bool(m.all()) for m in moved)
 
 
-@pytest.mark.parametrize("options", [{}, {"scale": "unbiased", "masked": "frozen", "mask_head": True}])
+@pytest.mark.parametrize("options", [{}, {"scale": "unbiased", "mask_head": True}])
 def test_it_resumes_bit_for_bit(options):
     model, optimizer = masked(momentum=0.9, **options)
     train(model, optimizer, batches(model, 3))
@@ -99,7 +98,7 @@ def test_it_resumes_bit_for_bit(options):
 
 
 def test_a_copy_steps_its_own_parameters():
-    model, optimizer = masked(momentum=0.9, masked="frozen")
+    model, optimizer = masked(momentum=0.9)
     train(model, optimizer, batches(model, 2))
     twin, copied = copy.deepcopy((model, optimizer))
     train(twin, copied, batches(twin, 2, first=2))
@@ -109,8 +108,8 @@ def test_a_copy_steps_its_own_parameters():
 
 
 def test_a_closure_is_masked_and_its_loss_returned():
-    model, optimizer = masked(masked="frozen", momentum=0.9)
-    twin, again = masked(masked="frozen", momentum=0.9)
+    model, optimizer = masked(momentum=0.9)
+    twin, again = masked(momentum=0.9)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -151,7 +150,6 @@ def test_its_options_reach_sgd_and_amss():
         ({"lr": -1}, "Invalid learning rate"),
         ({"nesterov": True}, "Nesterov momentum requires"),
         ({"temperature": -1}, "`temperature` should be positive"),
-        ({"masked": "both"}, "`masked` should be one of"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -179,8 +177,8 @@ def test_untagged_parameters_belong_to_their_encoders():
 
 
 def test_under_a_grad_scaler_it_is_the_same():
-    model, optimizer = masked(momentum=0.9, masked="frozen")
-    twin, plain = masked(momentum=0.9, masked="frozen")
+    model, optimizer = masked(momentum=0.9)
+    twin, plain = masked(momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     for inputs, labels in batches(model, 3):
         optimizer.zero_grad()
@@ -192,7 +190,7 @@ def test_under_a_grad_scaler_it_is_the_same():
 
 
 def test_a_step_that_the_grad_scaler_skips_moves_nothing():
-    model, optimizer = masked(momentum=0.9, masked="frozen")
+    model, optimizer = masked(momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     before = [p.detach().clone() for p in model.parameters()]
     inputs, labels = batches(model, 1)[0]

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import balanceopt as bo
-from balanceopt.modulation import _amss
 from tests.allocations import allocated
 from tests.masking import fill_gradients
 
@@ -99,20 +98,6 @@ def test_amss_makes_numbers_for_units(scale):
     peak, kept = step(bo.AMSS(scale=scale))
     assert peak * BYTES < 200 * units  # bytes: some vectors of float64
     assert kept * BYTES < 25 * units  # where each stands when all are drawn together
-
-
-def test_frozen_units_are_skipped_by_sgd_in_pieces():
-    peak, kept = step(bo.AMSS(masked="frozen", clamp=(0.5, 0.5)))
-    assert peak < 0.3
-    assert kept < 0.3  # two pieces of 2**17 elements: a megabyte
-
-
-def test_frozen_units_are_copied_for_the_step_of_another_base(monkeypatch):
-    monkeypatch.setattr(_amss, "steps_as_sgd", lambda optimizer: False)
-    model_size = 2 * sum(torch.Size(shape).numel() for shape in SHAPES if len(shape) > 1) * 4 / BYTES
-    peak, kept = step(bo.AMSS(masked="frozen", clamp=(0.5, 0.5)))
-    assert peak < 0.3  # the copies have their place from the first step
-    assert 1 < kept < model_size  # half of the rows, with room for more
 
 
 def test_relearning_keeps_the_initial_weights():

@@ -49,14 +49,11 @@ MODULATIONS: dict[str, Any] = {
     "AMSS": bo.AMSS(),
     "AMSS, most important": bo.AMSS(sampling="topk"),
     "AMSS, head too": bo.AMSS(mask_head=True),
-    "AMSS, frozen": bo.AMSS(masked="frozen"),
     "AMSS+": bo.AMSS(scale="unbiased"),
     "AMSS+, ratio": bo.AMSS(scale="ratio", max_weight=20),
     "AMSS+, official": bo.AMSS(scale="official"),
     "both": [bo.OGM(0.5), bo.AMSS(scale="unbiased")],
 }
-# Frozen units are found by number where that costs no waiting, which is on the CPU: two passes fewer over the memory.
-NUMBERED = {"AMSS, frozen"}
 # Who asks whether numbers can be read in place.
 ASKING = (_amss, _gradients, _ogm, _parts)
 
@@ -69,8 +66,6 @@ def test_a_step_does_not_wait(name: str, fusion: str, modalities: int, place: st
     if place == "accelerator":
         for module in ASKING:
             monkeypatch.setattr(module, "on_host", lambda tensor: None)
-    elif name in NUMBERED:
-        pytest.skip("asks for numbers on the CPU alone")
     if name == "AMSS, head too" and fusion == "mlp":
         pytest.skip("that head can't be masked")
     model = FUSIONS[fusion](modalities)

@@ -20,7 +20,6 @@ METHODS: dict[str, Callable[[], list[bo.Modulation]]] = {
     "OGM lr": lambda: [bo.OGM(0.5, noise=False, apply_to="lr")],
     "AMSS": lambda: [bo.AMSS()],
     "AMSS+": lambda: [bo.AMSS(scale="unbiased")],
-    "AMSS frozen": lambda: [bo.AMSS(masked="frozen")],
     "OGM-GE, AMSS": lambda: [bo.OGM(0.5), bo.AMSS()],
 }
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -17,7 +17,6 @@ from benchmarks.report import mean_and_spread
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "AMSS": {},
-    "AMSS, head masked too": {"mask_head": True},
     'AMSS+ `"unbiased"`': {"scale": "unbiased"},
     'AMSS+ `"ratio"`': {"scale": "ratio"},
     'AMSS+ `"official"`': {"scale": "official"},

@@ -35,7 +35,6 @@ METHODS: dict[str, Callable[[], list[bo.modulation.Modulation]]] = {
     "OPM": list,
     "AMSS": lambda: [bo.AMSS()],
     "AMSS+": lambda: [bo.AMSS(scale="unbiased")],
-    "head": lambda: [bo.AMSS(mask_head=True)],
     "all": lambda: [bo.OGM(0.5), bo.AMSS()],
 }
 DROPPING = ("OPM", "all")

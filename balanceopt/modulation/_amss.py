@@ -16,7 +16,6 @@ from balanceopt.functional import keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._draw import Batch, Design, Importance, Sampling, Scale, batches_of, draw
-from balanceopt.modulation._head import head_parts
 from balanceopt.modulation._ogm import scores_usable
 from balanceopt.modulation._parts import MaskedPart, Part, alike, masked_rows, shard_of, unit_norms
 from balanceopt.modulation._units import UnitRule, find_units
@@ -53,7 +52,6 @@ class AMSS(Modulation):
             `"whole"` (not masked) or `"element"`, or a function of `(module, name, parameter)` to one of these or None.
         min_ndim: tensors with fewer dimensions are not masked, unless `units` names them.
         max_weight: cap on w (before the factor r), which makes the unbiased estimate biased; None for none.
-        mask_head: also mask each modality's part of a linear head, weight by weight.
         start: first step (epoch, once `set_epoch` was called) in which it acts.
         end: last one, inclusive; None for no end.
 
@@ -83,7 +81,6 @@ class AMSS(Modulation):
         units: UnitRule | None = None,
         min_ndim: int = 2,
         max_weight: float | None = None,
-        mask_head: bool = False,
         start: int = 0,
         end: int | None = None,
     ) -> None:
@@ -99,7 +96,6 @@ class AMSS(Modulation):
         self.units = units
         self.min_ndim = min_ndim
         self.max_weight = max_weight
-        self.mask_head = mask_head
         self._plans: dict[Any, _Plan] = {}
         self._check_options()
 
@@ -178,23 +174,21 @@ class AMSS(Modulation):
         """What to mask, made when another set of parameters has gradients than before."""
         if step.monitor is None:
             raise ValueError("AMSS needs the step's monitor, to know the modules that hold the parameters.")
-        head = head_parts(step, step.monitor) if self.mask_head else []
         graded = [[id(slot.parameter) for slot in step.slots.get(name, ())] for name in step.modalities]
-        graded.append([id(part.slot.parameter) for part in head])
         key = (id(step.optimizer), step.sums.score.device, *map(tuple, graded))
         if key not in self._plans:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            self._plans[key] = self._make_plan(step, step.monitor, head)
+            self._plans[key] = self._make_plan(step, step.monitor)
         return self._plans[key]
 
-    def _make_plan(self, step: Step, monitor: ModalityMonitor, head: list[Part]) -> _Plan:
+    def _make_plan(self, step: Step, monitor: ModalityMonitor) -> _Plan:
         slots = [
             (place, slot) for place, name in enumerate(step.modalities) for slot in step.slots.get(name, ())
         ]
         found = find_units([slot.parameter for _, slot in slots], monitor.model, self.units, self.min_ndim)
         pairs = zip(slots, found, strict=True)
-        parts = [Part(slot, place, units) for (place, slot), units in pairs if units is not None] + head
+        parts = [Part(slot, place, units) for (place, slot), units in pairs if units is not None]
         if any(part.slot.grad.is_sparse for part in parts):
             raise NotImplementedError(
                 "an encoder has sparse gradients, which AMSS can't mask. Use an embedding with sparse=False, or leave "

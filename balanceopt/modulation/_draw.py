@@ -24,8 +24,6 @@ Importance = Literal["norm2", "norm"]
 
 # Of the masks, so that other numbers of the same seed, step and parameter have nothing to do with them.
 _SALT = 0x5851F42D4C957F2D
-# Streams for each parameter: one for its own units, and one for each modality's part of a head.
-_STREAMS = 2**16
 # A budget of no unit at all has no unbiased estimate.
 _SMALLEST_BUDGET = 1e-6
 
@@ -73,7 +71,7 @@ class Batch:
         # Small tensors are made here, once: on an accelerator making one waits for it.
         self.sizes = torch.tensor(self.counts, device=self.device)
         self.modality = torch.tensor([part.modality for part in own], device=self.device)
-        self.streams = torch.tensor([stream_of(part) for part in own], device=self.device)
+        self.streams = torch.tensor([part.slot.index for part in own], device=self.device)
         width = max(self.counts)
         columns = torch.arange(width, device=self.device)
         self.inside = columns < self.sizes[:, None]
@@ -103,11 +101,6 @@ def batches_of(parts: Sequence[Part]) -> list[Batch]:
         key = (part.slot.grad.device, _wide(part.slot.grad), (part.units.count - 1).bit_length() // 3)
         places.setdefault(key, []).append(place)
     return [Batch(parts, own) for own in places.values()]
-
-
-def stream_of(part: Part) -> int:
-    """The part's stream of uniform numbers."""
-    return part.slot.index * _STREAMS + (0 if part.columns is None else 1 + part.modality)
 
 
 @torch.no_grad()

@@ -18,23 +18,21 @@ from balanceopt.modulation._units import UnitView
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter, or some columns of one, that belongs to a modality and is masked unit by unit.
+    """A parameter that belongs to a modality and is masked unit by unit.
 
     Attributes:
         slot: the parameter.
         modality: position of the modality.
-        units: those of the parameter, or of its columns.
-        columns: of its second dimension; None for the whole parameter.
+        units: those of the parameter.
     """
 
     slot: Slot
     modality: int
     units: UnitView
-    columns: slice | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This part of the parameter, or of a tensor of its shape, as a view that `spread` broadcasts with."""
-        return self.units.view(self._block(tensor))
+        """The parameter, or a tensor of its shape, as a view that `spread` broadcasts with."""
+        return self.units.view(tensor)
 
     def spread(self, values: Tensor) -> Tensor:
         """`(n,)` values of the units, to broadcast with `of`."""
@@ -42,7 +40,7 @@ class Part:
 
     def norms(self) -> Tensor:
         """`(n,)` norms of the units' gradients."""
-        return self.units.norms(self._block(self.slot.grad))
+        return self.units.norms(self.slot.grad)
 
     @property
     def rows(self) -> int | None:
@@ -52,10 +50,7 @@ class Part:
     @property
     def is_rows(self) -> bool:
         """Whether each index of the whole tensor's first dimension is a unit."""
-        return self.columns is None and self.rows == 0
-
-    def _block(self, tensor: Tensor) -> Tensor:
-        return tensor if self.columns is None else tensor[:, self.columns]
+        return self.rows == 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class ShardedPart(Part):
 
     def of(self, tensor: Tensor) -> Tensor:
         """This rank's shard of the part."""
-        return self._block(local_part(tensor))
+        return local_part(tensor)
 
     def spread(self, values: Tensor) -> Tensor:
         """The units' values at the elements of the shard."""
@@ -111,26 +106,17 @@ class MaskedPart:
 
 
 def shard_of(part: Part) -> ShardedPart:
-    """The part on this rank, where the parameter is a DTensor.
-
-    Raises:
-        NotImplementedError: if columns are asked of a parameter whose columns are sharded.
-    """
+    """The part on this rank, where the parameter is a DTensor."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     p: Any = part.slot.parameter
-    sharded = [placement.dim % p.dim() for placement in p.placements if isinstance(placement, Shard)]
-    if part.columns is not None and 1 in sharded:
-        raise NotImplementedError(
-            "the head's weight is sharded by columns, so it can't be masked by modality. Use mask_head=False."
-        )
     numbers = part.units.numbers(p.device)
     # Along a dimension of size 1 they broadcast, however the parameter is cut there.
     placements = [
         q if isinstance(q, Shard) and numbers.shape[q.dim] > 1 else Replicate() for q in p.placements
     ]
     local = distribute_tensor(numbers.contiguous(), p.device_mesh, placements, src_data_rank=None)
-    return ShardedPart(part.slot, part.modality, part.units, part.columns, local.to_local())
+    return ShardedPart(part.slot, part.modality, part.units, local.to_local())
 
 
 def masked_rows(part: Part, kept: Tensor) -> Tensor | None:

@@ -23,7 +23,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "AMSS": {},
     "AMSS+": {"scale": "unbiased"},
     "topk": {"sampling": "topk"},
-    "head": {"mask_head": True},
 }
 
 

@@ -48,8 +48,7 @@ def hybrid(model: nn.Module) -> nn.Module:
 
 
 WRAPS: dict[str, Any] = {"rows": shard, "columns": by_columns, "bfloat16": in_bfloat16}
-# Masks of the head need whole columns.
-CASES = [(wrap, method) for wrap in WRAPS for method in SHARDED if (wrap, method) != ("columns", "head")]
+CASES = [(wrap, method) for wrap in WRAPS for method in SHARDED]
 HYBRID = [("hybrid", method) for method in SHARDED]
 
 
@@ -69,7 +68,6 @@ def train_all(rank: int, ranks: int) -> dict[Any, Any]:
     }
     told["collectives"] = {method: collectives(rank, ranks, method) for method in SHARDED}
     told["later"] = sharded_later(rank, ranks)
-    told["head"] = head_by_columns(rank, ranks)
     return told
 
 
@@ -169,20 +167,8 @@ def collectives(rank: int, ranks: int, method: str) -> int:
 
 def test_collectives_do_not_grow_with_parameters(trained: list[Any]):
     """The sums of the scores; a modality's moments, all tensors together; the norms of all units together."""
-    counts = {"OPM": 0, "OGM lr": 1, "OGM": 2, "OGM-GE": 3, "AMSS": 2, "AMSS+": 2, "head": 2, "all": 4}
+    counts = {"OPM": 0, "OGM lr": 1, "OGM": 2, "OGM-GE": 3, "AMSS": 2, "AMSS+": 2, "all": 4}
     assert all(rank["collectives"] == counts for rank in trained)
-
-
-def head_by_columns(rank: int, ranks: int) -> str:
-    """What masks of a head say of which a rank holds some columns."""
-    run = Run("head", by_columns, rank=rank, ranks=ranks)
-    with pytest.raises(NotImplementedError) as error:
-        run.train(1)
-    return str(error.value)
-
-
-def test_masks_of_a_head_cut_by_columns_are_refused(trained: list[Any]):
-    assert all("the head's weight is sharded by columns" in rank["head"] for rank in trained)
 
 
 # -- when the model is sharded ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import balanceopt as bo
 from balanceopt._uniform import uniforms
 from balanceopt.functional import keep_ratio, kept_units, unit_importance
 from balanceopt.functional._sampling import sample_units_padded
-from balanceopt.modulation._draw import _SALT, _STREAMS
+from balanceopt.modulation._draw import _SALT
 from tests.masking import Encoders, factors, fill_gradients, step_of, sums
 from tests.reference import amss_step
 from tests.reference.splitmix import uniform
@@ -51,7 +51,7 @@ def expected(
         modality = list(net.modalities).index(name.split(".")[1])
         rows = before[name].double().flatten(1).tolist()
         count = len(rows) + (design["scale"] in ("unbiased", "ratio"))
-        numbers = uniform(seed ^ _SALT, number, places[id(p)] * _STREAMS, count)
+        numbers = uniform(seed ^ _SALT, number, places[id(p)], count)
         weights = amss_step.weights(rows, ratio[modality], numbers, **design)
         found[name] *= torch.tensor(weights).view(-1, *[1] * (p.dim() - 1))
     return found
@@ -78,7 +78,7 @@ def test_a_mask_is_that_of_the_public_rules():
     for index, (name, r) in enumerate(zip(("audio", "visual"), ratio, strict=True)):
         gradient = before[f"encoders.{name}.weight"]
         k = int(kept_units(len(gradient), r))
-        numbers = torch.tensor([uniform(3 ^ _SALT, 2, 2 * index * _STREAMS, len(gradient))])
+        numbers = torch.tensor([uniform(3 ^ _SALT, 2, 2 * index, len(gradient))])
         count = torch.tensor([len(gradient)])
         mask = sample_units_padded(unit_importance(gradient)[None], count, torch.tensor([k]), numbers)[0]
         masked = grad_of(net.get_parameter(f"encoders.{name}.weight"))

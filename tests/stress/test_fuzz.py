@@ -45,7 +45,6 @@ METHODS: dict[str, Any] = {
     "AMSS": lambda: [bo.AMSS(scale="unbiased")],
     "window": lambda: [bo.OGM(0.5, start=1, end=3), bo.AMSS(start=2, end=4)],
     "both": lambda: [bo.OGM(0.5), bo.AMSS()],
-    "head": lambda: [bo.AMSS(mask_head=True)],  # a linear one
 }
 BASES: dict[str, Any] = {
     "momentum": momentum,
@@ -88,7 +87,6 @@ class Training(RuleBasedStateMachine):
         attached=st.booleans(),
     )
     def start(self, method: str, base: str, fusion: str, modalities: int, attached: bool) -> None:
-        fusion = "split" if method == "head" else fusion
         self.chosen: dict[str, Any] = {"method": method, "base": base, "fusion": fusion, "attached": attached}
         self.modalities = modalities
         self.added = False  # whether the parameters held back were given to the optimizer

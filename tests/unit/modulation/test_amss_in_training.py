@@ -1,16 +1,15 @@
-"""AMSS in an optimizer: the head, the recorder, other methods beside it, bases it does not go with."""
+"""AMSS in an optimizer: the recorder, other methods beside it, bases it does not go with."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import balanceopt as bo
 from balanceopt.functional import kept_units
-from tests.masking import factors, kept
-from tests.models import FUSIONS, Concat, MLPHead, Multimodal, SumHeads, watch
+from tests.masking import kept
+from tests.models import FUSIONS, watch
 from tests.relearning import loaders, train_epoch
 from tests.training import backward, batch, grad_of, groups_of, modulated, sgd, small_model, train
 
@@ -18,60 +17,6 @@ INF, NAN = float("inf"), float("nan")
 # Keep ratios 0.2142 and 0.7858 at temperature 0.2.
 TWO = (0.34, 0.08)
 WEIGHT = "encoders.{}.weight"
-
-
-def head_factors(model: Multimodal, **options) -> list[Tensor]:
-    optimizer = bo.MaskedSubnetworkSGD(
-        groups_of(model), watch(model), lr=0.1, seed=0, mask_head=True, clamp=(0.3, 0.3), **options
-    )
-    backward(model, batch(0, small_model(len(model.names))))
-    before = {name: grad_of(p).clone() for name, p in model.named_parameters()}
-    optimizer.step()
-    found = factors(model, before)
-    return [factor for name, factor in found.items() if "head" in name]
-
-
-def test_the_fused_head_is_masked_by_weight_within_each_modality():
-    weight, bias = head_factors(small_model(3, order=[2, 0, 1]))
-    assert bool((bias == 1).all())
-    assert [int(block.count_nonzero()) for block in weight.split(4, dim=1)] == [6, 6, 6]  # 0.3 of 5 x 4
-    assert len({tuple(block.flatten().tolist()) for block in weight.split(4, dim=1)}) == 3
-
-
-def test_heads_of_their_own_are_masked_by_weight():
-    torch.manual_seed(0)
-    found = head_factors(SumHeads())
-    assert [int(factor.count_nonzero()) for factor in found] == [6, 5, 6, 5]
-
-
-def test_a_head_that_is_not_linear_can_not_be_masked():
-    with pytest.raises(
-        ValueError, match=r"`mask_head=True` needs a linear head.*Found Sequential, .*'zero-out'"
-    ):
-        head_factors(MLPHead())
-
-
-def test_the_part_of_a_modality_that_no_pass_has_had_yet_is_left_alone():
-    class NoText(Concat):
-        def encode(self, *inputs: Tensor) -> list[Tensor]:
-            features = zip(self.modalities.values(), inputs[:2], strict=False)
-            return [*(encoder(x) for encoder, x in features), torch.zeros(len(inputs[0]), 4)]
-
-    model = NoText(3)
-    optimizer = bo.MaskedSubnetworkSGD(groups_of(model), watch(model), lr=0.1, seed=0, mask_head=True)
-    backward(model, batch(0, model))
-    whole = grad_of(model.head.weight).clone()
-    optimizer.step()
-    masked = (grad_of(model.head.weight) != whole).split(4, dim=1)
-    assert [bool(part.any()) for part in masked] == [True, True, False]
-
-
-def test_a_head_that_the_optimizer_does_not_hold_is_left_alone():
-    model = small_model()
-    groups = [group for group in groups_of(model) if group["modality"]]
-    optimizer = bo.MaskedSubnetworkSGD(groups, watch(model), lr=0.1, seed=0, mask_head=True)
-    train(model, optimizer, [batch(0, model)])
-    assert optimizer.stats()["modulated"] == 1
 
 
 def test_significance_and_keep_ratio_are_recorded():

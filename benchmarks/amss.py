@@ -18,7 +18,6 @@ from benchmarks.report import mean_and_spread
 OPTIONS: dict[str, dict[str, Any]] = {
     "AMSS": {},
     'AMSS+ `"unbiased"`': {"scale": "unbiased"},
-    'AMSS+ `"ratio"`': {"scale": "ratio"},
     'AMSS+ `"official"`': {"scale": "official"},
     # The published weight multiplies the mean step by r n / 2, which is about 16 here.
     'AMSS+ `"official"`, lr / 16': {"scale": "official", "lr_factor": 1 / 16},

@@ -41,17 +41,17 @@ class AMSS(Modulation):
 
     Args:
         temperature: T > 0; small values follow the significance more sharply.
-        scale: weight w of the units kept: `"none"` 1; `"unbiased"` \(1 / \pi_j\); `"ratio"` \(r^m / \pi_j\), whose
-            mean is \(r^m g\); `"official"` \(1 / (p_j + 1/n)\), the published code's, p the share of the importance.
+        scale: weight w of the units kept: `"none"` 1; `"unbiased"` \(1 / \pi_j\); `"official"`
+            \(1 / (p_j + 1/n)\), the published code's, p the share of the importance.
         sampling: `"importance"`; `"topk"`, the most important ones; `"uniform"`, regardless of importance.
         importance: `"norm2"`, the square of a unit's gradient norm (default for `"none"` and `"official"`), or
-            `"norm"` (default for `"unbiased"` and `"ratio"`, where it has the least variance).
+            `"norm"` (default for `"unbiased"`, where it has the least variance).
         clamp: lower and upper limit of the keep ratios.
         offset: added to the information in the significance, nats.
         units: goes before the default: a mapping from parameters, modules or classes of modules to `MaskUnits`,
             `"whole"` (not masked) or `"element"`, or a function of `(module, name, parameter)` to one of these or None.
         min_ndim: tensors with fewer dimensions are not masked, unless `units` names them.
-        max_weight: cap on w (before the factor r), which makes the unbiased estimate biased; None for none.
+        max_weight: cap on w, which makes the unbiased estimate biased; None for none.
         start: first step (epoch, once `set_epoch` was called) in which it acts.
         end: last one, inclusive; None for no end.
 
@@ -88,8 +88,7 @@ class AMSS(Modulation):
         self.temperature = temperature
         self.scale: Scale = scale
         self.sampling: Sampling = sampling
-        exact = scale in ("unbiased", "ratio")
-        default: Importance = "norm" if exact else "norm2"
+        default: Importance = "norm" if scale == "unbiased" else "norm2"
         self.importance: Importance = default if importance is None else importance
         self.clamp = clamp
         self.offset = offset
@@ -106,10 +105,10 @@ class AMSS(Modulation):
                 "LBFGS's line search sees another mask each time it evaluates its closure.",
                 OptimizerHintWarning,
             )
-        if self.scale in ("ratio", "official") and cancels_constant_factor(optimizer):
+        if self.scale == "official" and cancels_constant_factor(optimizer):
             warn_user(
                 f"{type(optimizer).__name__} divides a constant gradient factor out again, so the factor of "
-                f"AMSS(scale={self.scale!r}) slows no modality down. scale='none' masks without one.",
+                "AMSS(scale='official') slows no modality down. scale='none' masks without one.",
                 OptimizerHintWarning,
             )
 
@@ -207,7 +206,7 @@ class AMSS(Modulation):
                 raise ValueError(
                     f"`{name}` should be one of {get_args(kind)}. Found {getattr(self, name)!r}."
                 )
-        if self.sampling == "topk" and self.scale in ("unbiased", "ratio"):
+        if self.sampling == "topk" and self.scale == "unbiased":
             raise ValueError(
                 f"`scale={self.scale!r}` weighs units by the probability that they are drawn, but 'topk' draws none. "
                 "Use sampling='importance' or 'uniform'."

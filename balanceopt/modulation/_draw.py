@@ -18,7 +18,7 @@ from balanceopt.functional._sampling import (
 )
 from balanceopt.modulation._parts import Part
 
-Scale = Literal["none", "unbiased", "ratio", "official"]
+Scale = Literal["none", "unbiased", "official"]
 Sampling = Literal["importance", "topk", "uniform"]
 Importance = Literal["norm2", "norm"]
 
@@ -40,7 +40,7 @@ class Design:
     @property
     def exact(self) -> bool:
         """Whether units are drawn with exact inclusion probabilities."""
-        return self.scale in ("unbiased", "ratio")
+        return self.scale == "unbiased"
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ def _drawn(s: Tensor, batch: Batch, ratio: Tensor, numbers: Tensor, design: Desi
         budget = (ratio.double() * batch.sizes).clamp(min=_SMALLEST_BUDGET)
         probability = inclusion_probabilities_padded(sampled_by, budget)
         kept = systematic_sample_padded(probability, numbers[:, 0], numbers[:, 1:])
-        weight = _capped(torch.where(kept, 1 / probability, 0), design)
-        return kept, weight * ratio.double()[:, None] if design.scale == "ratio" else weight
+        return kept, _capped(torch.where(kept, 1 / probability, 0), design)
     k = kept_units(batch.sizes, ratio)
     if design.sampling == "topk":
         kept = _largest(sampled_by, batch, k)

@@ -31,7 +31,7 @@ class MaskedSubnetworkSGD(WrappedOptimizer):
         weight_decay: L2 penalty.
         nesterov: Nesterov's momentum.
         temperature: of the keep ratios.
-        scale: `"none"` (AMSS), `"unbiased"` (AMSS+), `"ratio"` or `"official"`.
+        scale: `"none"` (AMSS), `"unbiased"` (AMSS+) or `"official"`.
         seed: of the masks, which are a function of (seed, step, parameter); None for `torch.initial_seed()` of the
             first rank, read now.
         maximize: ascend.

@@ -94,7 +94,6 @@ METHODS = (
     _row("OGM + OPM", {"ogm_noise": False}, _ALPHAS, opm_q_base="OPM"),
     _row("AMSS", {"amss_scale": "none"}, _TEMPERATURES),
     _row('AMSS+ "unbiased"', {"amss_scale": "unbiased"}, _TEMPERATURES),
-    _row('AMSS+ "ratio"', {"amss_scale": "ratio"}, _TEMPERATURES),
     _row('AMSS+ "official"', {"amss_scale": "official"}, _SHORTER, amss_temperature="AMSS"),
     _row("re-learning", {}, Knob("relearn_lam", (1.0, 3.0, 7.0))),
     _row("re-learning + uni-modal losses", {"unimodal_heads": "own"}, _WEIGHTS, relearn_lam="re-learning"),

@@ -97,13 +97,8 @@ def test_the_masked_gradient_has_the_mean_and_the_variance_of_the_formula(sampli
     assert abs(float(squared.mean()) - expected) <= ERRORS * spread + 1e-4 * expected
 
 
-def test_ratio_has_the_ratio_for_its_mean_and_none_is_biased():
-    rows = torch.logspace(-2, 1, 40).tolist()
-    options = {"clamp": (0.3, 0.3)}
-    scaled = drawn(net(40, rows), DRAWS, scale="ratio", **options)
-    unbiased = drawn(net(40, rows), DRAWS, scale="unbiased", **options)
-    torch.testing.assert_close(scaled, 0.3 * unbiased, rtol=1e-6, atol=0)
-    plain = drawn(net(40, rows), DRAWS, scale="none", **options).mean(0)
+def test_without_weights_units_of_small_gradient_get_less():
+    plain = drawn(net(40, torch.logspace(-2, 1, 40).tolist()), DRAWS, scale="none", clamp=(0.3, 0.3)).mean(0)
     assert float(plain.max()) <= 1
     assert float(plain[:20].max()) < 0.5  # the units of small gradients are hardly ever there
 
@@ -168,7 +163,7 @@ def test_modalities_may_come_in_any_order(values, random):
     torch.testing.assert_close(keep_ratio(left_out, present=here)[:-1], keep_ratio(u))
 
 
-@given(st.integers(-20, 20), st.sampled_from(["none", "unbiased", "official", "ratio"]))
+@given(st.integers(-20, 20), st.sampled_from(["none", "unbiased", "official"]))
 def test_masks_do_not_depend_on_the_scale_of_the_loss(exponent, scale):
     found = []
     for power in (0, exponent):
@@ -201,7 +196,7 @@ def sgd_options(draw_from: Any) -> dict[str, Any]:
     }
 
 
-@given(sgd_options(), st.sampled_from(["none", "unbiased", "ratio"]))
+@given(sgd_options(), st.sampled_from(["none", "unbiased"]))
 def test_with_every_unit_kept_it_is_sgd_bit_for_bit(options, scale):
     model, optimizer = build(scale=scale, clamp=(1, 1), offset=100, **options)
     twin, plain = bare(lambda groups: sgd(groups, **options))

@@ -23,12 +23,11 @@ def weights(
     if sum(s) == 0 or not math.isfinite(sum(s)):
         return [1.0] * n
     drawn_by = [1.0] * n if sampling == "uniform" else s
-    if scale in ("unbiased", "ratio"):
+    if scale == "unbiased":
         pi = capped_probabilities(drawn_by, n * ratio)
         order = sorted(range(n), key=lambda j: uniforms[1 + j])
         taken = systematic_sample(pi, order, uniforms[0])
-        factor = ratio if scale == "ratio" else 1.0
-        return [factor / p if t else 0.0 for p, t in zip(pi, taken, strict=True)]
+        return [1 / p if t else 0.0 for p, t in zip(pi, taken, strict=True)]
     k = min(n, max(1, math.ceil(n * ratio - 1e-6)))
     if sampling == "topk":
         first = sorted(range(n), key=lambda j: -drawn_by[j])[:k]

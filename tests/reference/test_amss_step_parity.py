@@ -23,7 +23,7 @@ SIGNIFICANCE = (0.34, 0.08, 0.2)
 DESIGNS = [
     {"scale": scale, "sampling": sampling, "importance": importance}
     for scale, sampling, importance in itertools.product(
-        ("none", "official", "unbiased", "ratio"), ("importance", "uniform", "topk"), ("norm2", "norm")
+        ("none", "official", "unbiased"), ("importance", "uniform", "topk"), ("norm2", "norm")
     )
     if sampling != "topk" or scale in ("none", "official")
 ]
@@ -50,7 +50,7 @@ def expected(
             continue
         modality = list(net.modalities).index(name.split(".")[1])
         rows = before[name].double().flatten(1).tolist()
-        count = len(rows) + (design["scale"] in ("unbiased", "ratio"))
+        count = len(rows) + (design["scale"] == "unbiased")
         numbers = uniform(seed ^ _SALT, number, places[id(p)], count)
         weights = amss_step.weights(rows, ratio[modality], numbers, **design)
         found[name] *= torch.tensor(weights).view(-1, *[1] * (p.dim() - 1))

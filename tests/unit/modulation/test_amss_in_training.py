@@ -75,11 +75,10 @@ def test_a_single_modality_is_not_masked():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("scale", ["ratio", "official"])
-def test_a_hint_where_the_base_takes_the_factor_out(scale):
+def test_a_hint_where_the_base_takes_the_factor_out():
     model = small_model()
     with pytest.warns(bo.OptimizerHintWarning, match="Adam divides a constant gradient factor out again"):
-        bo.ModulatedOptimizer(torch.optim.Adam(groups_of(model)), watch(model), bo.AMSS(scale=scale))
+        bo.ModulatedOptimizer(torch.optim.Adam(groups_of(model)), watch(model), bo.AMSS(scale="official"))
 
 
 def test_a_line_search_sees_other_masks_each_time():

@@ -49,7 +49,6 @@ MODULATIONS: dict[str, Any] = {
     "AMSS": bo.AMSS(),
     "AMSS, most important": bo.AMSS(sampling="topk"),
     "AMSS+": bo.AMSS(scale="unbiased"),
-    "AMSS+, ratio": bo.AMSS(scale="ratio", max_weight=20),
     "AMSS+, official": bo.AMSS(scale="official"),
     "both": [bo.OGM(0.5), bo.AMSS(scale="unbiased")],
 }

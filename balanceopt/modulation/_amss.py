@@ -15,7 +15,7 @@ from balanceopt._warnings import warn_user
 from balanceopt.functional import keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step
 from balanceopt.modulation._bases import cancels_constant_factor
-from balanceopt.modulation._draw import Batch, Design, Importance, Sampling, Scale, batches_of, draw
+from balanceopt.modulation._draw import Batch, Design, Scale, batches_of, draw
 from balanceopt.modulation._ogm import scores_usable
 from balanceopt.modulation._parts import MaskedPart, Part, alike, masked_rows, shard_of, unit_norms
 from balanceopt.modulation._units import UnitRule, find_units
@@ -35,17 +35,15 @@ class AMSS(Modulation):
     for the units j of each tensor of the encoder of modality m. Of n units \(k = \lceil n r^m \rceil\) are kept
     (\(M_j = 1\)), drawn without replacement in proportion to the squared norms of their gradients; u is the modal
     significance of `functional.modal_significance`. A unit is a filter, a row or an attention head (`MaskUnits`); norms
-    and biases are never masked. With `scale="unbiased"` (AMSS+) unit j is kept with probability \(\pi_j\), these sum to
-    \(n r^m\), and \(w_j = 1 / \pi_j\), so that the mean of the masked gradient is the gradient. Masked units get no
-    gradient, and still move by momentum and weight decay.
+    and biases are never masked. With `scale="unbiased"` (AMSS+) unit j is kept with probability \(\pi_j\), proportional
+    to the norm of its gradient and capped at 1; the probabilities sum to \(n r^m\), and \(w_j = 1 / \pi_j\), so that
+    the mean of the masked gradient is the gradient. Masked units get no gradient, and still move by momentum and weight
+    decay.
 
     Args:
         temperature: T > 0; small values follow the significance more sharply.
         scale: weight w of the units kept: `"none"` 1; `"unbiased"` \(1 / \pi_j\); `"official"`
             \(1 / (p_j + 1/n)\), the published code's, p the share of the importance.
-        sampling: `"importance"`; `"topk"`, the most important ones; `"uniform"`, regardless of importance.
-        importance: `"norm2"`, the square of a unit's gradient norm (default for `"none"` and `"official"`), or
-            `"norm"` (default for `"unbiased"`, where it has the least variance).
         clamp: lower and upper limit of the keep ratios.
         offset: added to the information in the significance, nats.
         units: goes before the default: a mapping from parameters, modules or classes of modules to `MaskUnits`,
@@ -59,8 +57,7 @@ class AMSS(Modulation):
         ValueError: for an option outside its range.
 
     Example:
-        >>> AMSS(scale="unbiased").importance
-        'norm'
+        >>> modulation = AMSS(temperature=0.5, scale="unbiased", units={torch.nn.Embedding: "whole"})
 
     Reference:
         Yang et al., Learning to rebalance multi-modal optimization by adaptively masking subnetworks (TPAMI 2024), and
@@ -74,8 +71,6 @@ class AMSS(Modulation):
         temperature: float = 0.2,
         *,
         scale: Scale = "none",
-        sampling: Sampling = "importance",
-        importance: Importance | None = None,
         clamp: tuple[float, float] = (0.1, 0.9),
         offset: float = 0.5,
         units: UnitRule | None = None,
@@ -87,9 +82,6 @@ class AMSS(Modulation):
         super().__init__(start=start, end=end)
         self.temperature = temperature
         self.scale: Scale = scale
-        self.sampling: Sampling = sampling
-        default: Importance = "norm" if scale == "unbiased" else "norm2"
-        self.importance: Importance = default if importance is None else importance
         self.clamp = clamp
         self.offset = offset
         self.units = units
@@ -120,7 +112,7 @@ class AMSS(Modulation):
         known = on_host(usable)
         if not plan.parts or (known is not None and not known):
             return
-        design = Design(self.scale, self.sampling, self.importance, self.max_weight)
+        design = Design(self.scale, self.max_weight)
         active = step.sums.present & usable
         norms = unit_norms(plan.parts, plan.alike)
         masks = draw(plan.batches, norms, ratio, active, design, step.seed, step.number)
@@ -197,20 +189,8 @@ class AMSS(Modulation):
         return _Plan(own, batches_of(own), alike(own))
 
     def _check_options(self) -> None:
-        for name, kind in (
-            ("scale", Scale),
-            ("sampling", Sampling),
-            ("importance", Importance),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"`{name}` should be one of {get_args(kind)}. Found {getattr(self, name)!r}."
-                )
-        if self.sampling == "topk" and self.scale == "unbiased":
-            raise ValueError(
-                f"`scale={self.scale!r}` weighs units by the probability that they are drawn, but 'topk' draws none. "
-                "Use sampling='importance' or 'uniform'."
-            )
+        if self.scale not in get_args(Scale):
+            raise ValueError(f"`scale` should be one of {get_args(Scale)}. Found {self.scale!r}.")
         if not math.isfinite(self.offset):
             raise ValueError(f"`offset` should be finite. Found offset = {self.offset}.")
         if self.max_weight is not None and not self.max_weight > 0:

@@ -19,8 +19,6 @@ from balanceopt.functional._sampling import (
 from balanceopt.modulation._parts import Part
 
 Scale = Literal["none", "unbiased", "official"]
-Sampling = Literal["importance", "topk", "uniform"]
-Importance = Literal["norm2", "norm"]
 
 # Of the masks, so that other numbers of the same seed, step and parameter have nothing to do with them.
 _SALT = 0x5851F42D4C957F2D
@@ -33,8 +31,6 @@ class Design:
     """How units are drawn and weighted; the options of `AMSS` that it shares with nothing else."""
 
     scale: Scale
-    sampling: Sampling
-    importance: Importance
     max_weight: float | None
 
     @property
@@ -129,7 +125,7 @@ def draw(
     nonfinite = torch.zeros((), dtype=torch.int64, device=ratio.device)
     for batch in batches:
         s = batch.padded([norms[place] for place in batch.places])
-        s = (s.square() if design.importance == "norm2" else s).double()
+        s = (s if design.exact else s.square()).double()
         total = s.sum(1)
         finite = torch.isfinite(total)
         usable = (finite & (total > 0) & active.to(batch.device)[batch.modality])[:, None]
@@ -149,34 +145,22 @@ def draw(
 
 def _drawn(s: Tensor, batch: Batch, ratio: Tensor, numbers: Tensor, design: Design) -> tuple[Tensor, Tensor]:
     """Which units are kept, and every unit's weight, both `(U, n_max)`."""
-    sampled_by = torch.where(batch.inside, 1.0 if design.sampling == "uniform" else s, 0.0)
+    s = torch.where(batch.inside, s, 0)
     if design.exact:
         budget = (ratio.double() * batch.sizes).clamp(min=_SMALLEST_BUDGET)
-        probability = inclusion_probabilities_padded(sampled_by, budget)
+        probability = inclusion_probabilities_padded(s, budget)
         kept = systematic_sample_padded(probability, numbers[:, 0], numbers[:, 1:])
         return kept, _capped(torch.where(kept, 1 / probability, 0), design)
     k = kept_units(batch.sizes, ratio)
-    if design.sampling == "topk":
-        kept = _largest(sampled_by, batch, k)
-    else:
-        kept = sample_units_padded(sampled_by, batch.sizes, k, numbers)
+    kept = sample_units_padded(s, batch.sizes, k, numbers)
     if design.scale == "none":
         return kept, kept.double()
-    share = torch.where(batch.inside, s, 0)
-    share = share / share.sum(1, keepdim=True)
+    share = s / s.sum(1, keepdim=True)
     return kept, _capped(torch.where(kept, 1 / (share + 1 / batch.sizes[:, None]), 0), design)
 
 
 def _capped(weight: Tensor, design: Design) -> Tensor:
     return weight if design.max_weight is None else weight.clamp(max=design.max_weight)
-
-
-def _largest(importance: Tensor, batch: Batch, k: Tensor) -> Tensor:
-    """The k units of largest importance; the first of equal ones."""
-    order = torch.where(batch.inside, importance, -1).sort(dim=1, descending=True, stable=True).indices
-    places = torch.arange(importance.shape[1], device=importance.device)
-    winners = (places < k[:, None]).expand_as(importance)
-    return torch.zeros_like(winners).scatter(1, order, winners)
 
 
 def _wide(gradient: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ STEPS, BATCH = 4, 16
 OPTIONS: dict[str, dict[str, Any]] = {
     "AMSS": {},
     "AMSS+": {"scale": "unbiased"},
-    "topk": {"sampling": "topk"},
+    "official": {"scale": "official"},
 }
 
 

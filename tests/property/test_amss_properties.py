@@ -48,7 +48,7 @@ def drawn(model: Encoders, count: int, **options: Any) -> Tensor:
     parts = [Part(Slot(index, p), 0, units) for index in range(count)]
     norms = units.norms(grad_of(p))
     ratio, _ = modulation.ratios(step)
-    design = Design(modulation.scale, modulation.sampling, modulation.importance, modulation.max_weight)
+    design = Design(modulation.scale, modulation.max_weight)
     masks = draw(batches_of(parts), [norms] * count, ratio, ratio > 0, design, 5, 0)
     return torch.stack(masks.weights).double()
 
@@ -77,17 +77,13 @@ DRAWS = 4000
 ERRORS = 5.0
 
 
-@pytest.mark.parametrize("sampling", ["importance", "uniform"])
-@pytest.mark.parametrize("importance", ["norm", "norm2"])
 @pytest.mark.parametrize("ratio", [0.1, 0.37, 0.8])
-def test_the_masked_gradient_has_the_mean_and_the_variance_of_the_formula(sampling, importance, ratio):
+def test_the_masked_gradient_has_the_mean_and_the_variance_of_the_formula(ratio):
     rows = torch.logspace(-0.5, 0.5, 40).tolist()  # of the least probable units some draws must have a few
     model = net(40, rows)
-    options = {"clamp": (ratio, ratio), "sampling": sampling, "importance": importance}
-    found = drawn(model, DRAWS, scale="unbiased", **options)
+    found = drawn(model, DRAWS, scale="unbiased", clamp=(ratio, ratio))
     g2 = torch.tensor(rows, dtype=torch.float64).square()
-    s = {"uniform": torch.ones(40).double()}.get(sampling, g2 if importance == "norm2" else g2.sqrt())
-    pi = inclusion_probabilities(s, 40 * ratio)
+    pi = inclusion_probabilities(g2.sqrt(), 40 * ratio)
     error = (found.mean(0) - 1).abs()
     assert bool((error <= ERRORS * ((1 / pi - 1) / DRAWS).sqrt() + 1e-6).all())
 
@@ -132,19 +128,17 @@ def test_without_caps_the_square_is_no_better_than_uniform_sampling(values, rati
 # -- numbers of units ----------------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 40), part, st.sampled_from(["importance", "uniform", "topk"]), st.integers(0, 99))
-def test_as_many_units_as_the_ratio_stands_for(n, ratio, sampling, number):
-    found = mask(bo.AMSS(sampling=sampling, clamp=(ratio, ratio)), net(n), *TWO, number=number)[NAME]
+@given(st.integers(1, 40), part, st.sampled_from(["none", "official"]), st.integers(0, 99))
+def test_as_many_units_as_the_ratio_stands_for(n, ratio, scale, number):
+    found = mask(bo.AMSS(scale=scale, clamp=(ratio, ratio)), net(n), *TWO, number=number)[NAME]
     rows = (found != 0).all(1)
     assert torch.equal(rows, (found != 0).any(1))
     assert int(rows.sum()) == int(kept_units(n, torch.tensor(ratio)))
 
 
-@given(st.integers(1, 40), part, st.sampled_from(["importance", "uniform"]), st.integers(0, 99))
-def test_the_unbiased_mask_has_the_budget_rounded_up_or_down(n, ratio, sampling, number):
-    found = mask(
-        bo.AMSS(scale="unbiased", sampling=sampling, clamp=(ratio, ratio)), net(n), *TWO, number=number
-    )
+@given(st.integers(1, 40), part, st.integers(0, 99))
+def test_the_unbiased_mask_has_the_budget_rounded_up_or_down(n, ratio, number):
+    found = mask(bo.AMSS(scale="unbiased", clamp=(ratio, ratio)), net(n), *TWO, number=number)
     count = int((found[NAME] != 0).all(1).sum())
     assert math.floor(n * ratio - 1e-4) <= count <= math.ceil(n * ratio + 1e-4)
 

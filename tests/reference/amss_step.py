@@ -12,27 +12,20 @@ def weights(
     units: Sequence[Sequence[float]],
     ratio: float,
     uniforms: Sequence[float],
-    *,
     scale: str = "none",
-    sampling: str = "importance",
-    importance: str = "norm2",
 ) -> list[float]:
     """What each unit's gradient is multiplied by, from the gradient of each unit and one draw of numbers in [0, 1)."""
     squares = [sum(g * g for g in unit) for unit in units]
-    n, s = len(units), [math.sqrt(f) if importance == "norm" else f for f in squares]
+    n, s = len(units), [math.sqrt(f) if scale == "unbiased" else f for f in squares]
     if sum(s) == 0 or not math.isfinite(sum(s)):
         return [1.0] * n
-    drawn_by = [1.0] * n if sampling == "uniform" else s
     if scale == "unbiased":
-        pi = capped_probabilities(drawn_by, n * ratio)
+        pi = capped_probabilities(s, n * ratio)
         order = sorted(range(n), key=lambda j: uniforms[1 + j])
         taken = systematic_sample(pi, order, uniforms[0])
         return [1 / p if t else 0.0 for p, t in zip(pi, taken, strict=True)]
     k = min(n, max(1, math.ceil(n * ratio - 1e-6)))
-    if sampling == "topk":
-        first = sorted(range(n), key=lambda j: -drawn_by[j])[:k]
-    else:
-        first = sorted(range(n), key=lambda j: arrival(drawn_by[j], uniforms[j]))[:k]
+    first = sorted(range(n), key=lambda j: arrival(s[j], uniforms[j]))[:k]
     weight = [1.0] * n if scale == "none" else [1 / (x / sum(s) + 1 / n) for x in s]
     return [w if j in first else 0.0 for j, w in enumerate(weight)]
 

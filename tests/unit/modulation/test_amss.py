@@ -80,26 +80,6 @@ def test_attention_is_masked_by_heads():
     assert kept(found["encoders.audio.out_proj.weight"].unflatten(1, (4, 2)), dim=1) == 2
 
 
-def test_topk_keeps_the_most_important_units():
-    net = two(4)
-    before = fill_gradients(net)
-    bo.AMSS(sampling="topk", clamp=(0.5, 0.5)).modulate(step_of(net, sums(*TWO)))
-    norms = before[WEIGHT.format("audio")].norm(dim=1)
-    chosen = factors(net, before)[WEIGHT.format("audio")][:, 0] == 1
-    assert norms[chosen].min() > norms[~chosen].max()
-    assert int(chosen.sum()) == 2
-
-
-def test_uniform_sampling_does_not_look_at_the_gradients():
-    found = []
-    for seed in (1, 2):
-        net = two()
-        before = fill_gradients(net, seed)
-        bo.AMSS(sampling="uniform").modulate(step_of(net, sums(*TWO)))
-        found.append(factors(net, before)[WEIGHT.format("audio")])
-    assert torch.equal(*found)
-
-
 def test_the_official_weight():
     net = two(20)
     before = fill_gradients(net)
@@ -164,7 +144,7 @@ def test_the_way_of_an_accelerator_waits_for_nothing_and_gives_the_same(monkeypa
     for modulation in (
         bo.AMSS(),
         bo.AMSS(scale="unbiased"),
-        bo.AMSS(scale="official", sampling="topk"),
+        bo.AMSS(scale="official"),
     ):
         net = two()
         here = mask(modulation, net, *TWO)
@@ -198,14 +178,10 @@ def test_it_can_be_copied_and_pickled_after_steps():
             {"scale": "ht"},
             r"`scale` should be one of \('none', 'unbiased', 'official'\). Found 'ht'",
         ),
-        ({"sampling": "random"}, "`sampling` should be one of"),
-        ({"importance": "gn"}, "`importance` should be one of"),
-        ({"importance": ""}, "`importance` should be one of"),
         ({"offset": NAN}, "`offset` should be finite"),
         ({"max_weight": 0}, "`max_weight` should be positive"),
         ({"min_ndim": -1}, "`min_ndim` should be non-negative"),
         ({"start": 3, "end": 2}, "`start` and `end`"),
-        ({"scale": "unbiased", "sampling": "topk"}, "'topk' draws none"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -213,17 +189,9 @@ def test_options_are_checked(options, message):
         bo.AMSS(**options)
 
 
-def test_the_importance_goes_with_the_scale():
-    found = {scale: bo.AMSS(scale=scale).importance for scale in ("none", "official", "unbiased")}
-    assert found == {"none": "norm2", "official": "norm2", "unbiased": "norm"}
-    assert bo.AMSS(scale="unbiased", importance="norm2").importance == "norm2"
-
-
 def test_repr_shows_the_options_and_not_the_whole_rule():
     shown = repr(bo.AMSS(0.5, scale="unbiased", units={nn.Linear: "whole"}))
-    assert shown.startswith(
-        "AMSS(temperature=0.5, scale='unbiased', sampling='importance', importance='norm', clamp="
-    )
+    assert shown.startswith("AMSS(temperature=0.5, scale='unbiased', clamp=")
     assert "units='...'" in shown
 
 

@@ -47,7 +47,6 @@ MODULATIONS: dict[str, Any] = {
     "OGM-GE, pool": bo.OGM(0.5, noise="pool"),
     "tpami": bo.OGM(0.5, form="tpami", ratio="ratio_of_means"),
     "AMSS": bo.AMSS(),
-    "AMSS, most important": bo.AMSS(sampling="topk"),
     "AMSS+": bo.AMSS(scale="unbiased"),
     "AMSS+, official": bo.AMSS(scale="official"),
     "both": [bo.OGM(0.5), bo.AMSS(scale="unbiased")],

@@ -15,7 +15,7 @@ from balanceopt._warnings import warn_user
 from balanceopt.functional import keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step
 from balanceopt.modulation._bases import cancels_constant_factor
-from balanceopt.modulation._draw import Batch, Design, Scale, batches_of, draw
+from balanceopt.modulation._draw import Batch, Scale, batches_of, draw
 from balanceopt.modulation._ogm import scores_usable
 from balanceopt.modulation._parts import MaskedPart, Part, alike, masked_rows, shard_of, unit_norms
 from balanceopt.modulation._units import UnitRule, find_units
@@ -49,7 +49,6 @@ class AMSS(Modulation):
         units: goes before the default: a mapping from parameters, modules or classes of modules to `MaskUnits`,
             `"whole"` (not masked) or `"element"`, or a function of `(module, name, parameter)` to one of these or None.
         min_ndim: tensors with fewer dimensions are not masked, unless `units` names them.
-        max_weight: cap on w, which makes the unbiased estimate biased; None for none.
         start: first step (epoch, once `set_epoch` was called) in which it acts.
         end: last one, inclusive; None for no end.
 
@@ -75,7 +74,6 @@ class AMSS(Modulation):
         offset: float = 0.5,
         units: UnitRule | None = None,
         min_ndim: int = 2,
-        max_weight: float | None = None,
         start: int = 0,
         end: int | None = None,
     ) -> None:
@@ -86,7 +84,6 @@ class AMSS(Modulation):
         self.offset = offset
         self.units = units
         self.min_ndim = min_ndim
-        self.max_weight = max_weight
         self._plans: dict[Any, _Plan] = {}
         self._check_options()
 
@@ -112,10 +109,9 @@ class AMSS(Modulation):
         known = on_host(usable)
         if not plan.parts or (known is not None and not known):
             return
-        design = Design(self.scale, self.max_weight)
         active = step.sums.present & usable
         norms = unit_norms(plan.parts, plan.alike)
-        masks = draw(plan.batches, norms, ratio, active, design, step.seed, step.number)
+        masks = draw(plan.batches, norms, ratio, active, self.scale, step.seed, step.number)
         step.count("nonfinite_gradients", masks.nonfinite)
         masked = [
             MaskedPart(part, kept, weight, self._masked_rows(part, kept))
@@ -193,8 +189,6 @@ class AMSS(Modulation):
             raise ValueError(f"`scale` should be one of {get_args(Scale)}. Found {self.scale!r}.")
         if not math.isfinite(self.offset):
             raise ValueError(f"`offset` should be finite. Found offset = {self.offset}.")
-        if self.max_weight is not None and not self.max_weight > 0:
-            raise ValueError(f"`max_weight` should be positive. Found max_weight = {self.max_weight}.")
         if self.min_ndim < 0:
             raise ValueError(f"`min_ndim` should be non-negative. Found min_ndim = {self.min_ndim}.")
         keep_ratio(torch.ones(2), self.temperature, self.clamp)  # says what is wrong with them

@@ -27,19 +27,6 @@ _SMALLEST_BUDGET = 1e-6
 
 
 @dataclass(frozen=True)
-class Design:
-    """How units are drawn and weighted; the options of `AMSS` that it shares with nothing else."""
-
-    scale: Scale
-    max_weight: float | None
-
-    @property
-    def exact(self) -> bool:
-        """Whether units are drawn with exact inclusion probabilities."""
-        return self.scale == "unbiased"
-
-
-@dataclass(frozen=True)
 class Masks:
     """What was drawn for the units of each part.
 
@@ -105,7 +92,7 @@ def draw(
     norms: Sequence[Tensor],
     ratio: Tensor,
     active: Tensor,
-    design: Design,
+    scale: Scale,
     seed: int,
     step: int,
 ) -> Masks:
@@ -116,7 +103,7 @@ def draw(
         norms: `(n,)` norms of the units' gradients, by part.
         ratio: `(M,)` keep ratios.
         active: bool `(M,)`, modalities that are masked at all.
-        design: how.
+        scale: which weights, and the sampling that belongs to them.
         seed: of all randomness.
         step: number of the step.
     """
@@ -125,14 +112,14 @@ def draw(
     nonfinite = torch.zeros((), dtype=torch.int64, device=ratio.device)
     for batch in batches:
         s = batch.padded([norms[place] for place in batch.places])
-        s = (s if design.exact else s.square()).double()
+        s = (s if scale == "unbiased" else s.square()).double()
         total = s.sum(1)
         finite = torch.isfinite(total)
         usable = (finite & (total > 0) & active.to(batch.device)[batch.modality])[:, None]
-        extra = 1 if design.exact else 0
+        extra = 1 if scale == "unbiased" else 0
         numbers = uniforms(seed ^ _SALT, step, batch.streams, s.shape[1] + extra)
         row_ratio = ratio.to(batch.device)[batch.modality]
-        chosen, weight = _drawn(torch.where(usable, s, 1), batch, row_ratio, numbers, design)
+        chosen, weight = _drawn(torch.where(usable, s, 1), batch, row_ratio, numbers, scale)
         chosen = chosen | ~usable
         weight = torch.where(usable, weight, 1).to(batch.dtype)
         nonfinite += (~finite).sum().to(ratio.device)
@@ -143,24 +130,20 @@ def draw(
     return Masks(weights, kept, nonfinite)
 
 
-def _drawn(s: Tensor, batch: Batch, ratio: Tensor, numbers: Tensor, design: Design) -> tuple[Tensor, Tensor]:
+def _drawn(s: Tensor, batch: Batch, ratio: Tensor, numbers: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
     """Which units are kept, and every unit's weight, both `(U, n_max)`."""
     s = torch.where(batch.inside, s, 0)
-    if design.exact:
+    if scale == "unbiased":
         budget = (ratio.double() * batch.sizes).clamp(min=_SMALLEST_BUDGET)
         probability = inclusion_probabilities_padded(s, budget)
         kept = systematic_sample_padded(probability, numbers[:, 0], numbers[:, 1:])
-        return kept, _capped(torch.where(kept, 1 / probability, 0), design)
+        return kept, torch.where(kept, 1 / probability, 0)
     k = kept_units(batch.sizes, ratio)
     kept = sample_units_padded(s, batch.sizes, k, numbers)
-    if design.scale == "none":
+    if scale == "none":
         return kept, kept.double()
     share = s / s.sum(1, keepdim=True)
-    return kept, _capped(torch.where(kept, 1 / (share + 1 / batch.sizes[:, None]), 0), design)
-
-
-def _capped(weight: Tensor, design: Design) -> Tensor:
-    return weight if design.max_weight is None else weight.clamp(max=design.max_weight)
+    return kept, torch.where(kept, 1 / (share + 1 / batch.sizes[:, None]), 0)
 
 
 def _wide(gradient: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ import balanceopt as bo
 from balanceopt.functional import inclusion_probabilities, keep_ratio, kept_units
 from balanceopt.functional._sampling import systematic_sample_padded
 from balanceopt.modulation import MaskUnits, Slot
-from balanceopt.modulation._draw import Design, batches_of, draw
+from balanceopt.modulation._draw import batches_of, draw
 from balanceopt.modulation._parts import Part
 from tests.masking import Encoders, factors, fill_gradients, mask, step_of, sums
 from tests.masking import masked as build
@@ -48,8 +48,7 @@ def drawn(model: Encoders, count: int, **options: Any) -> Tensor:
     parts = [Part(Slot(index, p), 0, units) for index in range(count)]
     norms = units.norms(grad_of(p))
     ratio, _ = modulation.ratios(step)
-    design = Design(modulation.scale, modulation.max_weight)
-    masks = draw(batches_of(parts), [norms] * count, ratio, ratio > 0, design, 5, 0)
+    masks = draw(batches_of(parts), [norms] * count, ratio, ratio > 0, modulation.scale, 5, 0)
     return torch.stack(masks.weights).double()
 
 

@@ -90,14 +90,6 @@ def test_the_official_weight():
     torch.testing.assert_close(factor[factor > 0], expected[factor > 0])
 
 
-@pytest.mark.parametrize("scale", ["unbiased", "official"])
-def test_max_weight_caps(scale):
-    free = mask(bo.AMSS(scale=scale), two(), *TWO)[WEIGHT.format("audio")]
-    capped = mask(bo.AMSS(scale=scale, max_weight=1.5), two(), *TWO)[WEIGHT.format("audio")]
-    torch.testing.assert_close(capped, free.clamp(max=1.5), rtol=1e-3, atol=0)
-    assert bool((free > 1.5).any())
-
-
 def test_unbiased_weights_are_one_where_all_units_are_certain():
     found = mask(bo.AMSS(scale="unbiased", clamp=(1, 1)), two(), *TWO)
     assert all(bool((factor == 1).all()) for factor in found.values())
@@ -179,7 +171,6 @@ def test_it_can_be_copied_and_pickled_after_steps():
             r"`scale` should be one of \('none', 'unbiased', 'official'\). Found 'ht'",
         ),
         ({"offset": NAN}, "`offset` should be finite"),
-        ({"max_weight": 0}, "`max_weight` should be positive"),
         ({"min_ndim": -1}, "`min_ndim` should be non-negative"),
         ({"start": 3, "end": 2}, "`start` and `end`"),
     ],

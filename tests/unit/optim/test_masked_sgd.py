@@ -128,7 +128,6 @@ def test_its_options_reach_sgd_and_amss():
         weight_decay=0.2,
         temperature=0.5,
         scale="official",
-        max_weight=3,
     )
     assert isinstance(optimizer.optimizer, torch.optim.SGD)
     group = optimizer.param_groups[0]
@@ -140,7 +139,7 @@ def test_its_options_reach_sgd_and_amss():
     }  # fmt: skip
     amss = optimizer.modulation
     assert isinstance(amss, bo.AMSS)
-    assert (amss.temperature, amss.scale, amss.max_weight) == (0.5, "official", 3)
+    assert (amss.temperature, amss.scale) == (0.5, "official")
 
 
 @pytest.mark.parametrize(

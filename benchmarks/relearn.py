@@ -1,8 +1,7 @@
 """`python -m benchmarks.relearn`: every method on real data with and without uni-modal losses, purities over time.
 
-Three parts: `table` (accuracy of each method, white noise on one modality if asked for), `curves` (purity and accuracy
-after each epoch of one run, with and without re-learning) and `sources` (features from an eval pass against features
-streamed from the epoch's own passes).
+Two parts: `table` (accuracy of each method, white noise on one modality if asked for) and `curves` (purity and accuracy
+after each epoch of one run, with and without re-learning).
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 import balanceopt as bo
 from benchmarks.data import MultimodalData, av_digits, load
@@ -25,7 +21,7 @@ from benchmarks.extras import need
 from benchmarks.methods import METHODS, Build, Context, Method, with_unimodal_losses
 from benchmarks.models import MultimodalClassifier, classifier_for
 from benchmarks.report import mean_and_spread
-from benchmarks.training import RECIPES, Recipe, batches, evaluate, fit, linear_probe, train_alone
+from benchmarks.training import RECIPES, Recipe, evaluate, fit, linear_probe, train_alone
 
 Noise = Literal["image", "audio"] | None
 
@@ -193,50 +189,13 @@ def draw(plain: list[Epoch], relearned: list[Epoch], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-# -- sources ---------------------------------------------------------------------------------------------------------
-
-
-def sources(data: MultimodalData, recipe: Recipe, seed: int) -> list[dict[str, bo.Diagnosis]]:
-    """At each re-initialisation of one run: the diagnosis from streamed features, and from a pass at the same time.
-
-    Several starts of k-means, so that it adds little to the difference.
-    """
-    torch.manual_seed(seed)
-    model = classifier_for(data)
-    monitor = bo.ModalityMonitor(model, dict(model.encoders.items()), head=model.head)
-    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum)
-    train = batches(data.train, data.modalities, recipe.batch_size, seed)
-    held_out = TensorDataset(*(data.val.inputs[name] for name in data.modalities), data.val.labels)
-    val = DataLoader(held_out, recipe.batch_size)
-    scheduler = bo.ReLearnScheduler(
-        optimizer, monitor, train, val, every=5, lam=7.0, seed=seed, features="stream", n_init=8
-    )
-    found: list[dict[str, bo.Diagnosis]] = []
-    for _ in range(recipe.decay_epoch):
-        model.train()
-        for *inputs, labels in scheduler.train_loader:
-            optimizer.zero_grad()
-            F.cross_entropy(model(*inputs), labels).backward()
-            optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            for *inputs, _ in scheduler.val_loader:
-                model(*inputs)
-        by_pass = scheduler.diagnose(train, val) if (scheduler.last_epoch + 1) % 5 == 0 else None
-        by_stream = scheduler.step()
-        if by_stream is not None and by_pass is not None:
-            found.append({"pass": by_pass, "stream": by_stream})
-    monitor.remove()
-    return found
-
-
 # -- command line ----------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the parts asked for, print and save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.relearn", description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["table", "curves", "sources"])
+    parser.add_argument("parts", nargs="*", default=["table", "curves"])
     parser.add_argument(
         "--data", type=Path, help="av_digits.npz or mfeat.npz; scikit-learn's digits by default"
     )
@@ -261,8 +220,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content = {"joint": [asdict(e) for e in plain], "re-learning": [asdict(e) for e in again]}
         Path(f"{stem}_curves.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
         draw(plain, again, Path(f"{stem}_curves.png"))
-    if "sources" in options.parts:
-        _compare_sources(sets, recipe, stem)
 
 
 def _make_table(
@@ -283,25 +240,6 @@ def _make_table(
             Path(f"{stem}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     text = table(runs, modalities)
     Path(f"{stem}.md").write_text(f"{text}\n", encoding="utf-8")
-    print(text)
-
-
-def _compare_sources(sets: dict[int, MultimodalData], recipe: Recipe, stem: Path) -> None:
-    differences: dict[str, list[float]] = {}
-    gaps: dict[str, list[float]] = {}
-    for seed, data in sets.items():
-        for both in sources(data, recipe, seed):
-            for modality in data.modalities:
-                for quantity in ("train_purity", "val_purity", "gap"):
-                    one, other = (getattr(both[k], quantity)[modality] for k in ("stream", "pass"))
-                    differences.setdefault(f"{modality} {quantity}", []).append(one - other)
-                    gaps.setdefault(f"{modality} {quantity}", []).append(other)
-    lines = [
-        _row([key, f"{np.mean(gaps[key]):.3f}", f"{np.mean(d):+.3f} ± {np.std(d):.3f}"])
-        for key, d in differences.items()
-    ]
-    text = "\n".join([_row(["", "pass", "stream - pass"]), _row(["---"] * 3), *lines])
-    Path(f"{stem}_sources.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -10,15 +10,12 @@ from balanceopt.monitor import ModalityMonitor
 from balanceopt.relearn._reinit import Buffers
 from balanceopt.relearn._sources import is_given
 
-FeatureSource = Literal["pass", "stream", "given"]
-
 
 def check_arguments(
     optimizer: torch.optim.Optimizer,
     monitor: ModalityMonitor,
     every: int,
     max_relearns: int | None,
-    features: FeatureSource,
     buffers: Buffers,
 ) -> None:
     """Refuse what can't be re-learned with.
@@ -37,25 +34,23 @@ def check_arguments(
         raise ValueError(
             f"`max_relearns` should be non-negative or None. Found max_relearns = {max_relearns}."
         )
-    if features not in get_args(FeatureSource):
-        raise ValueError(f"`features` should be one of {get_args(FeatureSource)}. Found {features!r}.")
     if buffers not in get_args(Buffers):
         raise ValueError(f"`buffers` should be one of {get_args(Buffers)}. Found {buffers!r}.")
 
 
-def check_loaders(features: FeatureSource, train: Any, val: Any) -> None:
-    """Refuse loaders that are missing, or no loaders.
+def check_loaders(train: Any, val: Any) -> None:
+    """Refuse one loader without the other, and features in the place of a loader.
 
     Raises:
         ValueError, TypeError: naming what to pass.
     """
     for loader, name in ((train, "train_loader"), (val, "val_loader")):
-        if features != "given" and loader is None:
+        if loader is None and (train is not None or val is not None):
             raise ValueError(
                 f"`{name}` should yield batches: a diagnosis compares training with held-out samples. Found None; "
-                "with features of your own use features='given'."
+                "give both loaders, or neither and features to each step."
             )
         if is_given(loader):
             raise TypeError(
-                f"`{name}` should be a loader. Found features: use features='given', and pass them to each step."
+                f"`{name}` should be a loader. Found features: pass them to each step, and None for both loaders here."
             )

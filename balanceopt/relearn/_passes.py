@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from balanceopt._pooling import Pool, pool_features
+from balanceopt._pooling import pool_features
 from balanceopt.distributed import active_group
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.monitor._pass import Pass
@@ -21,23 +21,6 @@ from balanceopt.relearn._undisturbed import Forward, run_batch, undisturbed
 
 # Seconds after which a pass is long enough for a progress bar.
 _LONG = 10.0
-
-
-def collector_for(monitor: ModalityMonitor, chosen: Options, where: str) -> Collector:
-    """What takes the features of the monitor's encoders."""
-    return Collector(
-        monitor.modalities,
-        lambda name, z: as_vectors(monitor, name, z, chosen.pool),
-        limit=chosen.limit,
-        seed=chosen.seed,
-        ignore_index=monitor.ignore_index,
-        where=where,
-    )
-
-
-def as_vectors(monitor: ModalityMonitor, name: str, features: Tensor, pool: Pool) -> Tensor:
-    """A modality's features as `(B, D)`."""
-    return pool_features(features, pool, monitor.projection(name))
 
 
 @contextmanager
@@ -74,7 +57,14 @@ def collect(
     """
     if not monitor.active:
         raise RuntimeError("the monitor's hooks were removed. Build a new ModalityMonitor.")
-    collector = collector_for(monitor, chosen, f"from the {split} loader")
+    collector = Collector(
+        monitor.modalities,
+        lambda name, z: pool_features(z, chosen.pool, monitor.projection(name)),
+        limit=chosen.limit,
+        seed=chosen.seed,
+        ignore_index=monitor.ignore_index,
+        where=f"from the {split} loader",
+    )
     with undisturbed(monitor.model, loader), features_seen(monitor) as seen:
         for batch in _with_bar(loader, f"{split} features", progress, monitor):
             seen.clear()

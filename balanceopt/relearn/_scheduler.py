@@ -11,15 +11,13 @@ from torch import Tensor
 
 from balanceopt._pooling import Pool
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.relearn._checks import FeatureSource, check_arguments, check_loaders
+from balanceopt.relearn._checks import check_arguments, check_loaders
 from balanceopt.relearn._diagnosis import Diagnosis
 from balanceopt.relearn._initial import InitialWeights
-from balanceopt.relearn._passes import collector_for
 from balanceopt.relearn._purities import Init, Normalize, diagnose_samples, options
 from balanceopt.relearn._reinit import Buffers, OptimizerState, check_optimizer_state, reinitialise
 from balanceopt.relearn._samples import Samples
 from balanceopt.relearn._sources import Features, Source, samples_of
-from balanceopt.relearn._stream import Stream, StreamedLoader
 from balanceopt.relearn._undisturbed import Forward
 
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
@@ -43,7 +41,8 @@ class ReLearnScheduler:
     Args:
         optimizer: that trains the model; wrapped or not.
         monitor: a `ModalityMonitor` on the model; `head=None` is enough.
-        train_loader: batches `(*inputs, labels)`, or mappings with "labels" or "label".
+        train_loader: batches `(*inputs, labels)`, or mappings with "labels" or "label"; None for both loaders where
+            features are given to each `step`.
         val_loader: the same of held-out samples, none of them trained on.
         every: epochs (calls of `step`) between diagnoses.
         lam: of the strength; larger goes further back, 0 never.
@@ -51,8 +50,6 @@ class ReLearnScheduler:
         normalize: `"minmax"` scales each feature to (-1, 1) before clustering, as published code does; `"none"`.
         forward: function of (model, batch) that runs the model and returns the labels, for other batches.
         optimizer_state: `"keep"`, `"reset"` (forget the encoders' momentum) or `"scale"` (times 1 - alpha).
-        features: `"pass"` (an eval pass over each loader), `"stream"` (from the epoch's own passes: iterate
-            `scheduler.train_loader` and `scheduler.val_loader`), or `"given"` to each `step`.
         buffers: `"keep"`, or `"lerp"` to take floating buffers (BatchNorm's statistics) back too.
         initial: state dict of the model, or of each encoder by modality, to go back to; None for the weights as they
             are now (of lazy and frozen parameters: when they are first built and trainable in a forward).
@@ -88,8 +85,8 @@ class ReLearnScheduler:
         self,
         optimizer: torch.optim.Optimizer,
         monitor: ModalityMonitor,
-        train_loader: Iterable[Any] | None = None,
-        val_loader: Iterable[Any] | None = None,
+        train_loader: Iterable[Any] | None,
+        val_loader: Iterable[Any] | None,
         *,
         every: int = 20,
         lam: float = 3.0,
@@ -97,7 +94,6 @@ class ReLearnScheduler:
         normalize: Normalize = "minmax",
         forward: Forward | None = None,
         optimizer_state: OptimizerState = "keep",
-        features: FeatureSource = "pass",
         buffers: Buffers = "keep",
         initial: Mapping[str, Any] | None = None,
         snapshot_device: torch.device | str | None = None,
@@ -110,16 +106,17 @@ class ReLearnScheduler:
         seed: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        check_arguments(optimizer, monitor, every, max_relearns, features, buffers)
+        check_arguments(optimizer, monitor, every, max_relearns, buffers)
         check_optimizer_state(optimizer_state, optimizer)
-        check_loaders(features, train_loader, val_loader)
+        check_loaders(train_loader, val_loader)
         self.optimizer = optimizer
         self.monitor = monitor
+        self.train_loader = train_loader
+        self.val_loader = val_loader
         self.every = every
         self.max_relearns = max_relearns
         self.forward = forward
         self.optimizer_state: OptimizerState = optimizer_state
-        self.features: FeatureSource = features
         self.buffers: Buffers = buffers
         self.progress = progress
         self.last_epoch = 0
@@ -142,10 +139,6 @@ class ReLearnScheduler:
             self._initial.give(initial)
         if self._initial.waiting:
             monitor.add_tap(self._copy_late)
-        self._stream = Stream(monitor) if features == "stream" else None
-        self.train_loader = self._watched(train_loader, "training")
-        self.val_loader = self._watched(val_loader, "validation")
-        self._listen_if_due()
 
     # -- what the user calls -------------------------------------------------------------------------------------
 
@@ -168,7 +161,6 @@ class ReLearnScheduler:
             reinitialise(diagnosis.strength, self._initial, self.optimizer, self.optimizer_state)
             self.relearns += len(diagnosis.skipped) < len(diagnosis.modalities)
         self.last_epoch += 1
-        self._listen_if_due()
         if diagnosis is not None:
             self._report(diagnosis)
         return diagnosis
@@ -211,13 +203,10 @@ class ReLearnScheduler:
         self._initial.load(state_dict["initial"])
         self.last_epoch, self.relearns = int(state_dict["last_epoch"]), int(state_dict["relearns"])
         self._options = replace(self._options, seed=int(state_dict["seed"]))
-        self._listen_if_due()
 
     def remove(self) -> None:
         """Stop listening to the monitor. May be called twice."""
         self.monitor.drop_tap(self._copy_late)
-        if self._stream is not None:
-            self._stream.remove()
 
     @property
     def lam(self) -> float:
@@ -232,7 +221,7 @@ class ReLearnScheduler:
     def __repr__(self) -> str:
         return (
             f"ReLearnScheduler(every={self.every}, lam={self.lam}, max_relearns={self.max_relearns}, "
-            f"features={self.features!r}, optimizer_state={self.optimizer_state!r}, buffers={self.buffers!r}, "
+            f"optimizer_state={self.optimizer_state!r}, buffers={self.buffers!r}, "
             f"last_epoch={self.last_epoch}, relearns={self.relearns}, snapshot={self.snapshot_bytes} bytes)"
         )
 
@@ -244,47 +233,15 @@ class ReLearnScheduler:
         left = self.max_relearns is None or self.relearns < self.max_relearns
         return left and (self.last_epoch + 1) % self.every == 0
 
-    def _watched(self, loader: Iterable[Any] | None, split: str) -> Any:
-        return (
-            loader if self._stream is None or loader is None else StreamedLoader(loader, self._stream, split)
-        )
-
-    def _listen_if_due(self) -> None:
-        """Take an epoch's own features when its step fires; start anew."""
-        if self._stream is not None:
-            splits = ("training", "validation") if self._due else ()
-            self._stream.collectors = {
-                split: collector_for(self.monitor, self._options, f"of the {split} loader")
-                for split in splits
-            }
-
     def _samples(self, source: Source | None, split: str) -> dict[str, Samples]:
-        if source is None and self._stream is not None:
-            return self._streamed(split)
         own = self.train_loader if split == "training" else self.val_loader
         chosen = own if source is None else source
-        if chosen is None or (self.features == "given" and source is None):
+        if chosen is None:
             raise ValueError(
-                f"there is no {split} data: with features='given' call step(train=(features, labels), "
+                f"there is no {split} data: without loaders call step(train=(features, labels), "
                 "val=(features, labels)), features by modality."
             )
         return samples_of(chosen, split, self.monitor, self._options, self.forward, self.progress)
-
-    def _streamed(self, split: str) -> dict[str, Samples]:
-        assert self._stream is not None
-        name = "train_loader" if split == "training" else "val_loader"
-        if split not in self._stream.collectors:
-            raise ValueError(
-                "features are streamed only in the epochs whose step fires. Pass loaders to diagnose at another time: "
-                "scheduler.diagnose(train_loader, val_loader)."
-            )
-        found = self._stream.collectors[split].result()
-        if not found:
-            raise ValueError(
-                f"no {split} features came by in this epoch: iterate `scheduler.{name}` in your loop, in place of "
-                f"the loader, and run the model on its batches."
-            )
-        return found
 
     def _copy_late(self, name: str, output: Any, current: Any) -> None:
         """Copy parameters that this forward finds built and trainable for the first time."""

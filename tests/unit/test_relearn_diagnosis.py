@@ -119,22 +119,31 @@ class TestOptions:
         assert bo.diagnose((maps, y), val, seed=0) == bo.diagnose((x, y), val, seed=0)
 
 
+def without_loaders(**options):
+    model, optimizer, scheduler = scheduled(**options)
+    return (
+        model,
+        optimizer,
+        bo.ReLearnScheduler(optimizer, scheduler.monitor, None, None, **{"every": 1, **options}),
+    )
+
+
 class TestGivenToTheScheduler:
     def test_each_step(self):
-        _, _, scheduler = scheduled(features="given")
+        _, _, scheduler = without_loaders()
         train, val = [({"audio": x["near"], "visual": x["noise"]}, y) for x, y in given(0.1, 8.0)]
         found = scheduler.step(train=train, val=val)
         assert found.gap["audio"] > found.gap["visual"]
 
     def test_none_are_needed_when_it_does_not_fire(self):
-        _, _, scheduler = scheduled(features="given", every=2)
+        _, _, scheduler = without_loaders(every=2)
         assert scheduler.step() is None
         with pytest.raises(ValueError, match=r"call step\(train=\(features, labels\)"):
             scheduler.step()
         assert scheduler.last_epoch == 1
 
     def test_unknown_modalities_are_refused(self):
-        _, _, scheduler = scheduled(features="given")
+        _, _, scheduler = without_loaders()
         with pytest.raises(KeyError, match="Found \\['near', 'noise'\\]"):
             scheduler.step(train=given()[0], val=given()[1])
 

@@ -166,7 +166,9 @@ def test_remove_takes_the_taps_off():
 
 
 def test_copies_of_the_model_leave_the_scheduler_behind():
-    _, _, scheduler = scheduled(features="stream")
+    model = Concat()
+    model.encoders["visual"].requires_grad_(False)
+    _, scheduler = scheduler_of(model, model.modalities)
     twin = copy.deepcopy(scheduler.monitor)
     assert twin._taps == []
     assert len(scheduler.monitor._taps) == 1

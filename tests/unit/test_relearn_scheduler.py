@@ -283,7 +283,6 @@ class TestBadInput:
             ({"max_relearns": -1}, "`max_relearns` should be non-negative"),
             ({"lam": -1.0}, "`lam` should be non-negative"),
             ({"normalize": "standard"}, "`normalize` should be one of"),
-            ({"features": "both"}, "`features` should be one of"),
             ({"optimizer_state": "drop"}, "`optimizer_state` should be one of"),
             ({"buffers": "reset"}, "`buffers` should be one of"),
             ({"init": "first"}, "`init` should be one of"),
@@ -302,7 +301,7 @@ class TestBadInput:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(ValueError, match="`val_loader` should yield batches"):
             bo.ReLearnScheduler(optimizer, watch(model), loaders()[0], None)
-        with pytest.raises(TypeError, match="use features='given'"):
+        with pytest.raises(TypeError, match="None for both loaders"):
             bo.ReLearnScheduler(optimizer, watch(model), ({}, torch.zeros(0)), loaders()[1])
 
     def test_what_is_no_optimizer_or_monitor(self):

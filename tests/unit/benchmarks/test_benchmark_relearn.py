@@ -48,13 +48,6 @@ def test_curves_show_each_epoch_and_each_relearning_twice(data, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_sources_are_compared_at_the_same_moment(data):
-    found = relearn.sources(data, replace(RECIPE, epochs=9), 0)
-    assert len(found) == 1
-    assert found[0]["pass"].val_purity == found[0]["stream"].val_purity
-    assert found[0]["pass"].train_count["fou"] == 40
-
-
 def test_table():
     run = relearn.Run(50.0, {"a": 40.0, "b": 60.0}, [])
     better = replace(run, accuracy=53.0)
@@ -80,5 +73,4 @@ def test_the_command_writes_numbers(mfeat_file, tmp_path, monkeypatch):
         "mfeat.md",
         "mfeat_curves.json",
         "mfeat_curves.png",
-        "mfeat_sources.md",
     }

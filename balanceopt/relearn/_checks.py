@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.relearn._reinit import Buffers
 from balanceopt.relearn._sources import is_given
 
 
@@ -16,7 +15,6 @@ def check_arguments(
     monitor: ModalityMonitor,
     every: int,
     max_relearns: int | None,
-    buffers: Buffers,
 ) -> None:
     """Refuse what can't be re-learned with.
 
@@ -34,8 +32,6 @@ def check_arguments(
         raise ValueError(
             f"`max_relearns` should be non-negative or None. Found max_relearns = {max_relearns}."
         )
-    if buffers not in get_args(Buffers):
-        raise ValueError(f"`buffers` should be one of {get_args(Buffers)}. Found {buffers!r}.")
 
 
 def check_loaders(train: Any, val: Any) -> None:

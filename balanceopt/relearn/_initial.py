@@ -18,7 +18,7 @@ _INSIDE = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class InitialWeights:
-    """A copy of each encoder's own parameters (and buffers), by dotted name.
+    """A copy of each encoder's own parameters, by dotted name.
 
     Those that are frozen, or not built yet (lazy modules), are copied when a forward finds them trainable and built:
     before any step could have changed them.
@@ -26,16 +26,13 @@ class InitialWeights:
     Args:
         monitor: knows the encoders.
         device: where copies are kept; None for each parameter's own device.
-        buffers: copy floating buffers too.
     """
 
-    def __init__(self, monitor: ModalityMonitor, device: torch.device | str | None, *, buffers: bool) -> None:
+    def __init__(self, monitor: ModalityMonitor, device: torch.device | str | None) -> None:
         self.monitor = monitor
         self.device = None if device is None else torch.device(device)
         self.values: dict[str, Tensor] = {}
-        self._buffers = buffers
-        self._waiting = {name for own in self.parameters().values() for name in own}
-        self._waiting |= {name for own in self.buffers().values() for name in own}
+        self._waiting = set(self._by_dotted_name())
         self._warn_of_shared()
         self.take()
 
@@ -54,28 +51,10 @@ class InitialWeights:
         names = {id(p): _clean(n) for n, p in reversed(list(self.monitor.model.named_parameters()))}
         return {m: {names[id(p)]: p for p in own} for m, own in self.monitor.parameters.items()}
 
-    def buffers(self) -> dict[str, dict[str, Tensor]]:
-        """Each modality's own floating buffers by dotted name; none where buffers are kept."""
-        if not self._buffers:
-            return {name: {} for name in self.monitor.modalities}
-        model = self.monitor.model
-        owners: dict[int, set[str | None]] = {}
-        inside = {id(part): m for m, e in self.monitor.encoders.items() for part in e.modules()}
-        for part in model.modules():
-            for buffer in part.buffers(recurse=False):
-                owners.setdefault(id(buffer), set()).add(inside.get(id(part)))
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in self.monitor.modalities}
-        for name, buffer in model.named_buffers():
-            (owner, *others) = owners[id(buffer)]
-            if owner is not None and not others and buffer.is_floating_point():
-                found[owner][_clean(name)] = buffer
-        return found
-
     def take(self) -> None:
         """Copy what is waited for and is built and trainable by now."""
-        for name, tensor in _flat(self.parameters(), self.buffers()):
-            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-            if name in self._waiting and not frozen and not is_lazy(tensor):
+        for name, tensor in self._by_dotted_name().items():
+            if name in self._waiting and tensor.requires_grad and not is_lazy(tensor):
                 self._waiting.discard(name)
                 if tensor.is_floating_point() or tensor.is_complex():
                     self.values[name] = self._kept(local(tensor.detach()).clone(), tensor)
@@ -87,12 +66,8 @@ class InitialWeights:
             ValueError: if a trainable parameter is missing in it, or has another shape.
         """
         given = self._by_name(state)
-        current = dict(_flat(self.parameters(), self.buffers()))
-        missing = [
-            n
-            for n, p in current.items()
-            if n not in given and isinstance(p, nn.Parameter) and p.requires_grad
-        ]
+        current = self._by_dotted_name()
+        missing = [name for name, p in current.items() if name not in given and p.requires_grad]
         if missing:
             raise ValueError(
                 f"`initial` should hold every trainable parameter of the encoders. Missing: {missing}."
@@ -101,7 +76,7 @@ class InitialWeights:
 
     def state(self) -> dict[str, Tensor]:
         """The copies by name, as a checkpoint holds them: sharded where the parameters are."""
-        current = dict(_flat(self.parameters(), self.buffers()))
+        current = self._by_dotted_name()
         return {
             name: as_saved(value, current[name]) for name, value in self.values.items() if name in current
         }
@@ -112,7 +87,7 @@ class InitialWeights:
         Raises:
             ValueError: if names or shapes differ.
         """
-        current = dict(_flat(self.parameters(), self.buffers()))
+        current = self._by_dotted_name()
         unknown = sorted(state.keys() - current.keys())
         missing = sorted(self.values.keys() - state.keys())
         if unknown or missing:
@@ -124,14 +99,13 @@ class InitialWeights:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a checkpoint's copies over."""
         self.check(state)
-        self._set(state, dict(_flat(self.parameters(), self.buffers())))
+        self._set(state, self._by_dotted_name())
 
-    def starts(self, current: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def starts(self, current: Mapping[str, nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
         """The tensors to change, this rank's part of each, and what they started from; frozen ones are left out."""
         targets, starts, unknown = [], [], []
         for name, tensor in current.items():
-            frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-            if frozen or is_lazy(tensor) or not tensor.is_floating_point():
+            if not tensor.requires_grad or is_lazy(tensor) or not tensor.is_floating_point():
                 continue
             if name not in self.values:
                 unknown.append(name)
@@ -144,6 +118,10 @@ class InitialWeights:
                 "they are left as they are."
             )
         return targets, starts
+
+    def _by_dotted_name(self) -> dict[str, nn.Parameter]:
+        """The parameters of all modalities."""
+        return {name: p for own in self.parameters().values() for name, p in own.items()}
 
     def _set(self, state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
         _check_shapes(state, current)
@@ -194,7 +172,3 @@ def _clean(name: str) -> str:
     for part in _INSIDE:
         name = name.replace(part, "")
     return name.removeprefix("module.")  # DistributedDataParallel
-
-
-def _flat(*groups: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    return [item for group in groups for own in group.values() for item in own.items()]

@@ -1,4 +1,4 @@
-"""Soft re-initialisation of encoders: weights, and where asked for buffers and the optimizer's state."""
+"""Soft re-initialisation of encoders: their weights, and where asked for the optimizer's state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from balanceopt.relearn._initial import InitialWeights
 from balanceopt.relearn._sharded import local
 
 OptimizerState = Literal["keep", "reset", "scale"]
-Buffers = Literal["keep", "lerp"]
 
 # Their state is no running mean of gradients that starts from zero.
 _NO_RUNNING_MEANS = ("Rprop", "ASGD", "LBFGS")
@@ -48,13 +47,13 @@ def reinitialise(
 
     Everything that could fail is done before the first change.
     """
-    parameters, buffers = initial.parameters(), initial.buffers()
+    parameters = initial.parameters()
     moves: list[tuple[list[Tensor], list[Tensor], float]] = []
     states: list[tuple[Any, float]] = []
     for modality, alpha in strength.items():
         if alpha <= 0:
             continue
-        moves.append((*initial.starts({**parameters[modality], **buffers[modality]}), alpha))
+        moves.append((*initial.starts(parameters[modality]), alpha))
         trainable = [p for p in parameters[modality].values() if p.requires_grad]
         states += [(p, alpha) for p in trainable if p in optimizer.state]
     scaled = [(t, alpha) for p, alpha in states for t in _running_means(optimizer.state[p])]

@@ -15,7 +15,7 @@ from balanceopt.relearn._checks import check_arguments, check_loaders
 from balanceopt.relearn._diagnosis import Diagnosis
 from balanceopt.relearn._initial import InitialWeights
 from balanceopt.relearn._purities import Init, Normalize, diagnose_samples, options
-from balanceopt.relearn._reinit import Buffers, OptimizerState, check_optimizer_state, reinitialise
+from balanceopt.relearn._reinit import OptimizerState, check_optimizer_state, reinitialise
 from balanceopt.relearn._samples import Samples
 from balanceopt.relearn._sources import Features, Source, samples_of
 from balanceopt.relearn._undisturbed import Forward
@@ -50,7 +50,6 @@ class ReLearnScheduler:
         normalize: `"minmax"` scales each feature to (-1, 1) before clustering, as published code does; `"none"`.
         forward: function of (model, batch) that runs the model and returns the labels, for other batches.
         optimizer_state: `"keep"`, `"reset"` (forget the encoders' momentum) or `"scale"` (times 1 - alpha).
-        buffers: `"keep"`, or `"lerp"` to take floating buffers (BatchNorm's statistics) back too.
         initial: state dict of the model, or of each encoder by modality, to go back to; None for the weights as they
             are now (of lazy and frozen parameters: when they are first built and trainable in a forward).
         snapshot_device: where initial weights are kept; None for each parameter's own device.
@@ -94,7 +93,6 @@ class ReLearnScheduler:
         normalize: Normalize = "minmax",
         forward: Forward | None = None,
         optimizer_state: OptimizerState = "keep",
-        buffers: Buffers = "keep",
         initial: Mapping[str, Any] | None = None,
         snapshot_device: torch.device | str | None = None,
         num_classes: int | None = None,
@@ -106,7 +104,7 @@ class ReLearnScheduler:
         seed: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        check_arguments(optimizer, monitor, every, max_relearns, buffers)
+        check_arguments(optimizer, monitor, every, max_relearns)
         check_optimizer_state(optimizer_state, optimizer)
         check_loaders(train_loader, val_loader)
         self.optimizer = optimizer
@@ -117,7 +115,6 @@ class ReLearnScheduler:
         self.max_relearns = max_relearns
         self.forward = forward
         self.optimizer_state: OptimizerState = optimizer_state
-        self.buffers: Buffers = buffers
         self.progress = progress
         self.last_epoch = 0
         self.relearns = 0
@@ -134,7 +131,7 @@ class ReLearnScheduler:
             equal_counts=equal_counts,
             pool=pool,
         )
-        self._initial = InitialWeights(monitor, snapshot_device, buffers=buffers == "lerp")
+        self._initial = InitialWeights(monitor, snapshot_device)
         if initial is not None:
             self._initial.give(initial)
         if self._initial.waiting:
@@ -221,7 +218,7 @@ class ReLearnScheduler:
     def __repr__(self) -> str:
         return (
             f"ReLearnScheduler(every={self.every}, lam={self.lam}, max_relearns={self.max_relearns}, "
-            f"optimizer_state={self.optimizer_state!r}, buffers={self.buffers!r}, "
+            f"optimizer_state={self.optimizer_state!r}, "
             f"last_epoch={self.last_epoch}, relearns={self.relearns}, snapshot={self.snapshot_bytes} bytes)"
         )
 

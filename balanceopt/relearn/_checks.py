@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from balanceopt.monitor import ModalityMonitor
+from balanceopt.relearn._reinit import OptimizerState
 from balanceopt.relearn._sources import is_given
 
 
@@ -15,6 +16,7 @@ def check_arguments(
     monitor: ModalityMonitor,
     every: int,
     max_relearns: int | None,
+    optimizer_state: OptimizerState,
 ) -> None:
     """Refuse what can't be re-learned with.
 
@@ -31,6 +33,10 @@ def check_arguments(
     if max_relearns is not None and max_relearns < 0:
         raise ValueError(
             f"`max_relearns` should be non-negative or None. Found max_relearns = {max_relearns}."
+        )
+    if optimizer_state not in get_args(OptimizerState):
+        raise ValueError(
+            f"`optimizer_state` should be one of {get_args(OptimizerState)}. Found {optimizer_state!r}."
         )
 
 

@@ -15,7 +15,7 @@ from balanceopt.relearn._checks import check_arguments, check_loaders
 from balanceopt.relearn._diagnosis import Diagnosis
 from balanceopt.relearn._initial import InitialWeights
 from balanceopt.relearn._purities import Init, Normalize, diagnose_samples, options
-from balanceopt.relearn._reinit import OptimizerState, check_optimizer_state, reinitialise
+from balanceopt.relearn._reinit import OptimizerState, reinitialise
 from balanceopt.relearn._samples import Samples
 from balanceopt.relearn._sources import Features, Source, samples_of
 from balanceopt.relearn._undisturbed import Forward
@@ -49,7 +49,7 @@ class ReLearnScheduler:
         max_relearns: how often at most; None for no limit.
         normalize: `"minmax"` scales each feature to (-1, 1) before clustering, as published code does; `"none"`.
         forward: function of (model, batch) that runs the model and returns the labels, for other batches.
-        optimizer_state: `"keep"`, `"reset"` (forget the encoders' momentum) or `"scale"` (times 1 - alpha).
+        optimizer_state: `"keep"`, or `"reset"` to forget the momentum of the encoders that go back.
         initial: state dict of the model, or of each encoder by modality, to go back to; None for the weights as they
             are now (of lazy and frozen parameters: when they are first built and trainable in a forward).
         snapshot_device: where initial weights are kept; None for each parameter's own device.
@@ -104,8 +104,7 @@ class ReLearnScheduler:
         seed: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        check_arguments(optimizer, monitor, every, max_relearns)
-        check_optimizer_state(optimizer_state, optimizer)
+        check_arguments(optimizer, monitor, every, max_relearns, optimizer_state)
         check_loaders(train_loader, val_loader)
         self.optimizer = optimizer
         self.monitor = monitor

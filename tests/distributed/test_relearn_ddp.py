@@ -143,7 +143,7 @@ def go_back_sharded(rank, mesh, what, folder):
     fully_shard(model, mesh=mesh)
     shards = [DataLoader(cut(part, (len(part) // 2,) * 2, rank), 16) for part in data()]
     if early is None:
-        scheduler = scheduler_of(model, initial, *shards, optimizer_state="scale")
+        scheduler = scheduler_of(model, initial, *shards, optimizer_state="reset")
         train_epoch(model, scheduler.optimizer, shards[0])
     else:
         scheduler = scheduler_of(model, early.state_dict()["initial"], *shards)

@@ -154,22 +154,6 @@ class TestOptimizerState:
         assert back
         assert set(after) == set(before) - back
 
-    def test_scale(self):
-        found, before, after = self.trained(lambda p: torch.optim.Adam(p, lr=0.01), "scale")
-        for name, state in before.items():
-            owner = next((m for m in found.modalities if f".{m}." in name), None)
-            factor = 1 - found.strength[owner] if owner else 1.0
-            for key in ("exp_avg", "exp_avg_sq"):
-                torch.testing.assert_close(after[name][key], factor * state[key])
-            assert torch.equal(after[name]["step"], state["step"])
-
-    def test_scale_is_refused_where_it_means_nothing(self):
-        model = Concat()
-        with pytest.raises(ValueError, match="Use 'reset' or 'keep'"):
-            bo.ReLearnScheduler(
-                torch.optim.LBFGS(model.parameters()), watch(model), *loaders(), optimizer_state="scale"
-            )
-
 
 def test_running_statistics_stay():
     model, optimizer, scheduler = scheduled(model_options={"encoder": batch_norm}, lam=20.0)
@@ -276,7 +260,7 @@ class TestBadInput:
             ({"max_relearns": -1}, "`max_relearns` should be non-negative"),
             ({"lam": -1.0}, "`lam` should be non-negative"),
             ({"normalize": "standard"}, "`normalize` should be one of"),
-            ({"optimizer_state": "drop"}, "`optimizer_state` should be one of"),
+            ({"optimizer_state": "scale"}, "`optimizer_state` should be one of"),
             ({"init": "first"}, "`init` should be one of"),
             ({"n_init": 0}, "`n_init` should be at least 1"),
             ({"num_classes": 1}, "`num_classes` should be at least 2"),

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,6 @@ from balanceopt.functional._kmeans_start import (
     Points,
     normalise,
     plus_plus_start,
-    random_start,
     rows_at,
 )
 from balanceopt.functional._rows import Ranks, check_features, row_blocks
@@ -99,17 +97,16 @@ def _reseed(
 def _run(
     points: Points,
     clusters: int,
-    init: str | Tensor,
+    init: Tensor | None,
     generator: torch.Generator | None,
     max_iterations: int,
     tolerance: float,
 ) -> Steps[KMeansResult]:
     """One start and its iterations, on the normalised scale."""
-    if isinstance(init, Tensor):
-        start = (init.to(points.mean) * points.factor - points.mean).to(points.rows.dtype)
+    if init is None:
+        start = yield from plus_plus_start(points, clusters, generator)
     else:
-        choose = plus_plus_start if init == "k-means++" else random_start
-        start = yield from choose(points, clusters, generator)
+        start = (init.to(points.mean) * points.factor - points.mean).to(points.rows.dtype)
     labels, centroids, iterations = yield from _lloyd(points, start, max_iterations, tolerance)
     inertia = yield from points.ranks.sum(_squared_distances(points, labels, centroids).double().sum())
     return KMeansResult(labels, centroids, inertia, iterations)
@@ -180,7 +177,7 @@ def kmeans(
     num_clusters: int,
     *,
     generator: torch.Generator | None = None,
-    init: Literal["k-means++", "random"] | Tensor = "k-means++",
+    init: Tensor | None = None,
     max_iterations: int = 300,
     tolerance: float = 1e-4,
     n_init: int = 1,
@@ -201,8 +198,7 @@ def kmeans(
         num_clusters: K, from 1 to N.
         generator: source of the start; torch's own for None. On another device than `features` it gives the
             same numbers as it would there.
-        init: `"k-means++"`, `"random"` (K different rows, as in the paper), or the `(K, D)` centroids to
-            start from.
+        init: the `(K, D)` centroids to start from; None for k-means++.
         max_iterations: most Lloyd iterations of a run.
         tolerance: see above; 0 runs until no assignment changes.
         n_init: number of starts; the run with the least inertia is kept.
@@ -237,7 +233,7 @@ def kmeans_steps(
     features: Tensor,
     num_clusters: int,
     generator: torch.Generator | None = None,
-    init: str | Tensor = "k-means++",
+    init: Tensor | None = None,
     max_iterations: int = 300,
     tolerance: float = 1e-4,
     n_init: int = 1,
@@ -254,12 +250,10 @@ def kmeans_steps(
             raise ValueError(f"`{name}` should be at least 1. Found {value}.")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"`tolerance` should be non-negative. Found {tolerance}.")
-    if isinstance(init, Tensor) and init.shape != (num_clusters, features.shape[1]):
+    if init is not None and init.shape != (num_clusters, features.shape[1]):
         raise ValueError(
             f"`init` should have shape {(num_clusters, features.shape[1])}. Found {tuple(init.shape)}."
         )
-    if not isinstance(init, Tensor) and init not in ("k-means++", "random"):
-        raise ValueError(f"`init` should be 'k-means++', 'random' or a tensor. Found {init!r}.")
     points = yield from normalise(features, Ranks(group))
     del features  # it may be a copy that nobody else needs
     if points.total < num_clusters:

@@ -1,4 +1,4 @@
-"""Where k-means starts: random rows, or greedy k-means++."""
+"""Where k-means starts: greedy k-means++."""
 
 from __future__ import annotations
 
@@ -75,13 +75,6 @@ def draw_uniform(points: Points, shape: tuple[int, ...], generator: torch.Genera
     source = device if generator is None else generator.device
     numbers = torch.rand(shape, generator=generator, dtype=torch.float64, device=source)
     return (yield from points.ranks.from_first(numbers.to(device)))
-
-
-def random_start(points: Points, clusters: int, generator: torch.Generator | None) -> Steps[Tensor]:
-    """K rows without replacement, all equally likely."""
-    targets = (yield from draw_uniform(points, (points.total,), generator)).argsort(stable=True)[:clusters]
-    ends = torch.arange(1, len(points.rows) + 1, device=targets.device)
-    return (yield from rows_at(points, ends, points.offset, targets))
 
 
 def _subset(points: Points, count: int, generator: torch.Generator | None) -> Steps[Points]:

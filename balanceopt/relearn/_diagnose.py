@@ -6,7 +6,7 @@ from balanceopt._pooling import Pool
 from balanceopt.distributed import Group
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.relearn._diagnosis import Diagnosis
-from balanceopt.relearn._purities import Init, Normalize, diagnose_samples, options
+from balanceopt.relearn._purities import Normalize, diagnose_samples, options
 from balanceopt.relearn._sources import Source, is_given, samples_of
 from balanceopt.relearn._undisturbed import Forward
 
@@ -23,7 +23,6 @@ def diagnose(
     max_samples: int = 50_000,
     equal_counts: bool = False,
     pool: Pool = "auto",
-    init: Init = "k-means++",
     n_init: int = 1,
     seed: int | None = None,
     group: Group = None,
@@ -47,7 +46,6 @@ def diagnose(
         max_samples: most samples a modality to keep of each split, over all ranks.
         equal_counts: cluster only as many training samples as there are for validation.
         pool: makes vectors of features with more dimensions.
-        init: `"k-means++"` or `"random"`.
         n_init: starts of k-means, the best of which counts.
         seed: of k-means; None for `torch.initial_seed()` of the first rank.
         group: whose ranks hold a part of the samples each; the monitor's where one is given.
@@ -77,7 +75,6 @@ def diagnose(
         group if monitor is None else monitor.group,
         lam=lam,
         normalize=normalize,
-        init=init,
         n_init=n_init,
         num_classes=num_classes,
         max_samples=max_samples,

@@ -22,7 +22,6 @@ from balanceopt.relearn._diagnosis import Diagnosis, assemble
 from balanceopt.relearn._samples import Samples, random_rows
 
 Normalize = Literal["minmax", "none"]
-Init = Literal["k-means++", "random"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class Options:
     Args:
         lam: of the strength tanh(lam * gap).
         normalize: `"minmax"` or `"none"`, before clustering.
-        init: start of k-means.
         n_init: starts of k-means, the best of which counts.
         num_classes: C; None for as many as there are different labels.
         max_samples: most samples of each modality to keep, of training and of validation, over all ranks.
@@ -44,7 +42,6 @@ class Options:
 
     lam: float
     normalize: Normalize
-    init: Init
     n_init: int
     num_classes: int | None
     max_samples: int
@@ -57,8 +54,6 @@ class Options:
         reinit_strength(0.0, self.lam)  # refuses a lam outside its range
         if self.normalize not in get_args(Normalize):
             raise ValueError(f"`normalize` should be one of {get_args(Normalize)}. Found {self.normalize!r}.")
-        if self.init not in get_args(Init):
-            raise ValueError(f"`init` should be one of {get_args(Init)}. Found {self.init!r}.")
         if self.n_init < 1:
             raise ValueError(f"`n_init` should be at least 1. Found {self.n_init}.")
         if self.num_classes is not None and self.num_classes < 2:
@@ -197,9 +192,7 @@ def _purity_steps(
         features = yield from minmax_scale_steps(features, ranks)
     # The same start for every modality and split: equal features then have no gap.
     generator = torch.Generator().manual_seed(chosen.seed)
-    steps = kmeans_steps(
-        features, clusters, generator=generator, init=chosen.init, n_init=chosen.n_init, group=ranks
-    )
+    steps = kmeans_steps(features, clusters, generator=generator, n_init=chosen.n_init, group=ranks)
     device = features.device
     del features  # the scaled copy goes as soon as k-means has its own
     result = yield from steps

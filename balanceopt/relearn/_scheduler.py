@@ -14,7 +14,7 @@ from balanceopt.monitor import ModalityMonitor
 from balanceopt.relearn._checks import check_arguments, check_loaders
 from balanceopt.relearn._diagnosis import Diagnosis
 from balanceopt.relearn._initial import InitialWeights
-from balanceopt.relearn._purities import Init, Normalize, diagnose_samples, options
+from balanceopt.relearn._purities import Normalize, diagnose_samples, options
 from balanceopt.relearn._reinit import OptimizerState, reinitialise
 from balanceopt.relearn._samples import Samples
 from balanceopt.relearn._sources import Features, Source, samples_of
@@ -58,7 +58,6 @@ class ReLearnScheduler:
         equal_counts: cluster only as many training samples as there are for validation.
         pool: `"auto"` (as the head gets them), `"mean"`, `"max"`, `"flatten"` or a function, to make vectors of
             features with more dimensions.
-        init: start of k-means, `"k-means++"` or `"random"` samples (the paper's text).
         n_init: starts of k-means, the best of which counts.
         seed: of k-means and of the choice of samples; None for `torch.initial_seed()` of the first rank, read now.
         progress: show a progress bar (tqdm); None for passes over ten seconds on a terminal where tqdm is installed.
@@ -99,7 +98,6 @@ class ReLearnScheduler:
         max_samples: int = 50_000,
         equal_counts: bool = False,
         pool: Pool = "auto",
-        init: Init = "k-means++",
         n_init: int = 1,
         seed: int | None = None,
         progress: bool | None = None,
@@ -123,7 +121,6 @@ class ReLearnScheduler:
             monitor.group,
             lam=lam,
             normalize=normalize,
-            init=init,
             n_init=n_init,
             num_classes=num_classes,
             max_samples=max_samples,

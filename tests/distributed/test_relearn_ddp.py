@@ -55,7 +55,7 @@ def scheduler_of(model, initial, train, val, **settings):
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
-    {"init": "random", "n_init": 2},
+    {"n_init": 2},
     {"normalize": "none", "seed": None},
 )
 

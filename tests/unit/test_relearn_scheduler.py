@@ -261,7 +261,6 @@ class TestBadInput:
             ({"lam": -1.0}, "`lam` should be non-negative"),
             ({"normalize": "standard"}, "`normalize` should be one of"),
             ({"optimizer_state": "scale"}, "`optimizer_state` should be one of"),
-            ({"init": "first"}, "`init` should be one of"),
             ({"n_init": 0}, "`n_init` should be at least 1"),
             ({"num_classes": 1}, "`num_classes` should be at least 2"),
             ({"max_samples": 0}, "`max_samples` should be at least 1"),

@@ -91,7 +91,7 @@ def a_diagnosis() -> set[tuple[str, int, str]]:
 
 def with_opm(optimizer: Any, monitor: Any) -> Any:
     """OPM alone: the optimizer stays as it is."""
-    bo.OPM(monitor)
+    optimizer.opm = bo.OPM(monitor)  # lives as long as the optimizer
     return optimizer
 
 

@@ -12,23 +12,22 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._random import generator_for
 from balanceopt._splitmix import mixed
-from balanceopt.monitor._outputs import map_tensors
+from balanceopt.monitor import map_tensors, tensors_in
 
 Rescale = Literal["none", "official"]
 
-
-# Streams of their own, apart from each other and from the noise of the optimizers that share the seed.
+# Streams that are apart from each other, and from the noise of the optimizers that share the seed.
 _MASKS, _GATES = 0x4F504D, 0x47415445
 
 
-def mask_generator(seed: int, number: int, rank: int, device: torch.device) -> torch.Generator:
-    """Where a forward's masks come from: nothing else than the seed, its number and the rank."""
-    return generator_for(mixed(seed, _MASKS), number, rank, device)
+def mask_generator(seed: int, forward: int, rank: int, device: torch.device) -> torch.Generator:
+    """Return the generator of a forward's masks, a function of seed, forward and rank."""
+    return generator_for(mixed(seed, _MASKS), forward, rank, device)
 
 
-def is_executed(p_exe: float, seed: int, number: int) -> bool:
+def is_executed(p_exe: float, seed: int, forward: int) -> bool:
     """Whether a forward drops at all, which is so with probability `p_exe`; the same on every rank."""
-    return mixed(seed, _GATES, number) < p_exe * 2**64
+    return mixed(seed, _GATES, forward) < p_exe * 2**64
 
 
 @torch.no_grad()
@@ -54,15 +53,15 @@ def sample_kept(q: Tensor, samples: int, generator: torch.Generator, present: Te
     """
     uniform = torch.rand(len(q), samples, generator=generator, dtype=torch.float32, device=q.device)
     kept = uniform >= q.unsqueeze(1)
-    here = torch.ones_like(kept) if present is None else present.to(q.device)
-    lost = ~(kept & here).any(0)
-    last = torch.where(here, q.unsqueeze(1), torch.inf).argmin(0)
-    return kept | (lost & (torch.arange(len(q), device=q.device).unsqueeze(1) == last))
+    present = torch.ones_like(kept) if present is None else present.to(q.device)
+    lost_all = ~(kept & present).any(0)
+    least_dropped = torch.where(present, q.unsqueeze(1), torch.inf).argmin(0)
+    return kept | (lost_all & (torch.arange(len(q), device=q.device).unsqueeze(1) == least_dropped))
 
 
 @torch.no_grad()
 def rescale_factors(q: Tensor, rescale: Rescale, widths: Tensor | None = None) -> Tensor | None:
-    r"""What features are multiplied by after the drop.
+    r"""Return what features are multiplied by after the drop.
 
     `"official"`: \(1 / (1 - \theta)\) for all modalities, \(\theta = \sum_m d_m q_m / \sum_m d_m\), and 1 where
     \(\theta = 1\); `"none"`: nothing.
@@ -85,23 +84,25 @@ def rescale_factors(q: Tensor, rescale: Rescale, widths: Tensor | None = None) -
     if rescale == "none":
         return None
     d = torch.ones_like(q) if widths is None else widths
-    lost = ((d * q).sum() / d.sum()).expand_as(q)
-    return torch.where(lost < 1, 1 / (1 - lost), 1)
+    theta = ((d * q).sum() / d.sum()).expand_as(q)
+    return torch.where(theta < 1, 1 / (1 - theta), 1)
 
 
-def is_feature(x: Tensor) -> bool:
-    """Whether a tensor of an encoder's output is dropped from: not masks, indices, lengths or single numbers."""
-    return (x.is_floating_point() or x.is_complex()) and x.dim() > 0
+def feature_width(features: Tensor) -> int:
+    """Channels of a map `(B, C, H, W)`, else the last dimension: of vectors `(B, D)` and tokens `(B, T, D)`."""
+    if features.dim() < 2:
+        return 1
+    return features.shape[1] if features.dim() > 3 else features.shape[-1]
 
 
 @dataclass(eq=False)
 class Drop:
-    """What is done to the encoders' outputs in one forward, the same when it is run again.
+    """What is done to the encoders' outputs in one forward, the same when activation checkpointing runs it again.
 
     Attributes:
         modalities: names, in the order of `q`.
         generator: makes the mask's generator on a device.
-        repeats: rows that each modality's encoder returns for a sample; learnt on the way.
+        repeats: rows that each modality's encoder returns for a sample; learnt from complete forwards.
         present: bool `(B,)` by modality, the samples that have it, as far as that is known before the forward.
         q: `(M,)`, None while nothing is dropped.
         factors: `(M,)`, what features are multiplied by; None for nothing.
@@ -117,40 +118,50 @@ class Drop:
     factors: Tensor | None = None
     training: dict[str, bool] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
-    _dropped: Tensor | None = None
+    _mask: Tensor | None = None
 
     def note(self, name: str, output: Any, training: bool) -> None:
-        """Remember an encoder's first output: its mode, and how many rows it has for a sample.
+        """Remember the mode of an encoder and the rows of its first output.
 
         Raises:
-            TypeError: if there is no tensor in it.
+            TypeError: if there is no tensor of features in the output.
         """
         if name in self.training:
             return
         self.training[name] = training
-        self.rows[name] = self._rows_of(name, output)
+        self.rows[name] = _rows_of(name, output)
         fewest = min(self.rows.values())
         if len(self.rows) == len(self.modalities) and fewest > 0:
             self.repeats.update({m: rows // fewest for m, rows in self.rows.items() if rows % fewest == 0})
 
     def apply(self, name: str, output: Any) -> Any:
-        """The output with its dropped samples zero; the output itself where there is nothing to do.
+        """Return the output with its dropped samples zero; the output itself where there is nothing to do.
 
         Raises:
             ValueError: if its rows are not those of the samples.
         """
-        if not self.applies_to(name):
-            return output
-        return map_tensors(lambda x: self._changed(name, x), output)
+        return map_tensors(lambda x: self._changed(name, x), output) if self.applies_to(name) else output
 
     def applies_to(self, name: str) -> bool:
         """Whether the modality's features may change in this pass, as far as the host knows."""
         if self.q is None or not self.training.get(name, False):
             return False
-        known = on_host(self.q)
-        return self.factors is not None or known is None or bool(known[self.modalities.index(name)] > 0)
+        host_value = on_host(self.q)
+        return (
+            self.factors is not None
+            or host_value is None
+            or bool(host_value[self.modalities.index(name)] > 0)
+        )
 
-    def mask_for(self, name: str, x: Tensor) -> Tensor:
+    def _changed(self, name: str, x: Tensor) -> Tensor:
+        if not _is_feature(x):
+            return x
+        x = x.masked_fill(self._mask_of(name, x), 0)
+        if self.factors is None:
+            return x
+        return x * self.factors[self.modalities.index(name)].to(x.device, x.dtype)
+
+    def _mask_of(self, name: str, x: Tensor) -> Tensor:
         """bool, broadcastable to the modality's tensor `x`: what is dropped of it.
 
         Raises:
@@ -170,39 +181,30 @@ class Drop:
         return mask.view(-1, *[1] * (x.dim() - 1))
 
     def _draw(self, name: str) -> Tensor:
-        """bool `(M, B)`, drawn when the first encoder, `name`, has returned."""
-        if self._dropped is None:
+        """bool `(M, B)`, what is dropped; drawn when the first encoder, `name`, has returned."""
+        if self._mask is None:
             assert self.q is not None
             rows, repeat = self.rows[name], self.repeats.get(name, 1)
             samples = rows // repeat if rows % repeat == 0 else rows
             present = torch.ones(len(self.q), samples, dtype=torch.bool, device=self.q.device)
-            for position, modality in enumerate(self.modalities):
-                known = self.present.get(modality)
-                if known is not None and known.shape == (samples,):
-                    present[position] = known.to(present)
-            self._dropped = ~sample_kept(self.q, samples, self.generator(self.q.device), present)
-        return self._dropped
+            for index, modality in enumerate(self.modalities):
+                flags = self.present.get(modality)
+                if flags is not None and flags.shape == (samples,):
+                    present[index] = flags.to(present)
+            self._mask = ~sample_kept(self.q, samples, self.generator(self.q.device), present)
+        return self._mask
 
-    def _changed(self, name: str, x: Tensor) -> Tensor:
-        if not is_feature(x):
-            return x
-        x = x.masked_fill(self.mask_for(name, x), 0)
-        if self.factors is None:
-            return x
-        return x * self.factors[self.modalities.index(name)].to(x.device, x.dtype)
 
-    def _rows_of(self, name: str, output: Any) -> int:
-        sizes: list[int] = []
+def _is_feature(x: Tensor) -> bool:
+    """Whether a tensor of an encoder's output is dropped from: not masks, indices, lengths or single numbers."""
+    return (x.is_floating_point() or x.is_complex()) and x.dim() > 0
 
-        def look(x: Tensor) -> Tensor:
-            if is_feature(x):
-                sizes.append(len(x))
-            return x
 
-        map_tensors(look, output)
-        if not sizes:
-            raise TypeError(
-                f"the encoder of {name!r} should return a tensor of features (B, ...), or something that holds one. "
-                f"Found {type(output).__name__}."
-            )
-        return sizes[0]
+def _rows_of(name: str, output: Any) -> int:
+    rows = next((len(x) for x in tensors_in(output) if _is_feature(x)), None)
+    if rows is None:
+        raise TypeError(
+            f"the encoder of {name!r} should return a tensor of features (B, ...), or something that holds one. "
+            f"Found {type(output).__name__}."
+        )
+    return rows

@@ -1,29 +1,42 @@
-"""OPM as hooks on the encoders, from the scores that the monitor has anyway."""
+"""OPM as hooks on the encoders: drop probabilities that follow the monitor's scores."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
-from balanceopt._deferred import on_host
+from balanceopt._deferred import DeferredCounts, on_host
 from balanceopt._warnings import warn_user
-from balanceopt.distributed import rank_in, shared_seed
+from balanceopt.distributed import active_group, rank_in, shared_seed, sum_over_ranks
+from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
-from balanceopt.monitor import ModalityMonitor
-from balanceopt.monitor._pass import Pass
-from balanceopt.monitor._supported import in_backward
-from balanceopt.prediction._drop import Drop, Rescale, is_executed, mask_generator, rescale_factors
-from balanceopt.prediction._options import Options
-from balanceopt.prediction._probability import DropProbabilities
-from balanceopt.prediction._watch import BackwardWatch, LostSamples
-from balanceopt.prediction._widths import Widths
+from balanceopt.modulation._ogm import scores_usable
+from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums, Pass, in_backward
+from balanceopt.prediction._drop import (
+    Drop,
+    Rescale,
+    feature_width,
+    is_executed,
+    mask_generator,
+    rescale_factors,
+)
 
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
+
+# Updates without any score before the user is told; two forwards before one backward are nothing unusual.
+_SILENT_UPDATES = 10
+_STAYS = "OPM leaves its drop probabilities as they are"
+# Backwards without a forward that the hooks saw, before the user is told.
+_UNSEEN_BACKWARDS = 10
 
 
 class OPM:
@@ -36,6 +49,8 @@ class OPM:
     clipped to [0, 1], where \(\rho\) are the discrepancy ratios of the clean features in the last pass that backward
     reached. The weakest modality is never dropped, so no sample loses all that it has. The encoder runs; its output is
     set to zero. Neither model nor loop changes, and nothing happens in eval mode or without gradients.
+
+    Keep a reference to it: one that is garbage-collected takes its hooks off, and drops nothing any more.
 
     Args:
         monitor: a `ModalityMonitor` built with a head; others may use it at the same time.
@@ -80,29 +95,31 @@ class OPM:
         ratio: RatioReduction = "mean_of_ratios",
         seed: int | None = None,
     ) -> None:
-        if not isinstance(monitor, ModalityMonitor):
-            raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
-        monitor.expect_scores("OPM")
-        _refuse_batch_second(monitor)
-        if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor._transforms):
-            raise ValueError("this monitor serves a OPM already. Call its remove() first.")
-        self.options = Options(q_base, lam, p_exe, rescale, warmup, end, ratio)
+        _check_monitor(monitor)
+        _check_options(q_base, lam, p_exe, rescale, ratio)
+        _check_window(warmup, end)
         self.monitor = monitor
+        self.q_base, self.lam, self.p_exe = q_base, lam, p_exe
+        self.rescale: Rescale = rescale
+        self.ratio: RatioReduction = ratio
+        self.warmup, self.end = warmup, end
         self.listeners: list[Listener] = []
         self._seed = shared_seed(monitor.group, seed)
-        self._forwards = self._dropping = 0
+        self._forwards = self._dropping = self._updates = self._silent = 0
         self._epoch: int | None = None
+        self._q = torch.zeros(len(monitor.modalities), dtype=torch.float32)
+        self._pending: Tensor | None = None
         self._repeats: dict[str, int] = {}
-        self._widths = Widths(monitor)
+        self._widths: dict[str, int] = {}
+        self._width_cache: tuple[torch.device, list[int], Tensor] = torch.device("cpu"), [], torch.zeros(0)
         self._latest: Drop | None = None
-        self._lost = LostSamples()
-        self._probabilities = DropProbabilities(
-            monitor, q_base=q_base, lam=lam, ratio=ratio, report=self._report_ratio
-        )
-        self._watch: BackwardWatch | None = None
+        self._warned: set[str] = set()
+        self._unusable = DeferredCounts(("unusable_scores",), partial(_tell_unusable, self._warned))
+        self._transform = _Transform(self)
+        self._scores: Accumulator | None = None
+        self._release: Callable[[], Any] = _nothing
         if len(monitor.modalities) > 1:
-            self._watch = BackwardWatch(monitor)
-            monitor.add_transform(self._on_output)
+            self._hook()
         else:
             warn_user(
                 f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: nothing is dropped."
@@ -113,11 +130,29 @@ class OPM:
     @property
     def q(self) -> Tensor:
         """`(M,)` the drop probabilities of the latest training forward, in the order of `monitor.modalities`."""
-        return self._probabilities.value.clone()
+        return self._q.clone()
 
     def update(self) -> None:
         """Bring q up to date now, not at the next training forward. Several ranks have to call it together."""
-        self._probabilities.update()
+        sums, self._pending = self._waiting(), None
+        if self._scores is not None:
+            self._scores.discard()
+        if active_group(self.monitor.group) is not None:
+            if sums is None:
+                sums = torch.zeros(2, len(self._q), device=next(self.monitor.model.parameters()).device)
+            sums = sum_over_ranks(sums, self.monitor.group)
+        host_value = None if sums is None else on_host(sums)
+        if sums is None or (host_value is not None and not host_value[1].any()):
+            self._silent += 1
+            if self._silent >= _SILENT_UPDATES:
+                causes = f"Likely causes: {self.monitor.silence()}."
+                self._warn_once(
+                    "silence",
+                    f"no scores in {_SILENT_UPDATES} training forwards in a row: {_STAYS}. {causes}",
+                )
+            return
+        self._silent = 0
+        self._follow(*sums)
 
     def set_epoch(self, epoch: int) -> None:
         """Count `warmup` and `end` in epochs from now on."""
@@ -128,8 +163,8 @@ class OPM:
         return {
             "forwards": self._forwards,
             "dropping": self._dropping,
-            "updates": self._probabilities.updates,
-            "unusable_scores": self._probabilities.unusable(),
+            "updates": self._updates,
+            **self._unusable.read(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,42 +173,44 @@ class OPM:
         The last pass's scores are this rank's own. With several ranks call `update()` on all of them first: then one
         rank's state is everyone's.
         """
-        waiting = self._probabilities.waiting()
+        pending = self._waiting()
         return {
             "modalities": list(self.monitor.modalities),
-            "q": self._probabilities.value.cpu().clone(),
-            "pending": None if waiting is None else waiting.cpu(),
+            "q": self._q.cpu().clone(),
+            "pending": None if pending is None else pending.cpu(),
             "forwards": self._forwards,
             "seed": self._seed,
             "epoch": self._epoch,
             "repeats": dict(self._repeats),
-            "widths": dict(self._widths.seen),
+            "widths": dict(self._widths),
             "layout": self.monitor.layout,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; options are this object's own.
+        """Go on from a checkpoint; options are this object's own. A load that fails changes nothing.
 
         Raises:
             ValueError: if the state is of other modalities.
+            KeyError: if an entry is missing.
         """
-        if state["modalities"] != list(self.monitor.modalities):
-            raise ValueError(
-                f"the state should be of modalities {list(self.monitor.modalities)}. Found {state['modalities']}."
-            )
-        self._probabilities.load(state["q"], state["pending"])
-        self._forwards, self._seed, self._epoch = state["forwards"], state["seed"], state["epoch"]
-        self._repeats, self._widths.seen = dict(state["repeats"]), dict(state["widths"])
-        self._latest = None
+        modalities = list(self.monitor.modalities)
+        if state["modalities"] != modalities:
+            raise ValueError(f"the state should be of modalities {modalities}. Found {state['modalities']}.")
+        q, pending = state["q"].detach().clone(), state["pending"]
+        pending = None if pending is None else pending.detach().clone()
+        forwards, seed = int(state["forwards"]), int(state["seed"])
+        epoch, repeats, widths = state["epoch"], dict(state["repeats"]), dict(state["widths"])
         self.monitor.layout = state["layout"]
+        self._q, self._pending, self._silent = q, pending, 0
+        self._forwards, self._seed, self._epoch = forwards, seed, epoch
+        self._repeats, self._widths, self._latest = repeats, widths, None
+        if self._scores is not None:
+            self._scores.discard()
 
     def remove(self) -> None:
         """Drop nothing any more. The monitor stays. May be called twice."""
-        self.monitor.drop_transform(self._on_output)
-        self._probabilities.close()
+        self._release()
         self._latest = None
-        if self._watch is not None:
-            self._watch.stop()
 
     def __enter__(self) -> OPM:
         return self
@@ -184,36 +221,53 @@ class OPM:
         self.remove()
 
     def __repr__(self) -> str:
-        return f"OPM({self.options}, seed={self._seed})"
+        names = ("q_base", "lam", "p_exe", "rescale", "warmup", "end", "ratio")
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"OPM({options}, seed={self._seed})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Who listens from outside, and a forward under way, are no part of a model's copy.
-        return {**self.__dict__, "listeners": [], "_latest": None}
+        # Hooks are on the model of this one's monitor; who listens, and a forward under way, are no part of a copy.
+        warn_user(
+            "a copy of an OPM drops nothing. To balance a copy of the model too, build a monitor and an OPM on it, and "
+            "give that OPM this one's state_dict()."
+        )
+        gone: dict[str, Any] = {"listeners": [], "_latest": None, "_scores": None, "_watch": None}
+        return {**self.__dict__, **gone, "_transform": _Transform(), "_release": _nothing}
 
     # -- in a forward --------------------------------------------------------------------------------------------
 
+    def _hook(self) -> None:
+        """Put the hooks on, such that they go with this object."""
+        monitor = self.monitor
+        self._watch = _BackwardWatch(monitor)
+        self._scores = monitor.accumulator(steps=False)
+        # Weak references: what a finalizer holds is never garbage, and the model may hold this object.
+        parts = weakref.ref(monitor), weakref.ref(self._scores), self._transform, self._watch
+        release = weakref.finalize(self, _take_off, *parts)
+        release.atexit = False
+        self._release = release
+        monitor.add_transform(self._transform)
+
     def _on_output(self, name: str, current: Pass, output: Any) -> Any:
         """What goes on into the fusion instead of an encoder's output; the same when the forward is run again."""
-        drop: Drop | None = current.notes.get(self)
+        drop: Drop | None = current.notes.get(self._transform)
         if in_backward():
             return output if drop is None else drop.apply(name, output)
         encoder = self.monitor.encoders[name]
         if drop is None:
             drop = self._begin(current, next(encoder.parameters()).device)
-            current.notes[self] = drop
+            current.notes[self._transform] = drop
         drop.note(name, output, encoder.training)
-        if self.options.rescale == "official":
-            self._widths.note(name, output)
+        if self.rescale == "official" and name not in self._widths:
+            self._widths[name] = feature_width(self.monitor.features(name, output))
         return drop.apply(name, output)
 
     def _begin(self, current: Pass, device: torch.device) -> Drop:
-        """A new pass: bring q up to date and choose what to do with it."""
-        number = self._forwards
-        if self._watch is not None:
-            self._watch.stop()
-        if self._latest is not None:
-            self._lost.look(self._latest)
+        """Bring q up to date for a new pass, and choose what to do with it."""
+        self._watch.stop()
+        self._warn_of_lost_samples()
         self.update()
+        number = self._forwards
         self._forwards += 1
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,
@@ -221,39 +275,173 @@ class OPM:
             repeats=self._repeats,
             present=dict(current.present),
         )
-        clock = number if self._epoch is None else self._epoch
-        acts = self.options.acts_at(clock)
-        self._report(number, acts)
-        if acts and is_executed(self.options.p_exe, self._seed, number):
-            self._arm(drop, device)
+        acts = self._acts(number)
+        self._report(number, "drop_probability", self._q if acts else torch.zeros_like(self._q))
+        host_value = on_host(self._q)
+        nothing = host_value is not None and not host_value.any()
+        if acts and not nothing and is_executed(self.p_exe, self._seed, number):
+            self._dropping += 1
+            drop.q = self._q.to(device)
+            widths = self._widths_on(device) if self.rescale == "official" else None
+            drop.factors = rescale_factors(drop.q, self.rescale, widths)
         return drop
 
-    def _arm(self, drop: Drop, device: torch.device) -> None:
-        q = self._probabilities.value.to(device)
-        known = on_host(q)
-        if not self._probabilities.possible or (known is not None and not known.any()):
-            return
-        self._dropping += 1
-        drop.q = q
-        widths = self._widths.on(device) if self.options.rescale == "official" else None
-        drop.factors = rescale_factors(q, self.options.rescale, widths)
+    def _acts(self, forward: int) -> bool:
+        """Whether the window is open."""
+        clock = forward if self._epoch is None else self._epoch
+        return self.warmup <= clock and (self.end is None or clock <= self.end)
 
-    # -- what is told --------------------------------------------------------------------------------------------
+    def _widths_on(self, device: torch.device) -> Tensor:
+        """`(M,)` features of each modality: a linear head's columns, else of the encoder's output; 1 if not seen."""
+        columns = self.monitor.head_columns
+        widths = [
+            columns[name].stop - columns[name].start if name in columns else self._widths.get(name, 1)
+            for name in self.monitor.modalities
+        ]
+        if self._width_cache[:2] != (device, widths):  # a copy to the device waits for it
+            self._width_cache = device, widths, torch.tensor(widths, dtype=torch.float32, device=device)
+        return self._width_cache[2]
 
-    def _report(self, number: int, acts: bool) -> None:
-        q = self._probabilities.value
-        self._tell(number, "drop_probability", q if acts else torch.zeros_like(q))
+    # -- q follows the scores --------------------------------------------------------------------------------------
 
-    def _report_ratio(self, quantity: str, values: Tensor) -> None:
+    def _waiting(self) -> Tensor | None:
+        """`(2, M)` summed scores and counts of this rank that are not in q yet."""
+        sums = None if self._scores is None else self._scores.peek()
+        if sums is None:
+            return self._pending
+        new = torch.stack([sums.score, sums.count])
+        return new if self._pending is None else self._pending.to(new.device) + new
+
+    def _follow(self, score: Tensor, count: Tensor) -> None:
+        """Set q from the summed scores `(M,)` of `count` `(M,)` samples of all ranks."""
+        empty = ModalitySums.zeros(len(score), 2, score.device)
+        sums = replace(empty, score=score, count=count)
+        usable = scores_usable(sums)
+        ratio = discrepancy_ratio(sums.mean_score, self.ratio, sums.present)
+        q = drop_probability(ratio, self.q_base, self.lam)  # TPAMI Eq. 8
+        # Never the weakest, whatever the ratios' rounding says: no sample may lose all that it has.
+        weakest = torch.where(sums.present, sums.mean_score, torch.inf).min()
+        q = q.masked_fill((sums.mean_score <= weakest) | ~sums.present, 0)
+        self._q = torch.where(usable, q, self._q.to(q.device))
+        self._updates += 1
+        self._unusable.add(~usable & (count > 0).any())
         # Of the latest forward; the one under way is counted when q is up to date.
-        self._tell(max(self._forwards - 1, 0), quantity, values)
+        self._report(max(self._forwards - 1, 0), "ratio", ratio)
 
-    def _tell(self, number: int, quantity: str, values: Tensor) -> None:
+    def _report(self, number: int, quantity: str, values: Tensor) -> None:
         for listener in self.listeners:
             listener(number, quantity, self.monitor.modalities, values)
 
+    def _warn_once(self, kind: str, message: str) -> None:
+        _warn_once(self._warned, kind, message)
 
-def _refuse_batch_second(monitor: ModalityMonitor) -> None:
+    def _warn_of_lost_samples(self) -> None:
+        """Warn where the last forward dropped a modality and never ran the encoder of a weaker one.
+
+        Whether an encoder will run can't be known before, so the samples that had only the dropped one have lost it.
+        """
+        drop = self._latest
+        if drop is None or drop.present or len(drop.rows) == len(drop.modalities):
+            return
+        if all(drop.applies_to(name) for name in drop.rows):
+            missing = next(name for name in drop.modalities if name not in drop.rows)
+            self._warn_once(
+                "lost",
+                f"the encoder of {missing!r} was not called in a forward in which features of {list(drop.rows)} were "
+                "dropped: samples may have lost all that they had. Say before the forward which samples have which "
+                "modality: monitor.observe(labels, present={modality: bool (B,)}).",
+            )
+
+
+class _Transform:
+    """What a monitor holds of an OPM: it does not keep it alive, and a copy of it does nothing."""
+
+    def __init__(self, opm: OPM | None = None) -> None:
+        self._opm = None if opm is None else weakref.ref(opm)
+
+    @property
+    def opm(self) -> OPM | None:
+        return None if self._opm is None else self._opm()
+
+    def __call__(self, name: str, current: Pass, output: Any) -> Any:
+        opm = self.opm
+        return output if opm is None else opm._on_output(name, current, output)
+
+    def __reduce__(self) -> tuple[type[_Transform], tuple[()]]:
+        return _Transform, ()
+
+
+class _BackwardWatch:
+    """Count backwards on one encoder's parameter until a first forward is seen.
+
+    Hooks on modules never fire on a model whose compiled code was there before them, and nothing else would tell.
+    """
+
+    def __init__(self, monitor: ModalityMonitor) -> None:
+        self._monitor = weakref.ref(monitor)
+        self._backwards = 0
+        self._handle: RemovableHandle | None = None
+        for parameter in (p for params in monitor.parameters.values() for p in params):
+            if parameter.requires_grad and not is_lazy(parameter):
+                self._handle = parameter.register_post_accumulate_grad_hook(self._count)
+                break
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _count(self, parameter: Tensor) -> None:
+        self._backwards += 1
+        monitor = self._monitor()
+        if self._backwards == _UNSEEN_BACKWARDS and monitor is not None:
+            self.stop()
+            warn_user(
+                f"{_UNSEEN_BACKWARDS} backwards without a training forward that OPM saw: nothing is dropped. "
+                f"Likely causes: {monitor.silence()}."
+            )
+
+
+def _take_off(
+    monitor: weakref.ref[ModalityMonitor],
+    scores: weakref.ref[Accumulator],
+    transform: _Transform,
+    watch: _BackwardWatch,
+) -> None:
+    """Take an OPM's hooks off."""
+    watch.stop()
+    alive, accumulator = monitor(), scores()
+    if alive is None:
+        return
+    alive.drop_transform(transform)
+    if accumulator is not None:
+        accumulator.discard()  # labels that are observed from now on are for another pass
+        alive.drop_accumulator(accumulator)
+
+
+def _nothing() -> None:
+    """No hook is on."""
+
+
+def _tell_unusable(warned: set[str], counts: dict[str, int]) -> None:
+    if counts["unusable_scores"]:
+        _warn_once(
+            warned,
+            "scores",
+            f"scores are not finite, all zero, or of fewer than two modalities: {_STAYS}. stats() counts such updates.",
+        )
+
+
+def _warn_once(warned: set[str], kind: str, message: str) -> None:
+    if kind not in warned:
+        warned.add(kind)
+        warn_user(message)
+
+
+def _check_monitor(monitor: ModalityMonitor) -> None:
+    if not isinstance(monitor, ModalityMonitor):
+        raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
+    monitor.expect_scores("OPM")
     for name, encoder in monitor.encoders.items():
         if getattr(encoder, "batch_first", True) is False:
             raise ValueError(
@@ -261,3 +449,22 @@ def _refuse_batch_second(monitor: ModalityMonitor) -> None:
                 f"{type(encoder).__name__} with batch_first=False: build it with batch_first=True, or put it into a "
                 "module that returns (B, ...)."
             )
+    if any(isinstance(t, _Transform) and t.opm is not None for t in monitor._transforms):
+        raise ValueError("this monitor serves an OPM already. Call its remove() first.")
+
+
+def _check_options(q_base: float, lam: float, p_exe: float, rescale: str, ratio: str) -> None:
+    for name, value in (("q_base", q_base), ("p_exe", p_exe)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` should lie in [0, 1]. Found {name} = {value}.")
+    if not 0 <= lam < float("inf"):
+        raise ValueError(f"`lam` should be non-negative and finite. Found lam = {lam}.")
+    if rescale not in get_args(Rescale):
+        raise ValueError(f"`rescale` should be one of {get_args(Rescale)}. Found {rescale!r}.")
+    if ratio not in get_args(RatioReduction):
+        raise ValueError(f"`ratio` should be one of {get_args(RatioReduction)}. Found {ratio!r}.")
+
+
+def _check_window(warmup: int, end: int | None) -> None:
+    if warmup < 0 or (end is not None and end < warmup):
+        raise ValueError(f"`warmup` and `end` should satisfy 0 <= warmup <= end. Found {warmup} and {end}.")

@@ -129,7 +129,7 @@ def plain_everything(epochs):
     model, given = model_and_batches()
     monitor = bo.ModalityMonitor(model, dict(model.encoders.items()), head="head")
     optimizer = bo.ModulatedOptimizer(momentum(model), monitor, method(), seed=SEED)
-    bo.OPM(monitor, seed=SEED)
+    modulator = bo.OPM(monitor, seed=SEED)
     scheduler = bo.ReLearnScheduler(
         optimizer, monitor, flat(3), flat(2, first=3), every=2, optimizer_state="keep", seed=SEED
     )
@@ -137,6 +137,7 @@ def plain_everything(epochs):
         train(model, optimizer, given)
         if epoch < epochs - 1:
             scheduler.step()
+    assert modulator.stats()["dropping"] > 0
     return model
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 import balanceopt as bo
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.prediction._drop import rescale_factors, sample_kept
-from balanceopt.prediction._probability import DropProbabilities
 from tests.models import Concat, watch
 
 REDUCTIONS = st.sampled_from(["mean_of_ratios", "ratio_of_means"])
@@ -30,14 +29,13 @@ qs = vectors(0, 1)
 
 def followed(score, *, q_base=0.5, lam=0.5, ratio="mean_of_ratios", count=None):
     """The drop probabilities after these summed scores."""
-    monitor = watch(Concat(len(score)))
-    probabilities = DropProbabilities(
-        monitor, q_base=q_base, lam=lam, ratio=ratio, report=lambda name, values: None
-    )
+    modulator = bo.OPM(watch(Concat(len(score))), q_base=q_base, lam=lam, ratio=ratio)
     count = torch.full_like(score, 64) if count is None else count
+    state = modulator.state_dict()
     if (score > 0).any():
-        probabilities.follow(torch.stack([score, count]))
-    return probabilities.value
+        modulator.load_state_dict({**state, "pending": torch.stack([score, count])})
+    modulator.update()
+    return modulator.q
 
 
 @given(scores, PROBABILITY, st.floats(0, 100), REDUCTIONS)

@@ -51,8 +51,7 @@ def train(
         vars(optimizer)["step"] = torch.compile(optimizer.step, backend=backend)
     if methods:
         monitor = watch(model)
-        if drop:
-            bo.OPM(monitor, seed=1)
+        modulator = bo.OPM(monitor, seed=1) if drop else None
         optimizer = bo.ModulatedOptimizer(optimizer, monitor, methods, seed=1)
     run: Any = torch.compile(model, backend=backend) if "model" in what else model
     step: Callable[[], Any] = lambda: optimizer.step()  # noqa: E731
@@ -63,6 +62,7 @@ def train(
         step()
     if methods:
         assert optimizer.stats()["modulated"] == steps
+        assert modulator is None or modulator.stats()["dropping"] > 0
     return model
 
 

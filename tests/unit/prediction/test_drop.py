@@ -159,7 +159,7 @@ def test_an_empty_batch_passes():
 
 def test_features_that_are_not_finite_are_zero_when_dropped():
     model, _ = warm(q_base=1)
-    inputs, _ = class_zero(model)
+    inputs = class_zero(model)[0]
     inputs[0] = inputs[0] * torch.inf
     assert not fused(model, inputs=inputs)[:, :4].any()
 
@@ -238,9 +238,10 @@ def test_a_user_function_gets_clean_features():
         return answering(0.8, 0.2)(features)
 
     model = small_model()
-    bo.OPM(watch(model, scores=scores), q_base=1, seed=0)
+    modulator = bo.OPM(watch(model, scores=scores), q_base=1, seed=0)
     for number in range(2):
         backward(model, class_zero(model, number))
+    assert modulator.stats()["dropping"] == 1
     assert all(z.all() for features in seen for z in features.values())
 
 

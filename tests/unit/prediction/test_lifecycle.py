@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -37,6 +40,40 @@ def test_remove_leaves_nothing_behind():
     assert not monitor._scorer.accumulators
 
 
+def test_one_that_is_garbage_collected_leaves_nothing_behind():
+    model, modulator = warm(q_base=1)
+    monitor, parameter = modulator.monitor, next(model.parameters())
+    gone = weakref.ref(modulator)
+    del modulator
+    assert gone() is None
+    assert kept(fused(model)).all()
+    assert not monitor._transforms
+    assert not monitor._scorer.accumulators
+    bo.OPM(monitor)
+    assert not parameter._post_accumulate_grad_hooks
+
+
+def test_one_that_its_model_holds_is_garbage_with_the_model():
+    model, modulator = warm()
+    model.modulator = modulator
+    gone = weakref.ref(modulator)
+    del model, modulator
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_behind():
+    model = small_model(1)
+    monitor = watch(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="nothing to balance"):
+            bo.OPM(monitor)
+    assert not monitor._transforms
+    assert not monitor._scorer.accumulators
+    assert not next(model.parameters())._post_accumulate_grad_hooks
+
+
 def test_labels_observed_after_it_was_removed_are_for_the_next_pass():
     model, modulator = warm()
     modulator.remove()
@@ -48,7 +85,7 @@ def test_labels_observed_after_it_was_removed_are_for_the_next_pass():
 
 def test_a_second_modulator_on_one_monitor_is_refused():
     _, modulator = dropping()
-    with pytest.raises(ValueError, match="serves a OPM already"):
+    with pytest.raises(ValueError, match="serves an OPM already"):
         bo.OPM(modulator.monitor)
     modulator.remove()
     bo.OPM(modulator.monitor)
@@ -61,6 +98,7 @@ def test_a_second_modulator_on_one_monitor_is_refused():
         ({"q_base": float("nan")}, "`q_base` should lie in"),
         ({"p_exe": -0.1}, "`p_exe` should lie in"),
         ({"lam": -1}, "`lam` should be non-negative"),
+        ({"lam": math.inf}, "`lam` should be non-negative and finite"),
         ({"rescale": "half"}, "`rescale` should be one of"),
         ({"ratio": "max"}, "`ratio` should be one of"),
         ({"warmup": -1}, "`warmup` and `end` should satisfy"),
@@ -113,31 +151,31 @@ def test_a_recorder_hears_ratio_and_drop_probability():
     assert probabilities == pytest.approx([0, 0, Q, Q])
 
 
-def test_copies_of_the_model_carry_their_own():
-    model, modulator = warm()
-    fused(model)
+def test_a_copy_of_the_model_is_not_dropped_from():
+    model, modulator = warm(q_base=1)
     twin = copy.deepcopy(model)
-    assert not kept(fused(twin)).all()
+    assert kept(fused(twin)).all()
+    assert not kept(fused(model)).all()
     assert modulator.stats()["forwards"] == 2
 
 
-def test_a_copy_goes_on_from_the_same_scores():
-    model, modulator = warm()
-    step(model, 1)
-    twin, twins = copy.deepcopy((model, modulator))
-    for one in (model, twin):
-        step(one, 2)
-    assert torch.equal(twins.q, modulator.q)
-    assert twins.stats() == modulator.stats()
+def through_pickle(value):
+    return pickle.loads(pickle.dumps(value))
 
 
-def test_it_survives_pickling_with_the_model():
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle])
+def test_a_copy_drops_nothing_and_says_what_to_do(copied):
     model = small_model()
-    modulator = bo.OPM(watch(model), seed=1)
-    backward(model, class_zero(model))
-    loaded_model, loaded = pickle.loads(pickle.dumps((model, modulator)))
-    backward(loaded_model, class_zero(loaded_model))
-    assert loaded.stats()["forwards"] == 2
+    modulator = bo.OPM(watch(model), q_base=1, seed=3)
+    backward_often(model, 2)
+    with pytest.warns(UserWarning, match=r"a copy of an OPM drops nothing.*this one's state_dict\(\)"):
+        twin, copies = copied((model, modulator))
+    assert torch.equal(copies.q, modulator.q)
+    assert kept(fused(twin)).all()
+    copies.remove()
+    resumed = bo.OPM(watch(twin), q_base=1)
+    resumed.load_state_dict(modulator.state_dict())
+    assert torch.equal(kept(fused(twin, 2)), kept(fused(model, 2)))
 
 
 def test_parts_called_one_by_one_are_dropped_too():
@@ -169,7 +207,7 @@ def test_forwards_that_no_hook_sees_are_said():
 
 def test_an_encoder_that_never_ran_is_said():
     model, _ = warm(q_base=1)
-    inputs, _ = class_zero(model)
+    inputs = class_zero(model)[0]
     audio = model.encoders["audio"]
     assert not kept(audio(inputs[0])).any()
     with pytest.warns(UserWarning, match="encoder of 'visual' was not called"):

@@ -111,6 +111,17 @@ def test_a_state_of_other_modalities_is_refused():
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("entry", Run().modulator.state_dict())
+def test_a_load_that_fails_changes_nothing(entry):
+    run = Run().train(batches(2))
+    before = repr(run.modulator.state_dict())
+    state = Run(seed=7).train(batches(3)).modulator.state_dict()
+    del state[entry]
+    with pytest.raises(KeyError, match=entry):
+        run.modulator.load_state_dict(state)
+    assert repr(run.modulator.state_dict()) == before
+
+
 def test_update_leaves_nothing_pending():
     run = Run().train(batches(2))
     before = run.modulator.q

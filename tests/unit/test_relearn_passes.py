@@ -35,7 +35,6 @@ from tests.relearning import loaders, random_streams, samples, scheduled, train_
 SETTINGS = {
     "lam": 3.0,
     "normalize": "minmax",
-    "init": "k-means++",
     "n_init": 1,
     "num_classes": None,
     "max_samples": 1000,

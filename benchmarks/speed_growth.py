@@ -12,7 +12,7 @@ from benchmarks.speed_report import Growth
 from benchmarks.speed_step import BASES, METHODS, Setting
 from benchmarks.timing import Contender, Timing, measure
 
-STEPS = ("OGM", "OGM-GE, pool", "AMSS")
+STEPS = ("OGM", "OGM-GE", "AMSS")
 
 
 def steps(setting: Setting, options: Options) -> dict[str, Timing]:

@@ -23,7 +23,6 @@ METHODS: dict[str, Callable[[], Modulation]] = {
     "OGM, lr": lambda: bo.OGM(0.3, noise=False, apply_to="lr"),
     "OGM-GE": lambda: bo.OGM(0.3),
     "OGM-GE, compiled": lambda: bo.OGM(0.3, noise="compiled"),
-    "OGM-GE, pool": lambda: bo.OGM(0.3, noise="pool"),
     "AMSS": lambda: bo.AMSS(),
     "AMSS+": lambda: bo.AMSS(scale="unbiased"),
 }

@@ -22,7 +22,6 @@ CLASSES = 6
 ROWS: dict[str, Callable[[], Modulation]] = {
     "OGM": METHODS["OGM"],
     "OGM-GE, compiled": METHODS["OGM-GE, compiled"],
-    "OGM-GE, pool": METHODS["OGM-GE, pool"],
     "AMSS": METHODS["AMSS"],
     "AMSS+": METHODS["AMSS+"],
 }

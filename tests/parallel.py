@@ -30,7 +30,6 @@ Fate = Callable[[int, Part], Part]
 METHODS: dict[str, Callable[[], list[bo.modulation.Modulation]]] = {
     "OGM": lambda: [bo.OGM(0.5, noise=False)],
     "OGM-GE": lambda: [bo.OGM(0.5)],
-    "OGM-GE pool": lambda: [bo.OGM(0.5, noise="pool")],
     "OGM lr": lambda: [bo.OGM(0.5, noise=False, apply_to="lr")],
     "OPM": list,
     "AMSS": lambda: [bo.AMSS()],
@@ -38,8 +37,6 @@ METHODS: dict[str, Callable[[], list[bo.modulation.Modulation]]] = {
     "all": lambda: [bo.OGM(0.5), bo.AMSS()],
 }
 DROPPING = ("OPM", "all")
-# Those for parameters in shards.
-SHARDED = tuple(method for method in METHODS if method != "OGM-GE pool")
 
 
 def rows_of(rank: int, ranks: int) -> Rows:

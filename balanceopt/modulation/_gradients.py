@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
+from balanceopt._random import scale_and_add_gaussians_
 from balanceopt.modulation._base import Slot
-from balanceopt.modulation._noise import Independent, NoiseSource
 from balanceopt.modulation._shards import all_finite, stds
 
 
@@ -31,13 +31,13 @@ def scale_and_add_noise_(
     noise_scale: Tensor,
     seed: int,
     step: int,
-    source: NoiseSource | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """`g <- k g + noise_scale * std(g) * N(0, 1)` tensor by tensor, std of the unscaled gradient.
 
     Returns how many gradients were not finite and left alone, 0-d.
     """
-    source = Independent() if source is None else source
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
         sigma = stds([slot.grad for slot in own])
@@ -51,7 +51,7 @@ def scale_and_add_noise_(
         if len(touched) < len(own):
             factors, scales = (torch.stack([x[i] for i in touched]) for x in (factors, scales))
         grads, indices = [own[i].grad for i in touched], [own[i].index for i in touched]
-        source.scale_and_add_(grads, factors, scales, seed, step, indices)
+        scale_and_add_gaussians_(grads, factors, scales, seed, step, indices, compiled=compiled)
     return left
 
 

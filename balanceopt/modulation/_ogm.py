@@ -16,7 +16,7 @@ from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, 
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
 from balanceopt.modulation._lr import check_lr, scale_lr
-from balanceopt.modulation._noise import Noise, parameters_of, source_of
+from balanceopt.modulation._noise import Noise, parameters_of, prepare_compiled
 from balanceopt.monitor import ModalitySums
 
 
@@ -33,8 +33,7 @@ class OGM(Modulation):
         alpha: strength, >= 0 (published: 0.1 VGGSound, 0.8 CREMA-D).
         form: `"cvpr"`, `"cvpr_v0"` or `"tpami"`, as in `modulation_coefficient`.
         noise: add the noise h (OGM-GE) or not (OGM). `"compiled"` makes the same noise but for rounding, faster, by a
-            kernel that is compiled when the optimizer is built (seconds, once a process); `"pool"` makes the elements
-            from a pool of numbers that is refreshed in part each step, faster still, an approximation.
+            kernel that is compiled when the optimizer is built (seconds, once a process).
         noise_scale: factor on its standard deviation.
         apply_to: `"grad"` scales gradients. Adam and its kin divide a constant factor out again; `"lr"` scales the
             learning rate of the modality's parameters for this step instead, which acts on any base, and on the noise
@@ -91,7 +90,6 @@ class OGM(Modulation):
         self.apply_to = apply_to
         self.min_ndim = min_ndim
         self.ratio: RatioReduction = ratio
-        self._source = source_of(noise)
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Say so where scaling gradients does nothing to the base, or its learning rate can't be scaled."""
@@ -103,8 +101,8 @@ class OGM(Modulation):
             )
         if self.alpha > 0 and self.apply_to == "lr":
             check_lr(optimizer)
-        if self.noise and self.noise_scale > 0:
-            self._source.prepare(parameters_of(optimizer, self.min_ndim))
+        if self.noise == "compiled" and self.noise_scale > 0:
+            prepare_compiled(parameters_of(optimizer, self.min_ndim))
 
     def modulate(self, step: Step) -> Undo | None:
         """Scale by the step's coefficients and add noise."""
@@ -115,7 +113,6 @@ class OGM(Modulation):
         noisy = self.noise and self.noise_scale > 0
         if noisy:
             _refuse_sparse(slots)
-            self._source.begin(parameters_of(step.optimizer, self.min_ndim))
         coefficient, usable = self.coefficient(step)
         step.count("unusable_scores", ~usable)
         known_usable = on_host(usable)
@@ -130,7 +127,7 @@ class OGM(Modulation):
             if noisy:
                 scale = torch.where(usable, self.noise_scale, 0.0)
                 left = scale_and_add_noise_(
-                    own, scaled[position], scale, step.seed, step.number, self._source
+                    own, scaled[position], scale, step.seed, step.number, compiled=self.noise == "compiled"
                 )
             elif known is None or known[position] != 1:
                 left = scale_grads_(own, scaled[position])

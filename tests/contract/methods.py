@@ -33,11 +33,6 @@ METHODS = [
     Method("OGM", partial(bo.OGM, 0.5, noise=False), limit=partial(bo.OGM, 0, noise=False)),
     Method("OGM-GE", partial(bo.OGM, 0.5), limit=partial(bo.OGM, 0, noise_scale=0)),
     Method(
-        "OGM-GE pool",
-        partial(bo.OGM, 0.5, noise="pool"),
-        limit=partial(bo.OGM, 0, noise="pool", noise_scale=0),
-    ),
-    Method(
         "OGM lr",
         partial(bo.OGM, 0.5, noise=False, apply_to="lr"),
         limit=partial(bo.OGM, 0, noise=False, apply_to="lr"),

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_files
 from torch.distributed.checkpoint.state_dict_saver import save as save_files
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.parallel import METHODS, SHARDED, Run, difference, shard
+from tests.parallel import METHODS, Run, difference, shard
 from tests.ranks import on_ranks
 
 pytestmark = [
@@ -31,7 +31,7 @@ FORMATS = {
     "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
 }
 CASES = [
-    *(("shard", how, method) for how in FORMATS for method in SHARDED),
+    *(("shard", how, method) for how in FORMATS for method in METHODS),
     *(("ddp", "sharded", method) for method in METHODS),
 ]
 ACROSS = [case for case in CASES if case[1] != "full"]

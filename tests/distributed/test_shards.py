@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import balanceopt as bo
 from tests.models import Concat
-from tests.parallel import METHODS, SHARDED, Run, alone, difference, gated, shard
+from tests.parallel import METHODS, Run, alone, difference, gated, shard
 from tests.ranks import FOUR, on_ranks
 from tests.training import groups_of, sgd
 
@@ -48,8 +48,8 @@ def hybrid(model: nn.Module) -> nn.Module:
 
 
 WRAPS: dict[str, Any] = {"rows": shard, "columns": by_columns, "bfloat16": in_bfloat16}
-CASES = [(wrap, method) for wrap in WRAPS for method in SHARDED]
-HYBRID = [("hybrid", method) for method in SHARDED]
+CASES = [(wrap, method) for wrap in WRAPS for method in METHODS]
+HYBRID = [("hybrid", method) for method in METHODS]
 
 
 def train_all(rank: int, ranks: int) -> dict[Any, Any]:
@@ -66,7 +66,7 @@ def train_all(rank: int, ranks: int) -> dict[Any, Any]:
         for kind in ("rows", "columns")
         for method in ("OGM-GE", "AMSS", "AMSS+", "all")
     }
-    told["collectives"] = {method: collectives(rank, ranks, method) for method in SHARDED}
+    told["collectives"] = {method: collectives(rank, ranks, method) for method in METHODS}
     told["later"] = sharded_later(rank, ranks)
     return told
 

@@ -330,7 +330,7 @@ def test_outside_the_window_no_scores_are_asked_for():
         ({"alpha": -1}, "`alpha` should be non-negative. Found alpha = -1."),
         ({"alpha": NAN}, "`alpha` should be non-negative"),
         ({"noise_scale": -0.1}, "`noise_scale` should be non-negative"),
-        ({"noise": "fast"}, "`noise` should be a bool or one of .*'pool'.* Found 'fast'"),
+        ({"noise": "fast"}, "`noise` should be a bool or one of .*'compiled'.* Found 'fast'"),
         ({"form": "A"}, "`form` should be one of .*'cvpr'.* Found 'A'"),
         ({"apply_to": "update"}, "`apply_to` should be 'grad' or 'lr'"),
         ({"ratio": "sum"}, "`ratio` should be one of"),

@@ -86,12 +86,6 @@ def test_noise_is_made_in_pieces(noise):
     assert kept < 0.01
 
 
-def test_the_pool_is_a_quarter_more_than_the_largest_parameter():
-    peak, kept = step(bo.OGM(0.5, noise="pool"))
-    assert peak < PIECE
-    assert kept == pytest.approx(1.25, abs=0.01)
-
-
 @pytest.mark.parametrize("scale", ["none", "unbiased", "official"])
 def test_amss_makes_numbers_for_units(scale):
     units = 2 * sum(shape[0] for shape in SHAPES if len(shape) > 1)

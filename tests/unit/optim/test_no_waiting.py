@@ -44,7 +44,6 @@ def test_the_guard_sees_what_it_should():
 MODULATIONS: dict[str, Any] = {
     "OGM": bo.OGM(0.5, noise=False),
     "OGM-GE": bo.OGM(0.5),
-    "OGM-GE, pool": bo.OGM(0.5, noise="pool"),
     "tpami": bo.OGM(0.5, form="tpami", ratio="ratio_of_means"),
     "AMSS": bo.AMSS(),
     "AMSS+": bo.AMSS(scale="unbiased"),

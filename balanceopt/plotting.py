@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from balanceopt._files import replacing
 
 if TYPE_CHECKING:
     from balanceopt.recording import Row
@@ -35,8 +38,10 @@ def plot_rows(
 
     Raises:
         ImportError: without matplotlib (extra `plot`).
-        ValueError: if there is nothing to draw.
+        ValueError: if there is nothing to draw, or `smooth` is not a whole number of at least 1.
     """
+    if not isinstance(smooth, int) or smooth < 1:
+        raise ValueError(f"`smooth` should be a whole number of at least 1. Found smooth = {smooth!r}.")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -48,17 +53,23 @@ def plot_rows(
     figure = Figure(figsize=(7, 2.2 * len(shown)), layout="constrained")
     for axes, quantity in zip(np.ravel(figure.subplots(len(shown), 1, sharex=True)), shown, strict=True):
         modalities = list(dict.fromkeys(row.modality for row in rows if row.quantity == quantity))
+        lines = []
         for colour, modality in zip(_cycled(COLOURS, len(modalities)), modalities, strict=True):
             points = [(r.step, r.value) for r in rows if (r.quantity, r.modality) == (quantity, modality)]
             steps, values = np.array(points).T
             axes.plot(steps, values, color=colour, alpha=0.3 if smooth > 1 else 1.0, linewidth=1)
-            axes.plot(steps, _running_mean(values, smooth), color=colour, label=modality)
-        axes.set_ylabel(quantity)
+            lines += axes.plot(steps, _running_mean(values, smooth), color=colour)
+        axes.set_ylabel(quantity, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper right")
+        # Names are set after the legend is made: in a label matplotlib reads "$" as mathematics and "_" as hidden.
+        legend = axes.legend(lines, [str(i) for i in range(len(lines))], frameon=False, loc="upper right")
+        for text, modality in zip(legend.get_texts(), modalities, strict=True):
+            text.set_parse_math(False)
+            text.set_text(modality)
     axes.set_xlabel("step")
     if path is not None:
-        figure.savefig(path, dpi=150)
+        with replacing(path) as beside:
+            figure.savefig(beside, dpi=150, format=Path(path).suffix[1:] or "png")
     return figure
 
 

@@ -6,10 +6,12 @@ import csv
 from os import PathLike
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakMethod, finalize
 
 from torch import Tensor
 
 from balanceopt._deferred import on_host
+from balanceopt._files import replacing
 
 
 class Row(NamedTuple):
@@ -31,6 +33,8 @@ class Source(Protocol):
 
 # How many tensors on an accelerator wait before they are copied to the host together.
 _WAITING = 256
+# A spreadsheet runs a cell that begins with one of these as a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Recorder:
@@ -41,7 +45,8 @@ class Recorder:
         every: record only every n-th step.
 
     Raises:
-        ValueError: if `every` is below 1.
+        ValueError: if `every` is not a whole number of at least 1.
+        TypeError: if a source tells no numbers.
 
     Example:
         >>> recorder = Recorder()
@@ -50,14 +55,23 @@ class Recorder:
     """
 
     def __init__(self, *sources: Source, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"`every` should be at least 1. Found every = {every}.")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"`every` should be a whole number of at least 1. Found every = {every!r}.")
+        for source in sources:
+            if not isinstance(getattr(source, "listeners", None), list):
+                raise TypeError(
+                    "a source should be a ModulatedOptimizer, what `attach` returns, an OPM or a ReLearnScheduler. "
+                    f"Found {source!r}."
+                )
         self.every = every
         self._rows: list[Row] = []
         self._waiting: list[tuple[int, str, tuple[str, ...], Tensor]] = []
-        self._sources = list(sources)
+        self._sources = sources
+        # Sources hold the recorder weakly: what nobody can read any more is not recorded.
+        listener = _WeakListener(WeakMethod(self._hear))
+        self._remove = finalize(self, _stop_listening, [source.listeners for source in sources], listener)
         for source in sources:
-            source.listeners.append(self._hear)
+            source.listeners.append(listener)
 
     def rows(self) -> list[Row]:
         """All numbers so far, in the order in which they came."""
@@ -75,11 +89,15 @@ class Recorder:
         return found
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write `step,quantity,modality,value` lines."""
-        with open(path, "w", newline="") as file:
+        """Write `step,quantity,modality,value` lines in UTF-8; an existing file is replaced once all is written.
+
+        A name that a spreadsheet would run as a formula is written with an apostrophe before it.
+        """
+        with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(Row._fields)
-            writer.writerows(self.rows())
+            for step, quantity, modality, value in self.rows():
+                writer.writerow((step, _as_text(quantity), _as_text(modality), value))
 
     def plot(self, path: str | PathLike[str] | None = None, **options: Any) -> Any:
         """Draw every quantity over time, one panel each; returns the matplotlib figure, saved if `path` is given.
@@ -96,11 +114,8 @@ class Recorder:
         return plot_rows(self.rows(), path, **options)
 
     def remove(self) -> None:
-        """Stop recording; what was recorded stays."""
-        for source in self._sources:
-            if self._hear in source.listeners:
-                source.listeners.remove(self._hear)
-        self._sources.clear()
+        """Stop recording; what was recorded stays. May be called twice."""
+        self._remove()
 
     def __enter__(self) -> Recorder:
         return self
@@ -124,3 +139,25 @@ class Recorder:
                 Row(step, quantity, name, float(x)) for name, x in zip(modalities, numbers, strict=True)
             ]
         self._waiting.clear()
+
+
+class _WeakListener:
+    """A listener that hands on to a recorder as long as the recorder lives."""
+
+    def __init__(self, hear: WeakMethod[Any]) -> None:
+        self._hear = hear
+
+    def __call__(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
+        hear = self._hear()
+        if hear is not None:
+            hear(step, quantity, modalities, values)
+
+
+def _stop_listening(lists: list[list[Any]], listener: _WeakListener) -> None:
+    for listeners in lists:
+        if listener in listeners:
+            listeners.remove(listener)
+
+
+def _as_text(name: str) -> str:
+    return f"'{name}" if name.startswith(_FORMULA) else name

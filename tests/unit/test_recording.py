@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,12 @@ def recorded(steps: int = 4, **options: Any) -> bo.Recorder:
     return recorder
 
 
+def recorder_of(name: str) -> bo.Recorder:
+    recorder = bo.Recorder()
+    recorder._rows.append(Row(0, "score", name, -1.0))
+    return recorder
+
+
 def test_rows_of_a_run():
     recorder = recorded(2)
     found = [(row.step, row.quantity, row.modality) for row in recorder.rows()]
@@ -56,8 +65,28 @@ def test_series():
 
 def test_every():
     assert sorted({row.step for row in recorded(7, every=3).rows()}) == [0, 3, 6]
-    with pytest.raises(ValueError, match=r"`every` should be at least 1\. Found every = 0"):
-        bo.Recorder(every=0)
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, float("nan"), True, "2", None])
+def test_every_is_a_count(every: Any):
+    with pytest.raises(ValueError, match=r"`every` should be a whole number of at least 1\. Found every = "):
+        bo.Recorder(every=every)
+
+
+@pytest.mark.parametrize("wrong", [3, None, "optimizer", bo.Recorder, torch.nn.Linear(1, 1)])
+def test_a_refused_source_leaves_no_listener_on_the_others(wrong: Any):
+    source = Source()
+    with pytest.raises(TypeError, match="a source should be a ModulatedOptimizer, what `attach` returns"):
+        bo.Recorder(source, wrong)
+    assert source.listeners == []
+
+
+def test_a_dropped_recorder_stops_listening():
+    source = Source()
+    recorder = bo.Recorder(source)
+    del recorder
+    gc.collect()
+    assert source.listeners == []
 
 
 def test_several_sources():
@@ -126,6 +155,50 @@ def test_csv(tmp_path: Path):
     assert [Row(int(s), q, m, float(v)) for s, q, m, v in lines] == recorder.rows()
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@a", "\t=1", "\r=1"])
+def test_a_spreadsheet_runs_no_cell(name: str, tmp_path: Path):
+    recorder = recorder_of(name)
+    recorder.to_csv(tmp_path / "run.csv")
+    with open(tmp_path / "run.csv", newline="", encoding="utf-8") as file:
+        (_, _, modality, value) = list(csv.reader(file))[1]
+    assert (modality, value) == (f"'{name}", "-1.0")
+
+
+def test_names_are_written_in_utf_8_whatever_the_locale(tmp_path: Path):
+    code = (
+        "import balanceopt as bo; from balanceopt.recording import Row; recorder = bo.Recorder(); "
+        "recorder._rows.append(Row(0, 'score', '\\u65e5\\u672c', 1.0)); recorder.to_csv('run.csv')"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    ascii_only["PYTHONPATH"] = str(Path(bo.__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=ascii_only, timeout=120)
+    assert "\u65e5\u672c" in (tmp_path / "run.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("write", ["to_csv", "plot"])
+def test_a_write_that_fails_leaves_the_old_file(write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target = tmp_path / "run.png"
+    target.write_text("old")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("balanceopt.recording.csv.writer", fail)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        getattr(recorder_of("a"), write)(target)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_stays_a_link(tmp_path: Path):
+    (tmp_path / "run.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "run.csv")
+    recorder_of("a").to_csv(tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert "score" in (tmp_path / "run.csv").read_text()
+
+
 def test_on_an_accelerator_numbers_are_fetched_when_asked_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("balanceopt.recording.on_host", lambda tensor: None)
     source = Source()
@@ -170,6 +243,21 @@ def test_any_width(smooth: int):
 def test_more_modalities_than_colours():
     rows = [Row(0, "k", f"m{i}", 1.0) for i in range(9)]
     assert len(plot_rows(rows).axes[0].get_legend().get_texts()) == 9
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "_audio", "", "a$b$", "\\alpha"])
+def test_names_are_drawn_as_they_are(name: str, tmp_path: Path):
+    figure = recorder_of(name).plot(tmp_path / "run.png")
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [name]
+    assert (tmp_path / "run.png").stat().st_size > 0
+    figure = plot_rows([Row(0, name, "a", 1.0)], tmp_path / "run.png")
+    assert figure.axes[0].get_ylabel() == name
+
+
+@pytest.mark.parametrize("smooth", [0, -1, 1.5])
+def test_the_width_of_a_running_mean_is_a_count(smooth: Any):
+    with pytest.raises(ValueError, match="`smooth` should be a whole number of at least 1"):
+        recorder_of("a").plot(smooth=smooth)
 
 
 def test_nothing_to_draw():

@@ -1,11 +1,15 @@
 # `make help` lists the targets. Each one installs what it needs, once, into $(VENV); nothing else is touched.
 
-PYTHON ?= python3
-VENV ?= .venv
-DATA ?=
-ARGS ?=
+# Given on the command line, as in `make PYTHON=python3.12 test`; variables of the environment do not count, since `clean`
+# deletes $(VENV) and `demo` reads $(DATA).
+PYTHON := python3
+VENV := .venv
+DATA :=
+ARGS :=
 # Test processes side by side.
-JOBS ?= 2
+JOBS := 2
+# The environment's own PIP_USER would install beside $(VENV).
+export PIP_USER := 0
 
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt

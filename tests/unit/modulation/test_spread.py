@@ -1,4 +1,4 @@
-"""Standard deviations from sums, against float64; where sums would lose digits, torch's own."""
+"""Standard deviations against float64."""
 
 from __future__ import annotations
 
@@ -29,6 +29,28 @@ def test_agrees_with_float64(size, mean, scale):
 @pytest.mark.parametrize("value", [0.0, 3.0, -0.125])
 def test_equal_numbers_have_no_spread(size, value):
     assert std(torch.full((size,), value)) == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("value", [0.1, 0.7, 3.3])
+def test_equal_sizes_stay_within_the_stated_bound(size, value):
+    # Roundings all go one way: the most that a float32 sum can lose.
+    x = value * torch.randn(size).sign()
+    torch.testing.assert_close(std(x).double(), x.double().std(correction=0), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [2**15, 2**20 + 7])
+def test_the_number_of_threads_changes_nothing(size):
+    x = torch.randn(size)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(std(x))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

@@ -2,7 +2,7 @@
 
 from balanceopt.functional._coefficients import drop_probability, modulation_coefficient
 from balanceopt.functional._kmeans import KMeansResult, kmeans
-from balanceopt.functional._labels import recover_labels
+from balanceopt.functional._labels import recover_labels, recover_scale
 from balanceopt.functional._logits import linear_logits
 from balanceopt.functional._masks import keep_ratio, kept_units, unit_importance
 from balanceopt.functional._purity import purity
@@ -32,6 +32,7 @@ __all__ = [
     "modulation_coefficient",
     "purity",
     "recover_labels",
+    "recover_scale",
     "reinit_strength",
     "sample_units",
     "significance_from_sums",

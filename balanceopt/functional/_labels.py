@@ -1,4 +1,4 @@
-"""Labels read back from the gradient of a cross-entropy loss at the logits."""
+"""Labels, and each row's factor, read back from the gradient of a cross-entropy loss at the logits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ INVALID = -100
 
 # Entries this much smaller than a row's largest are rounding, not a sign.
 _CLEAR = 1e-6
+# How far float32 arithmetic of the user's loss may be from ours, in parts of an entry.
+_TOLERANCE = 1e-3
 # Fewest classes for which a line through the non-label entries can single the label out.
 _FEWEST_FOR_LINE = 4
 
@@ -25,6 +27,20 @@ class RecoveredLabels(NamedTuple):
 
     labels: Tensor
     ambiguous: Tensor
+
+
+class RecoveredScale(NamedTuple):
+    """What `recover_scale` read.
+
+    Attributes:
+        scale: float64 `(B,)`, each row's factor; 0 where the label is -100 or the gradient is not finite.
+        doubtful: bool `(B,)`, labelled rows whose gradient is not that of a plain cross-entropy.
+        vanished: bool `(B,)`, unlabelled rows without any gradient that may have lost it by rounding alone.
+    """
+
+    scale: Tensor
+    doubtful: Tensor
+    vanished: Tensor
 
 
 @torch.no_grad()
@@ -64,9 +80,75 @@ def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
             "`grad` and `logits` should have the same shape (B, C), C >= 2. "
             f"Found {tuple(grad.shape)} and {tuple(logits.shape)}."
         )
-    where = torch.device("cpu") if grad.device.type == "mps" else grad.device  # MPS has no float64
+    where = _with_float64(grad.device)
     found = _read(grad.to(where).double(), logits.to(where).double(), torch.finfo(grad.dtype).eps)
     return RecoveredLabels(*(x.to(grad.device) for x in found))
+
+
+@torch.no_grad()
+def recover_scale(grad: Tensor, logits: Tensor, labels: Tensor) -> RecoveredScale:
+    r"""Read how much each row counts in a cross-entropy loss from the loss's gradient.
+
+    $$\frac{\partial L}{\partial \text{logits}_{ic}} = s_i \left(p_{ic} - 1[c = y_i]\right)$$
+
+    so \(s_i\) is the ratio of the sums of the gradient and of p over the classes other than the label, which stays
+    exact for saturated rows: 1/B of the mean loss, times a loss scale, a share of accumulated batches, a weight of the
+    row's class. Where all rows agree they share one factor, taken over all of them.
+
+    Args:
+        grad: `(B, C)`, gradient of the loss with respect to `logits`.
+        logits: `(B, C)`.
+        labels: int64 `(B,)` class indices; -100 for rows that do not count.
+
+    Returns:
+        `RecoveredScale(scale, doubtful, vanished)`, on the device of `logits`; the scale in float32 where the device
+        has no float64.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+        >>> (0.5 * torch.nn.functional.cross_entropy(logits, torch.tensor([1]))).backward()
+        >>> recover_scale(logits.grad, logits, torch.tensor([1])).scale
+        tensor([0.5000], dtype=torch.float64)
+
+    Reference:
+        ours (docs/methods/unimodal.md).
+    """
+    where = _with_float64(logits.device)
+    info = torch.finfo(grad.dtype)
+    finite = torch.isfinite(grad).all(1).to(where)
+    zero = (grad == 0).all(1).to(where)
+    labels = labels.to(where)
+    counted = finite & (labels != INVALID)
+    g = torch.where(counted[:, None], grad.to(where).double(), 0)
+    probabilities = logits.to(where).double().softmax(1)
+    p = torch.where(counted[:, None], probabilities, 0)
+    label = torch.zeros_like(g).scatter_(1, torch.where(counted, labels, 0)[:, None], 1.0)
+    off, mass = (g * (1 - label)).sum(1), (p * (1 - label)).sum(1)
+    shared = off.sum() / mass.sum().clamp(min=1e-300)
+    by_row = off / mass.clamp(min=1e-300)
+    direction = torch.where(counted[:, None], p - label, 0)
+    fits_shared, fits_by_row = (_fits(g, s * direction, s, info) for s in (shared, by_row[:, None]))
+    uniform = (fits_shared | ~counted).all()
+    scale = torch.where(counted, torch.where(uniform, shared, by_row), 0)
+    doubtful = counted & ~torch.where(uniform, fits_shared, fits_by_row)
+    # Without a gradient a row was ignored, unless its label was so sure that the gradient vanished.
+    second = probabilities.topk(2, 1).values[:, 1]
+    vanishing = shared * second <= 2 * info.smallest_normal * info.eps
+    vanished = (labels == INVALID) & finite & zero & (shared > 0) & vanishing
+    scale = scale.to(torch.float32 if where != logits.device else scale.dtype)
+    return RecoveredScale(*(x.to(logits.device) for x in (scale, doubtful, vanished)))
+
+
+def _with_float64(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _fits(g: Tensor, model: Tensor, scale: Tensor, info: torch.finfo) -> Tensor:
+    """Whether rows of gradients are the model's, up to rounding `(B,)`."""
+    # The label's entry is p - 1, rounded where p is near 1; the smallest numbers lose digits.
+    floor = 16 * torch.finfo(torch.float32).eps * scale.abs() + 4 * info.smallest_normal * info.eps
+    allowed = max(_TOLERANCE, 4 * info.eps) * model.abs() + floor
+    return ((g - model).abs() <= allowed).all(1)
 
 
 def _read(g: Tensor, logits: Tensor, rounding: float) -> tuple[Tensor, Tensor]:

@@ -2,17 +2,24 @@
 
 from balanceopt.monitor._accumulator import Accumulator
 from balanceopt.monitor._monitor import ModalityMonitor
-from balanceopt.monitor._outputs import map_tensors, tensors_in
+from balanceopt.monitor._outputs import logits_of, map_tensors, tensors_in
 from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._recovery import two_classes
+from balanceopt.monitor._rows import as_rows
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._supported import in_backward
+from balanceopt.monitor._weak import WeakHook
 
 __all__ = [
     "Accumulator",
     "ModalityMonitor",
     "ModalitySums",
     "Pass",
+    "WeakHook",
+    "as_rows",
     "in_backward",
+    "logits_of",
     "map_tensors",
     "tensors_in",
+    "two_classes",
 ]

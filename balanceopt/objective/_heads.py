@@ -1,13 +1,27 @@
-"""Linear heads of each modality's own, built for the width that its features turn out to have."""
+"""What a modality answers by itself: a linear head on its features, and the loss of its logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from balanceopt._pooling import Pool, pool_features
+from balanceopt._torch import after_backward, backward_number
+from balanceopt.distributed import Group, active_group
+from balanceopt.monitor import ModalityMonitor, two_classes
+
+HeadKind = Literal["own", "shared"]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class OwnHead(nn.LazyLinear):
-    """A linear layer whose width the first features tell, with nn.Linear's distribution of initial weights.
+    """A linear layer that takes its width from the first features, with nn.Linear's distribution of initial weights.
 
     The weights are a function of the seed: the same on every rank, and the global random stream is left alone.
     """
@@ -28,29 +42,177 @@ class OwnHead(nn.LazyLinear):
                 parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
 
 
-def build(head: nn.Module, width: int) -> None:
-    """Build an `OwnHead` for features of this width, unless it is built."""
+def build(head: nn.Linear, width: int) -> None:
+    """Build an `OwnHead` for features of this width, unless it is built or a checkpoint has brought its weights."""
     if isinstance(head, OwnHead):
+        width = width if head.has_uninitialized_params() else head.weight.shape[1]
         with torch.no_grad():
-            like = next(head.parameters())
-            head(torch.empty(0, width, device=like.device, dtype=like.dtype))
+            head(torch.empty(0, width, device=head.weight.device, dtype=head.weight.dtype))
 
 
-def answer(head: nn.Linear, vectors: Tensor, name: str) -> Tensor:
-    """The head's logits `(B, C)` of `(B, D)` features.
+class Heads:
+    """Each modality's head: its own, or its part of the shared one.
+
+    Attributes:
+        own: the own heads, in the order of the monitor's modalities; none where the shared head is used.
+        average: of the own heads' gradients over ranks.
+    """
+
+    def __init__(self, monitor: ModalityMonitor, own: nn.ModuleList, out_features: int, pool: Pool) -> None:
+        """Use the heads in `own`; an empty list for the shared head."""
+        self.monitor = monitor
+        self.own = own
+        self.out_features = out_features
+        self.pool: Pool = pool
+        self.average = GradientAverage(own, monitor.group)
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is the shared head that answers."""
+        return len(self.own) == 0
+
+    def of(self, name: str) -> nn.Linear:
+        """A modality's own head."""
+        head = self.own[self.monitor.modalities.index(name)]
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters that make a modality's logits of its features, those that are trained."""
+        head = self.monitor.head
+        modules: Iterable[nn.Module] = head.values() if isinstance(head, Mapping) else [head] if head else []
+        modules = modules if self.shared else [self.of(name)]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def logits(self, name: str, features: Tensor) -> Tensor:
+        """The logits `(B, C)` of a modality's features `(B, ...)`, attached to the graphs of both.
+
+        Raises:
+            ValueError: if the features have another width than the head was built for, or the shared head another
+                number of outputs than `out_features`.
+        """
+        if self.shared:
+            logits = self.monitor.live_logits(name, features)
+            if logits.shape[-1] != self.out_features:
+                raise ValueError(
+                    f"`out_features` should be that of the shared head, {logits.shape[-1]}. "
+                    f"Found {self.out_features}."
+                )
+            return logits
+        head = self.of(name)
+        vectors = pool_features(features, self.pool, self.monitor.projection(name))
+        if isinstance(head, OwnHead):
+            build(head.to(vectors.device), vectors.shape[1])
+        if vectors.shape[1] != head.in_features:
+            raise ValueError(
+                f"the features of {name!r} should have width {head.in_features}, for which its head was built. "
+                f"Found {vectors.shape[1]}."
+            )
+        if not torch.is_autocast_enabled(vectors.device.type):
+            vectors = vectors.to(head.weight.dtype)
+        answer: Tensor = head(vectors)
+        return answer
+
+
+class GradientAverage:
+    """Average gradients over ranks once, at the end of a backward, as DistributedDataParallel does for its own.
+
+    Gradients that were averaged before, of earlier micro-batches, are equal on all ranks and stay as they are.
+    """
+
+    def __init__(self, heads: nn.ModuleList, group: Group) -> None:
+        """Average the gradients of `heads` over `group`."""
+        self.heads = heads
+        self.group = group
+        self._backward = -1
+        self._all_built = False
+
+    def after_this_backward(self) -> None:
+        """Average when the backward that is running ends; every rank has to ask."""
+        number = backward_number()
+        if active_group(self.group) is not None and number != self._backward:
+            self._backward = number
+            after_backward(self.run)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Average the gradients now."""
+        ranks = active_group(self.group)
+        if ranks is None or not len(self.heads):
+            return
+        if not self._all_built:
+            self._build_together(ranks)
+        built = [p for p in self.heads.parameters() if not is_lazy(p)]
+        if not built:
+            return
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in built]
+        held = torch.tensor([p.grad is not None for p in built], device=parts[0].device)
+        flat = torch.cat([*(part.flatten().float() for part in parts), held.float()])
+        dist.all_reduce(flat, group=ranks)
+        sums = flat.split([*(p.numel() for p in built), len(built)])
+        # Reading waits for the device; where this rank has all gradients there is nothing to read.
+        complete = all(p.grad is not None for p in built)
+        anywhere = [1.0] * len(built) if complete else sums[-1].tolist()
+        for parameter, total, count in zip(built, sums, anywhere, strict=False):
+            if count:
+                mean = (total / dist.get_world_size(ranks)).view_as(parameter).to(parameter.dtype)
+                if parameter.grad is None:
+                    parameter.grad = mean
+                else:
+                    parameter.grad.copy_(mean)
+
+    def _build_together(self, ranks: dist.ProcessGroup) -> None:
+        """Build the heads that any rank has built: this one's batches may have lacked the modality so far."""
+        heads = [head for head in self.heads if isinstance(head, nn.Linear)]
+        built = [0 if is_lazy(head.weight) else head.weight.shape[1] for head in heads]
+        widths = torch.tensor(built, device=heads[0].weight.device)
+        dist.all_reduce(widths, op=dist.ReduceOp.MAX, group=ranks)
+        for head, width in zip(heads, widths.tolist(), strict=True):
+            if width:
+                build(head, width)
+        self._all_built = bool(widths.all())
+
+
+def as_target(labels: Tensor, logits: Tensor, name: str) -> Tensor:
+    """Class indices `(B,)`, or class probabilities `(B, C)`, on the logits' device.
 
     Raises:
-        ValueError: if the features have another width than the head was built for.
+        ValueError: if they are not one for each row of the logits.
     """
-    if isinstance(head, OwnHead):
-        head.to(vectors.device)
-        build(head, vectors.shape[1])
-    if vectors.shape[1] != head.in_features:
+    target = torch.as_tensor(labels).to(logits.device)
+    soft = target.is_floating_point() and target.dim() == 2 and target.shape[1] > 1
+    if not soft:
+        # A single logit: binary labels, often kept as floats for BCEWithLogitsLoss.
+        target = target.flatten().long() if logits.shape[-1] == 1 else target
+        target = target.flatten() if target.dim() == 2 and target.shape[1] == 1 else target
+    if target.shape[:1] != logits.shape[:1] or (target.dim() != 1 and not soft):
         raise ValueError(
-            f"the features of {name!r} should have width {head.in_features}, for which its head was built. "
-            f"Found {vectors.shape[1]}."
+            f"`labels` should have one entry for each of the {len(logits)} samples of {name!r}. "
+            f"Found shape {tuple(target.shape)}."
         )
-    if not torch.is_autocast_enabled(vectors.device.type):
-        vectors = vectors.to(head.weight.dtype)
-    logits: Tensor = head(vectors)
-    return logits
+    return target
+
+
+def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Mean over the rows whose label counts; 0 where none does."""
+    soft = target.is_floating_point()
+    total = row_cross_entropy(logits, target, ignore_index).sum()
+    count = torch.ones_like(target[:, 0]) if soft else target != ignore_index
+    return total / count.sum().clamp(min=1)
+
+
+def row_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """`(B,)`, in float32 or wider; 0 where the label does not count."""
+    if target.is_floating_point():
+        return F.cross_entropy(widened(logits), target, reduction="none")
+    return F.cross_entropy(widened(two_classes(logits)), target, reduction="none", ignore_index=ignore_index)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Convert to float32, unless it is wider."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def loss_of(loss: Loss, logits: Tensor, labels: Any) -> Tensor:
+    """The user's loss of uni-modal logits; a module's hooks wait for the loop's own calls, and are passed by."""
+    return loss.forward(logits, labels) if isinstance(loss, nn.Module) else loss(logits, labels)

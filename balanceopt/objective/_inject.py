@@ -1,203 +1,223 @@
-"""The gradient of uni-modal losses, added while the joint loss's backward passes through the encoders' outputs."""
+"""Add the gradient of uni-modal losses while the joint loss's backward passes through the encoders' outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from balanceopt._deferred import DeferredCounts
+from balanceopt._torch import after_backward, backward_number
+from balanceopt.functional import recover_labels, recover_scale
 from balanceopt.functional._labels import INVALID
-from balanceopt.monitor import ModalityMonitor
-from balanceopt.monitor._outputs import logits_of, map_tensors
-from balanceopt.monitor._pass import Pass
-from balanceopt.monitor._rows import as_rows
-from balanceopt.monitor._supported import in_backward, outside_graphs
-from balanceopt.objective._losses import loss_of, row_cross_entropy
-from balanceopt.objective._noted import (
-    Noted,
-    floating,
-    is_joint,
-    leaf,
-    refuse_create_graph,
-    refuse_doubtful,
+from balanceopt.functional._targets import as_targets
+from balanceopt.monitor import (
+    ModalityMonitor,
+    Pass,
+    WeakHook,
+    as_rows,
+    in_backward,
+    logits_of,
+    map_tensors,
+    tensors_in,
+    two_classes,
 )
-from balanceopt.objective._rows import Rows, rows_of
+from balanceopt.objective._heads import Heads, Loss, loss_of, row_cross_entropy
 
-if TYPE_CHECKING:
-    from balanceopt.objective._objective import UnimodalObjective
+# From a modality's name and logits to its loss, and what the loss is differentiated with.
+Weigh = Callable[[str, Tensor], tuple[Tensor, Tensor]]
 
-# A modality's loss from its logits, and what to differentiate it with.
-Weighed = Callable[[str, Tensor], tuple[Tensor, Tensor]]
+
+@dataclass(eq=False)
+class _Seen:
+    """What a forward has shown.
+
+    Attributes:
+        outputs: each encoder's latest output, detached.
+        extras: by modality, what to add to the gradient of each floating tensor of that output.
+        autocast: makes the autocast context that the forward ran in.
+        logits: the joint logits `(N, C)`.
+        backward: number of the backward that made the extras.
+    """
+
+    outputs: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    logits: Tensor | None = None
+    backward: int = -1
 
 
 class Injection:
     """Hooks on clean encoder outputs, and on the shared head's parameters, that add uni-modal gradients.
 
-    The gradient at the joint logits (or at the loss) comes first in every backward. It tells labels and scale, all
+    The gradient at the joint logits (or at the loss) comes first in every backward. It gives labels and scale; all
     uni-modal gradients are made at once, and each is added where the joint one passes.
+
+    Attributes:
+        tap: the hook on the encoders' outputs.
+        listener: the hook at the joint logits.
+        handles: of all other hooks.
     """
 
-    def __init__(self, objective: UnimodalObjective, monitor: ModalityMonitor) -> None:
-        """Serve `objective`.
+    def __init__(
+        self, monitor: ModalityMonitor, heads: Heads, weight: Mapping[str, float], loss: Loss | None
+    ) -> None:
+        """Add the gradients of `heads`, by `weight`; no hook is on before `hook`.
 
         Raises:
-            ValueError: if nothing would tell labels and scale.
+            ValueError: if nothing would give labels and scale.
             NotImplementedError: for a sharded shared head.
         """
-        self.objective = objective
-        self.monitor = monitor
-        self._pending: dict[nn.Parameter, Tensor] = {}
-        self._hooked: dict[nn.Parameter, RemovableHandle] = {}
-        self._handles: list[RemovableHandle] = []
-        self._doubtful = DeferredCounts(("rows", "doubtful"), refuse_doubtful)
-        loss = objective.loss
-        if isinstance(loss, nn.Module):
-            self._handles.append(loss.register_forward_hook(self._on_loss, with_kwargs=True))
-        elif loss is not None:
+        self.monitor, self.heads, self.weight, self.loss = monitor, heads, weight, loss
+        self.tap, self.listener = WeakHook(self._on_output), WeakHook(self._on_gradient)
+        self.handles: list[RemovableHandle] = []
+        self._head_gradients: dict[nn.Parameter, Tensor] = {}
+        self._hooked: set[nn.Parameter] = set()
+        self._doubtful = DeferredCounts(("rows", "doubtful"), _refuse_doubtful)
+        if loss is not None and not isinstance(loss, nn.Module):
             raise ValueError(
                 "with inject=True `loss` should be the loss module that the loop calls. Found a function: its calls "
                 "can't be seen."
             )
-        elif monitor.head is None:
+        if loss is None and monitor.head is None:
             raise ValueError(
                 "inject=True reads labels and scale from the gradient at the joint logits. Build the monitor with "
                 "`head=`, or pass `loss=`, the loss module that the loop calls."
             )
-        else:
-            monitor.add_gradient_listener(self._on_gradient)
-            self._watch_own_heads(monitor.head)
-        self._refuse_sharded()
-        if any(objective.weight.values()):
-            monitor.add_tap(self._tap)
+        if heads.shared and any(hasattr(p, "device_mesh") for p in heads.parameters(monitor.modalities[0])):
+            raise NotImplementedError(
+                "inject=True with heads='shared' is not supported for a sharded head: its gradient is made on other "
+                "tensors. Use heads='own', or add objective(labels) to the loss."
+            )
 
-    def remove(self) -> None:
-        """Take every hook off."""
-        self.monitor.drop_tap(self._tap)
-        self.monitor.drop_gradient_listener(self._on_gradient)
-        for handle in (*self._handles, *self._hooked.values()):
-            handle.remove()
-        self._handles.clear()
-        self._hooked.clear()
-        self._pending.clear()
-
-    # -- hooks ---------------------------------------------------------------------------------------------------
-
-    @outside_graphs
-    def _tap(self, name: str, output: Any, current: Pass | None) -> None:
-        if current is None or not self.objective.weight[name]:
+    def hook(self) -> None:
+        """Put the hooks on."""
+        if not any(self.weight.values()):
             return
-        noted: Noted = current.notes.setdefault(self, Noted())
+        self.monitor.add_tap(self.tap)
+        if isinstance(self.loss, nn.Module):
+            self.handles.append(self.loss.register_forward_hook(WeakHook(self._on_loss), with_kwargs=True))
+            return
+        self.monitor.add_gradient_listener(self.listener)
+        # Late fusion: each head gets the gradient of the joint logits, and any of them may be the first.
+        heads = self.monitor.head.values() if isinstance(self.monitor.head, Mapping) else ()
+        self.handles += [head.register_forward_hook(WeakHook(self._on_late_head)) for head in heads]
+
+    def _on_output(self, name: str, output: Any, current: Pass | None) -> None:
+        """An encoder has run: keep its output, and wait for the gradient that comes back to it."""
+        if current is None or not self.weight[name]:
+            return
+        seen: _Seen = current.notes.setdefault(self.tap, _Seen())
         if not in_backward():
             # A copy: what comes after the encoder may work in place.
-            noted.outputs[name] = map_tensors(lambda x: x.detach().clone(), output)
-            noted.calls[name] = noted.calls.get(name, 0) + 1
+            seen.outputs[name] = map_tensors(lambda x: x.detach().clone(), output)
+            seen.extras[name] = []
             device = self.monitor.features(name, output).device.type
-            noted.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            self._hook_shared_head()
-        for place, tensor in enumerate(floating(output)):
-            if tensor.requires_grad:
-                tensor.register_hook(partial(self._add, noted, name, noted.calls.get(name, 0), place))
+            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            seen.autocast = partial(torch.autocast, device, dtype=dtype, enabled=enabled)
+            for parameter in self.heads.parameters(name) if self.heads.shared else ():
+                if parameter not in self._hooked:
+                    self._hooked.add(parameter)
+                    hook = partial(WeakHook(self._add_to_head), parameter)
+                    self.handles.append(parameter.register_hook(hook))
+        for index, tensor in enumerate(x for x in tensors_in(output) if x.is_floating_point()):
+            if (
+                tensor.requires_grad
+            ):  # an encoder that is called again gets a list of its own, which stays empty
+                tensor.register_hook(partial(_add, seen.extras.setdefault(name, []), index))
 
-    def _add(self, noted: Noted, name: str, call: int, place: int, gradient: Tensor) -> Tensor | None:
-        """The joint gradient at an encoder's output with the uni-modal one."""
-        extras = noted.extras.get(name)
-        if extras is None or call != noted.calls[name] or extras[place] is None:
-            return None
-        extra, extras[place] = extras[place], None
-        assert extra is not None
-        return gradient + extra.to(gradient.dtype)
-
-    def _watch_own_heads(self, head: Any) -> None:
-        """Late fusion: each head gets the gradient of the joint logits, and any of them may be the first."""
-        for own in head.values() if isinstance(head, Mapping) else ():
-            self._handles.append(own.register_forward_hook(self._on_own_head))
-
-    @outside_graphs
-    def _on_own_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _on_late_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current, logits = self.monitor.latest, logits_of(output)
         if current is not None and logits is not None and logits.requires_grad and not in_backward():
             logits.register_hook(lambda gradient: self._on_gradient(current, as_rows(gradient.detach())))
 
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
         """The gradient reached the joint logits."""
-        noted: Noted | None = current.notes.get(self)
-        task = torch._C._current_graph_task_id()
-        if noted is None or noted.task == task:
+        seen: _Seen | None = current.notes.get(self.tap)
+        if seen is None or seen.backward == backward_number():
             return
-        refuse_create_graph()
-        noted.task = task
-        noted.logits = current.logits if noted.logits is None else noted.logits
-        assert noted.logits is not None
-        ignore = self.monitor.ignore_index if current.ignore_index is None else current.ignore_index
-        recover = self.monitor.recovers_labels
-        rows = rows_of(current, noted.logits, gradient, ignore, recover=recover)
-        total = torch.tensor(len(rows.labels), device=rows.doubtful.device)
-        self._doubtful.add(total, rows.doubtful)
-        self._make(noted, current, partial(self._weighed_rows, rows, current))
+        seen.backward = backward_number()
+        seen.logits = current.logits if seen.logits is None else seen.logits
+        assert seen.logits is not None
+        logits = two_classes(seen.logits)
+        gradient = torch.cat([-gradient, gradient], -1) if gradient.shape[-1] == 1 else gradient
+        labels, doubtful = self._labels(current, logits, gradient)
+        scale, misfit, vanished = recover_scale(gradient, logits, labels)
+        doubtful = doubtful | misfit | (vanished if current.labels is None else misfit)
+        self._doubtful.add(torch.tensor(len(labels), device=doubtful.device), doubtful.sum())
+        self._make(seen, partial(self._weigh_rows, labels, scale, current))
 
-    @outside_graphs
     def _on_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The loop called its loss."""
         current = self.monitor.latest
         if current is None or not (isinstance(output, Tensor) and output.requires_grad):
             return
-        noted: Noted | None = current.notes.get(self)
+        seen: _Seen | None = current.notes.get(self.tap)
         logits = args[0] if args else kwargs.get("input")
         target = args[1] if len(args) > 1 else kwargs.get("target")
-        if noted is None or target is None or not is_joint(logits, current):
-            return
-        output.register_hook(partial(self._on_loss_gradient, noted, current, target))
+        if seen is not None and target is not None and _is_joint(logits, current):
+            weigh = partial(self._weigh_loss, target, current)
+            output.register_hook(lambda gradient: self._make(seen, partial(weigh, gradient.detach())))
 
-    def _on_loss_gradient(self, noted: Noted, current: Pass, target: Any, gradient: Tensor) -> None:
-        refuse_create_graph()
-        self._make(noted, current, partial(self._weighed_loss, target, gradient.detach(), current))
-
-    # -- the uni-modal gradients ---------------------------------------------------------------------------------
-
-    def _make(self, noted: Noted, current: Pass, weighed: Weighed) -> None:
-        """All uni-modal gradients of a pass: kept for the encoders' outputs, added for the own heads."""
-        objective = self.objective
-        if objective.heads == "shared":
-            torch.autograd.Variable._execution_engine.queue_callback(self._pending.clear)
-        for name, output in noted.outputs.items():
+    def _make(self, seen: _Seen, weigh: Weigh) -> None:
+        """Make all uni-modal gradients of a pass: kept for the encoders' outputs, added for the own heads."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "inject=True can't follow backward(create_graph=True): the added gradient has no derivative. Add "
+                "objective(labels) to the loss."
+            )
+        for name, output in seen.outputs.items():
             leaves: list[Tensor] = []
-            enabled, dtype = noted.autocast
-            device = self.monitor.features(name, output).device.type
-            with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
-                features = self.monitor.features(name, map_tensors(partial(leaf, leaves), output))
-                logits = objective.unimodal_logits(name, features)
-                value, scale = weighed(name, logits)
-            heads = self._head_parameters(name)
-            inputs = [*leaves, *heads]
-            found = torch.autograd.grad(value, inputs, scale.to(value.dtype), allow_unused=True)
-            noted.extras[name] = list(found[: len(leaves)])
-            self._give_heads(heads, found[len(leaves) :])
-        if objective.heads == "own":
-            objective._average.after_this_backward()
+            with torch.enable_grad(), seen.autocast():
+                features = self.monitor.features(name, map_tensors(partial(_leaf, leaves), output))
+                value, scale = weigh(name, self.heads.logits(name, features))
+            params = self.heads.parameters(name)
+            inputs = [*leaves, *params]
+            gradients = torch.autograd.grad(value, inputs, scale.to(value.dtype), allow_unused=True)
+            seen.extras[name][:] = gradients[: len(leaves)]
+            for parameter, gradient in zip(params, gradients[len(leaves) :], strict=True):
+                if gradient is not None:
+                    self._give(parameter, gradient)
+        if self.heads.shared:
+            after_backward(self._head_gradients.clear)
+        else:
+            self.heads.average.after_this_backward()
 
-    def _weighed_rows(self, rows: Rows, current: Pass, name: str, logits: Tensor) -> tuple[Tensor, Tensor]:
-        if len(logits) != len(rows.labels):
+    def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        if not self.heads.shared:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        else:  # its joint gradient comes by: added there, before ranks sum it
+            earlier = self._head_gradients.get(parameter)
+            self._head_gradients[parameter] = gradient if earlier is None else earlier + gradient
+
+    def _add_to_head(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
+        extra = self._head_gradients.pop(parameter, None)
+        return None if extra is None else gradient + extra
+
+    def _weigh_rows(
+        self, labels: Tensor, scale: Tensor, current: Pass, name: str, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if len(logits) != len(labels):
             raise ValueError(
                 f"inject=True needs a row of joint logits for each of the {len(logits)} samples of {name!r}. "
-                f"Found {len(rows.labels)}."
+                f"Found {len(labels)}."
             )
-        scale = rows.scale
         present = current.present.get(name)
         if present is not None:  # a mean over the samples that have the modality
-            own = torch.where(present.to(scale.device), scale, 0)
-            scale = own * (scale.sum() / own.sum().clamp(min=1e-300))
-        return row_cross_entropy(logits, rows.labels, INVALID), self.objective.weight[name] * scale
+            part = torch.where(present.to(scale.device), scale, 0)
+            scale = part * (scale.sum() / part.sum().clamp(min=torch.finfo(part.dtype).tiny))
+        return row_cross_entropy(logits, labels, INVALID), self.weight[name] * scale
 
-    def _weighed_loss(
-        self, target: Any, gradient: Tensor, current: Pass, name: str, logits: Tensor
+    def _weigh_loss(
+        self, target: Any, current: Pass, gradient: Tensor, name: str, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        loss = self.objective.loss
-        assert loss is not None
+        assert self.loss is not None
         present = current.present.get(name)
         if present is not None:
             rows = present.to(logits.device).nonzero()[:, 0]
@@ -205,46 +225,63 @@ class Injection:
             gradient = gradient[rows] if gradient.dim() else gradient
             if len(rows) == 0:
                 return logits.sum(), torch.zeros_like(gradient.sum())
-        return loss_of(loss, logits, target), self.objective.weight[name] * gradient
+        return loss_of(self.loss, logits, target), self.weight[name] * gradient
 
-    def _head_parameters(self, name: str) -> list[nn.Parameter]:
-        own = self.objective.heads == "own"
-        found = self.objective.head_of(name).parameters() if own else self._shared_parameters()
-        return [p for p in found if p.requires_grad]
-
-    def _shared_parameters(self) -> list[nn.Parameter]:
-        head = self.monitor.head
-        parts = [head] if isinstance(head, nn.Module) else list((head or {}).values())
-        return [p for part in parts for p in part.parameters()]
-
-    def _give_heads(self, heads: list[nn.Parameter], gradients: tuple[Tensor | None, ...]) -> None:
-        for parameter, gradient in zip(heads, gradients, strict=True):
-            if gradient is None:
-                continue
-            if (
-                self.objective.heads == "shared"
-            ):  # its own backward comes by: added there, before ranks sum it
-                known = self._pending.get(parameter)
-                self._pending[parameter] = gradient if known is None else known + gradient
-            else:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-
-    def _hook_shared_head(self) -> None:
-        if self.objective.heads == "own":
-            return
-        for parameter in self._shared_parameters():
-            if parameter.requires_grad and parameter not in self._hooked:
-                self._hooked[parameter] = parameter.register_hook(partial(self._add_to_head, parameter))
-
-    def _add_to_head(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
-        extra = self._pending.pop(parameter, None)
-        return None if extra is None else gradient + extra
-
-    def _refuse_sharded(self) -> None:
-        if self.objective.heads == "shared" and any(
-            hasattr(p, "device_mesh") for p in self._shared_parameters()
-        ):
-            raise NotImplementedError(
-                "inject=True with heads='shared' is not supported for a sharded head: its gradient is made on other "
-                "tensors. Use heads='own', or add objective(labels) to the loss."
+    def _labels(self, current: Pass, logits: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Class indices `(B,)` with -100 for rows that don't count, and which of them are in doubt."""
+        rows, classes = logits.shape
+        labels = current.labels
+        if labels is None:
+            if not self.monitor.recovers_labels:
+                raise RuntimeError(
+                    "inject=True needs the labels by the time of backward: call monitor.observe(labels) before it, or "
+                    "pass `loss=`, the loss module that your loop calls."
+                )
+            read = recover_labels(gradient, logits)
+            unknown = (read.labels == INVALID) & torch.isfinite(gradient).all(1) & (gradient != 0).any(1)
+            return read.labels, read.ambiguous | unknown
+        if labels.numel() != rows:
+            raise ValueError(
+                f"inject=True without `loss=` needs a class index for each of the {rows} rows of the logits. Found "
+                f"labels of shape {tuple(labels.shape)}; for soft labels pass `loss=`, the loss module of your loop."
             )
+        ignore = self.monitor.ignore_index if current.ignore_index is None else current.ignore_index
+        targets = as_targets(labels.to(logits.device).flatten().long(), classes, ignore)
+        assert targets.index is not None
+        return torch.where(targets.valid, targets.index, INVALID), torch.zeros_like(targets.valid)
+
+
+def _add(extras: list[Tensor | None], index: int, gradient: Tensor) -> Tensor | None:
+    """Add the uni-modal gradient to the joint one at a tensor of an encoder's output."""
+    if not extras:
+        return None
+    extra, extras[index] = extras[index], None
+    return None if extra is None else gradient + extra.to(gradient.dtype)
+
+
+def _leaf(leaves: list[Tensor], x: Tensor) -> Tensor:
+    """A leaf in the place of a floating tensor, noted in `leaves`."""
+    if not x.is_floating_point():
+        return x
+    leaves.append(x.detach().requires_grad_())
+    return leaves[-1]
+
+
+def _is_joint(logits: Any, current: Pass) -> bool:
+    """Whether a loss is called on the pass's joint logits, as far as these are known."""
+    if not isinstance(logits, Tensor) or current.logits is None:
+        return isinstance(logits, Tensor)
+    same = logits.detach().to(current.logits.dtype)
+    return same.numel() == current.logits.numel() and torch.equal(
+        same.reshape_as(current.logits), current.logits
+    )
+
+
+def _refuse_doubtful(counts: dict[str, int]) -> None:
+    if counts["doubtful"]:
+        raise RuntimeError(
+            f"the gradient at the joint logits is not that of a plain cross-entropy in {counts['doubtful']} of "
+            f"{counts['rows']} rows (label smoothing, another loss, a temperature), so inject=True can't have labels "
+            "and scale exactly. Pass `loss=`, the loss module that your loop calls on the logits, or add "
+            "objective(labels) to the loss."
+        )

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from balanceopt._pooling import Pool, check_pool, pool_features
+from balanceopt._pooling import Pool, check_pool
 from balanceopt.distributed import active_group, shared_seed
-from balanceopt.monitor import ModalityMonitor
-from balanceopt.objective._average import GradientAverage
-from balanceopt.objective._features import LiveFeatures
-from balanceopt.objective._heads import OwnHead, answer, build
+from balanceopt.monitor import ModalityMonitor, Pass, WeakHook, in_backward
+from balanceopt.objective._heads import (
+    HeadKind,
+    Heads,
+    Loss,
+    OwnHead,
+    as_target,
+    loss_of,
+    mean_cross_entropy,
+    widened,
+)
 from balanceopt.objective._inject import Injection
-from balanceopt.objective._losses import Loss, as_target, loss_of, mean_cross_entropy, widened
-
-Heads = Literal["own", "shared"]
 
 
 class UnimodalObjective(nn.Module):
@@ -29,18 +35,16 @@ class UnimodalObjective(nn.Module):
     with the encoders' clean features z of the latest forward (before any drop) and a linear head h for each modality:
     its own, trained with the rest, or the part of the shared head that belongs to it. In the loop:
     `loss = loss + objective(labels)`. With `inject=True` nothing is called: the same gradients are added while backward
-    passes through the encoders' outputs.
+    passes through the encoders' outputs. Keep a reference to it: one that is garbage-collected takes its hooks off.
 
     Args:
         monitor: a `ModalityMonitor` on the model.
         out_features: C of the own heads' logits; 1 for a single logit of two classes.
-        heads: `"own"`: give `objective.parameters()` to the optimizer too; `"shared"`: the shared head's uni-modal
-            logits, `W^m z^m + b / M` or a late fusion's own head.
+        heads: `"own"`: give `objective.parameters()` to the optimizer too; the first features give their width.
+            `"shared"`: the shared head's uni-modal logits, `W^m z^m + b / M` or a late fusion's own head.
         weight: of these losses, or a mapping from modality to it.
         inject: add the gradients during backward. Labels and scale come from the gradient at the joint logits (exact
             for plain cross-entropy, whatever the loss scale or accumulation), or from `loss`.
-        feature_dims: width of each modality's features, to build own heads now; else their first features tell it, and
-            optimizers take the parameters before that.
         loss: function of (logits, labels); None for cross-entropy, averaged over the samples that count. With `inject`
             the very loss module that the loop calls on the joint logits.
         pool: makes `(B, D)` of features with more dimensions; `"auto"` is as the head gets them.
@@ -72,34 +76,42 @@ class UnimodalObjective(nn.Module):
         monitor: ModalityMonitor,
         out_features: int,
         *,
-        heads: Heads = "own",
+        heads: HeadKind = "own",
         weight: float | Mapping[str, float] = 1.0,
         inject: bool = False,
-        feature_dims: Mapping[str, int] | None = None,
         loss: Loss | None = None,
         pool: Pool = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        weights = _checked(monitor, out_features, heads, weight, feature_dims)
+        weights = _checked(monitor, out_features, heads, weight)
         check_pool(pool)
-        self.out_features = out_features
-        self.heads: Heads = heads
+        self.heads: HeadKind = heads
         self.weight = weights
-        self.pool: Pool = pool
         # Not as attributes of a module: the user's loss and model are no parts of this one.
         self.__dict__.update(monitor=monitor, loss=loss)
-        self.own_heads = nn.ModuleList(self._made_heads(seed) if heads == "own" else [])
-        for name, width in (feature_dims or {}).items():
-            build(self.head_of(name), width)
-        self._average = GradientAverage(self.own_heads.parameters(), monitor.group)
-        self._live: LiveFeatures | None = None if inject else LiveFeatures(monitor)
-        self._injection = Injection(self, monitor) if inject else None
+        self.own_heads = nn.ModuleList(_made_heads(monitor, out_features, seed) if heads == "own" else [])
+        self._heads = Heads(monitor, self.own_heads, out_features, pool)
+        self._live = LiveFeatures(monitor)
+        self._injection = Injection(monitor, self._heads, weights, loss) if inject else None
+        part = self._live if self._injection is None else self._injection
+        # A weak reference: what a finalizer holds is never garbage, and the model may hold this module.
+        release = weakref.finalize(
+            self, _take_off, weakref.ref(monitor), part.tap, part.listener, part.handles
+        )
+        release.atexit = False
+        self._release: Callable[[], Any] = release
+        part.hook()
 
     @property
     def inject(self) -> bool:
         """Whether gradients are added during backward."""
         return self._injection is not None
+
+    @property
+    def out_features(self) -> int:
+        """C of the heads' logits."""
+        return self._heads.out_features
 
     def forward(self, labels: Tensor) -> Tensor:
         """The weighted sum of the modalities' losses, a scalar.
@@ -111,7 +123,7 @@ class UnimodalObjective(nn.Module):
             RuntimeError: before any forward of the model, or with `inject=True`, which adds the gradient already.
             ValueError: if labels are not one for each sample.
         """
-        if self._live is None:
+        if self.inject:
             raise RuntimeError(
                 "inject=True adds the uni-modal gradients already: leave the objective out of the loss."
             )
@@ -126,34 +138,18 @@ class UnimodalObjective(nn.Module):
         total = torch.stack([widened(loss) for loss in losses]).sum()
         if self.own_heads and active_group(self.monitor.group) is not None and total.requires_grad:
             total = total + self._touched(features)
-            total.register_hook(lambda _: self._average.after_this_backward())
+            average = self._heads.average
+            total.register_hook(lambda _: average.after_this_backward())
         return total
-
-    def unimodal_logits(self, name: str, features: Tensor) -> Tensor:
-        """What the modality's head answers to its features `(B, ...)`, attached to the graphs of both."""
-        if self.heads == "shared":
-            logits = self.monitor.live_logits(name, features)
-            if logits.shape[-1] != self.out_features:
-                raise ValueError(
-                    f"`out_features` should be that of the shared head, {logits.shape[-1]}. "
-                    f"Found {self.out_features}."
-                )
-            return logits
-        vectors = pool_features(features, self.pool, self.monitor.projection(name))
-        return answer(self.head_of(name), vectors, name)
 
     def head_of(self, name: str) -> nn.Linear:
         """A modality's own head."""
-        head = self.own_heads[self.monitor.modalities.index(name)]
-        assert isinstance(head, nn.Linear)
-        return head
+        return self._heads.of(name)
 
     def remove(self) -> None:
-        """Stop listening to the monitor. May be called twice."""
-        if self._live is not None:
-            self._live.remove()
-        if self._injection is not None:
-            self._injection.remove()
+        """Take every hook off. May be called twice."""
+        self._release()
+        self._live.forget()
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -167,8 +163,17 @@ class UnimodalObjective(nn.Module):
     ) -> None:
         self.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The hooks are on the model of this one's monitor, and what they remember of it is no part of a copy.
+        return {
+            **self.__dict__,
+            "_live": LiveFeatures(self.monitor),
+            "_injection": None,
+            "_release": _nothing,
+        }
+
     def _loss(self, name: str, features: Tensor, labels: Tensor, present: Tensor | None) -> Tensor:
-        logits = self.unimodal_logits(name, features)
+        logits = self._heads.logits(name, features)
         if present is not None:
             rows = present.to(logits.device).nonzero()[:, 0]
             labels = labels.to(logits.device)[rows]
@@ -182,44 +187,118 @@ class UnimodalObjective(nn.Module):
     def _touched(self, features: Mapping[str, Tensor]) -> Tensor:
         """Zero, with a gradient for the heads that this rank's batch left out: ranks average the same heads."""
         names = [n for n in self.monitor.modalities if n not in features or not self.weight[n]]
-        unused = [p for name in names for p in self.head_of(name).parameters()]
+        unused = [p for name in names for p in self._heads.of(name).parameters()]
         built = [p.sum() for p in unused if not nn.parameter.is_lazy(p)]
         return 0.0 * torch.stack(built).sum() if built else torch.zeros(())
 
-    def _made_heads(self, seed: int | None) -> list[nn.Module]:
-        chosen = shared_seed(self.monitor.group, seed)
-        device = next(p.device for own in self.monitor.parameters.values() for p in own)
-        return [
-            OwnHead(self.out_features, (chosen + i) % 2**63, device)
-            for i in range(len(self.monitor.modalities))
-        ]
+
+class LiveFeatures:
+    """Each modality's clean features, of the latest forward with gradients and of the latest one without.
+
+    Attributes:
+        tap: the hook on the encoders' outputs.
+        listener: none at the joint logits.
+        handles: of other hooks: none.
+    """
+
+    def __init__(self, monitor: ModalityMonitor) -> None:
+        """Watch `monitor`; no hook is on before `hook`."""
+        self.monitor = monitor
+        self.tap, self.listener = WeakHook(self._on_output), WeakHook()
+        self.handles: list[RemovableHandle] = []
+        self.forget()
+
+    def hook(self) -> None:
+        """Put the hook on."""
+        self.monitor.add_tap(self.tap)
+
+    def of_latest(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Features by modality, and which samples have the modality, where the user told.
+
+        Raises:
+            RuntimeError: if there was no forward, or gradients can't go back through the features.
+        """
+        features = self._with if torch.is_grad_enabled() else self._without
+        if not features:
+            raise RuntimeError(
+                "no features came by: call the model on a batch before the objective, with the monitor's hooks on."
+            )
+        for name, z in features.items():
+            encoder = self.monitor.encoders[name]
+            trained = any(p.requires_grad for p in encoder.parameters())
+            if torch.is_grad_enabled() and trained and not z.requires_grad:
+                raise RuntimeError(
+                    f"the features of {name!r} carry no gradient to their encoder, as under reentrant activation "
+                    "checkpointing. Use checkpoint(..., use_reentrant=False), or inject=True."
+                )
+        present = {} if self._pass is None or not torch.is_grad_enabled() else self._pass.present
+        return dict(features), dict(present)
+
+    def forget(self) -> None:
+        """Let go of all features."""
+        self._with: dict[str, Tensor] = {}
+        self._without: dict[str, Tensor] = {}
+        self._pass: Pass | None = None
+
+    def _on_output(self, name: str, output: Any, current: Pass | None) -> None:
+        if in_backward():
+            return
+        # A copy: what comes after the encoder may work in place.
+        z = self.monitor.features(name, output).clone()
+        if current is None and not torch.is_grad_enabled():
+            if name in self._without:
+                self._without = {}
+            self._without[name] = z
+            return
+        if current is not self._pass or (current is None and name in self._with):
+            self._with, self._pass = {}, current
+        self._with[name] = z
+
+
+def _take_off(
+    monitor: weakref.ref[ModalityMonitor],
+    tap: WeakHook,
+    listener: WeakHook,
+    handles: list[RemovableHandle],
+) -> None:
+    """Take an objective's hooks off."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    alive = monitor()
+    if alive is not None:
+        alive.drop_tap(tap)
+        alive.drop_gradient_listener(listener)
+
+
+def _nothing() -> None:
+    """No hook is on."""
+
+
+def _made_heads(monitor: ModalityMonitor, out_features: int, seed: int | None) -> list[nn.Module]:
+    chosen = shared_seed(monitor.group, seed)
+    device = next(p.device for params in monitor.parameters.values() for p in params)
+    return [OwnHead(out_features, (chosen + i) % 2**63, device) for i in range(len(monitor.modalities))]
 
 
 def _checked(
-    monitor: ModalityMonitor,
-    out_features: int,
-    heads: Heads,
-    weight: float | Mapping[str, float],
-    feature_dims: Mapping[str, int] | None,
+    monitor: ModalityMonitor, out_features: int, heads: str, weight: float | Mapping[str, float]
 ) -> dict[str, float]:
     """Each modality's weight, if all arguments fit."""
     if not isinstance(monitor, ModalityMonitor):
         raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
     if out_features < 1:
         raise ValueError(f"`out_features` should be at least 1. Found {out_features}.")
-    if heads not in get_args(Heads):
-        raise ValueError(f"`heads` should be one of {get_args(Heads)}. Found {heads!r}.")
+    if heads not in get_args(HeadKind):
+        raise ValueError(f"`heads` should be one of {get_args(HeadKind)}. Found {heads!r}.")
     if heads == "shared":
         monitor.expect_scores("UnimodalObjective(heads='shared')")
-    for given, option in ((weight, "weight"), (feature_dims or {}, "feature_dims")):
-        unknown = given.keys() - set(monitor.modalities) if isinstance(given, Mapping) else set()
-        if unknown:
-            raise ValueError(
-                f"`{option}` should be given by modality {monitor.modalities}. Found {sorted(unknown)}."
-            )
-    if feature_dims and heads == "shared":
-        raise ValueError("`feature_dims` is for own heads. Found heads='shared'.")
     weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(monitor.modalities, weight)
-    if not all(w >= 0 for w in weights.values()):
-        raise ValueError(f"`weight` should be non-negative. Found {weight}.")
+    unknown = weights.keys() - set(monitor.modalities)
+    if unknown:
+        raise ValueError(
+            f"`weight` should be given by modality {monitor.modalities}. Found {sorted(unknown)}."
+        )
+    if not all(0 <= w < float("inf") for w in weights.values()):
+        raise ValueError(f"`weight` should be non-negative and finite. Found {weight}.")
     return {name: float(weights.get(name, 0.0)) for name in monitor.modalities}

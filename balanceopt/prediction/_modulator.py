@@ -20,7 +20,7 @@ from balanceopt.distributed import active_group, rank_in, shared_seed, sum_over_
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums, Pass, in_backward
+from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums, Pass, WeakHook, in_backward
 from balanceopt.prediction._drop import (
     Drop,
     Rescale,
@@ -115,7 +115,7 @@ class OPM:
         self._latest: Drop | None = None
         self._warned: set[str] = set()
         self._unusable = DeferredCounts(("unusable_scores",), partial(_tell_unusable, self._warned))
-        self._transform = _Transform(self)
+        self._transform = _Transform(self._on_output)
         self._scores: Accumulator | None = None
         self._release: Callable[[], Any] = _nothing
         if len(monitor.modalities) > 1:
@@ -353,22 +353,12 @@ class OPM:
             )
 
 
-class _Transform:
-    """What a monitor holds of an OPM: it does not keep it alive, and a copy of it does nothing."""
-
-    def __init__(self, opm: OPM | None = None) -> None:
-        self._opm = None if opm is None else weakref.ref(opm)
-
-    @property
-    def opm(self) -> OPM | None:
-        return None if self._opm is None else self._opm()
+class _Transform(WeakHook):
+    """What a monitor holds of an OPM."""
 
     def __call__(self, name: str, current: Pass, output: Any) -> Any:
-        opm = self.opm
-        return output if opm is None else opm._on_output(name, current, output)
-
-    def __reduce__(self) -> tuple[type[_Transform], tuple[()]]:
-        return _Transform, ()
+        sent = super().__call__(name, current, output)
+        return output if sent is None else sent
 
 
 class _BackwardWatch:
@@ -449,7 +439,7 @@ def _check_monitor(monitor: ModalityMonitor) -> None:
                 f"{type(encoder).__name__} with batch_first=False: build it with batch_first=True, or put it into a "
                 "module that returns (B, ...)."
             )
-    if any(isinstance(t, _Transform) and t.opm is not None for t in monitor._transforms):
+    if any(isinstance(t, _Transform) and t.alive for t in monitor._transforms):
         raise ValueError("this monitor serves an OPM already. Call its remove() first.")
 
 

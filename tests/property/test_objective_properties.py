@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from balanceopt.functional import recover_labels, recover_scale
 from balanceopt.functional._labels import INVALID
-from balanceopt.monitor._pass import Pass
-from balanceopt.objective._rows import rows_of
 
 seeds = st.integers(0, 2**16)
 spreads = st.sampled_from([0.01, 1.0, 5.0, 30.0])
@@ -22,11 +23,19 @@ def batch(seed, rows, classes, spread, dtype=torch.float32):
     return logits, torch.randint(classes, (rows,), generator=draw)
 
 
+class Read(NamedTuple):
+    labels: torch.Tensor
+    scale: torch.Tensor
+    doubtful: torch.Tensor
+
+
 def read(loss, logits, labels=None, dtype=None):
+    """Labels, scales, and the number of doubtful rows, from the gradient in `dtype`."""
     (gradient,) = torch.autograd.grad(loss, logits)
-    current = Pass(labels=labels, label_source="gradient" if labels is None else "observe")
     gradient = gradient if dtype is None else gradient.to(dtype)
-    return rows_of(current, logits.detach(), gradient, INVALID, recover=True)
+    told = recover_labels(gradient, logits).labels if labels is None else labels
+    scale, doubtful, vanished = recover_scale(gradient, logits, told)
+    return Read(told, scale, (doubtful | vanished if labels is None else doubtful).sum())
 
 
 @given(seeds, st.integers(1, 12), st.integers(2, 12), spreads, st.floats(1e-6, 1e6))
@@ -90,6 +99,6 @@ def test_numbers_that_are_not_finite_have_no_scale(seed, rows):
     logits, labels = batch(seed, rows, 4, 1.0)
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels), logits)
     gradient[0, 1] = torch.nan
-    found = rows_of(Pass(labels=labels), logits.detach(), gradient, INVALID, recover=True)
+    found = recover_scale(gradient, logits, labels)
     assert found.scale[0] == 0
     assert bool(torch.isfinite(found.scale).all())

@@ -69,33 +69,37 @@ class TestOwnHeads:
         assert losses[-1] < 0.97 * losses[0]
         assert all(type(head) is nn.Linear for head in objective.own_heads)
 
-    def test_known_widths(self):
+    def test_widths_are_those_of_the_first_features(self):
         model = Concat(width=[4, 7])
-        objective = objective_of(model, feature_dims={"audio": 4, "visual": 7})
-        assert [tuple(p.shape) for p in objective.parameters()] == [(5, 4), (5,), (5, 7), (5,)]
-        lazy = objective_of(model, seed=3)
-        built = objective_of(model, seed=3, feature_dims={"audio": 4, "visual": 7})
+        objective = objective_of(model)
         model(*batch()[0])
-        lazy(batch()[1])
-        assert all(torch.equal(a, b) for a, b in zip(lazy.parameters(), built.parameters(), strict=True))
+        objective(batch()[1])
+        assert [tuple(p.shape) for p in objective.parameters()] == [(5, 4), (5,), (5, 7), (5,)]
 
     def test_a_wrong_width_is_refused(self):
         model = Concat()
-        objective = objective_of(model, feature_dims={"audio": 9})
+        objective = objective_of(model)
         inputs, labels = batch()
+        other = objective_of(Concat(width=9), seed=0)
+        other.monitor.model(*inputs)
+        other(labels)
+        objective.load_state_dict(other.state_dict())
         model(*inputs)
         with pytest.raises(ValueError, match="of 'audio' should have width 9"):
             objective(labels)
 
     def test_initial_weights_are_those_of_a_linear_layer(self):
         model = Concat(width=400)
+        objective, again = (bo.UnimodalObjective(watch(model), 300, seed=1) for _ in range(2))
+        inputs, labels = batch()
+        model(*inputs)
         before = random_streams()
-        objective = bo.UnimodalObjective(watch(model), 300, feature_dims={"audio": 400}, seed=1)
+        objective(labels)
+        again(labels)
         assert random_streams() == before
         weight = objective.head_of("audio").weight.detach()
         assert float(weight.abs().max()) <= 0.05
         assert float(weight.std()) == pytest.approx(0.05 / 3**0.5, rel=0.01)
-        again = bo.UnimodalObjective(watch(model), 300, feature_dims={"audio": 400, "visual": 400}, seed=1)
         assert torch.equal(again.head_of("audio").weight, weight)
         assert not torch.equal(again.head_of("visual").weight, weight)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import balanceopt as bo
-from tests.models import CLASSES, Concat, batch, watch
+from tests.models import CLASSES, Concat, SumHeads, batch, watch
 from tests.objectives import check, given, gradients
 from tests.relearning import train_epoch
 
@@ -38,10 +38,7 @@ class TestCompany:
             torch.manual_seed(0)
             model = Concat().double()
             monitor = watch(model)
-            dims = {"audio": 4, "visual": 4}
-            objective = bo.UnimodalObjective(
-                monitor, CLASSES, inject=inject, seed=0, feature_dims=dims
-            ).double()
+            objective = bo.UnimodalObjective(monitor, CLASSES, inject=inject, seed=0).double()
             groups = [*bo.modality_groups(model, model.modalities), {"params": objective.parameters()}]
             optimizer = bo.ModulatedOptimizer(torch.optim.SGD(groups, lr=0.1), monitor, modulation, seed=0)
             for seed in range(4):
@@ -72,9 +69,7 @@ class TestCompany:
     def test_re_learning(self):
         model = Concat()
         monitor = watch(model)
-        objective = bo.UnimodalObjective(
-            monitor, CLASSES, inject=True, feature_dims={"audio": 4, "visual": 4}
-        )
+        objective = bo.UnimodalObjective(monitor, CLASSES, inject=True)
         optimizer = torch.optim.SGD([*model.parameters(), *objective.parameters()], lr=0.1)
         data = [(*batch(32)[0], torch.arange(32) % CLASSES) for _ in range(2)]
         scheduler = bo.ReLearnScheduler(optimizer, monitor, data, data, every=1)
@@ -125,15 +120,16 @@ class TestCompany:
     @pytest.mark.filterwarnings(
         "ignore:The .grad attribute of a Tensor that is not a leaf"
     )  # dynamo looks at it
+    @pytest.mark.parametrize("make", [Concat, SumHeads])
     @pytest.mark.parametrize(("backend", "heads"), [("eager", "own"), ("aot_eager", "shared")])
-    def test_compiled_models(self, backend, heads):
+    def test_compiled_models(self, backend, heads, make):
         def loop(model, monitor, extra):
             compiled = torch.compile(model, backend=backend)
             inputs, labels = given()
             (F.cross_entropy(compiled(*inputs), labels) + extra(labels)).backward()
 
         torch._dynamo.reset()
-        check(Concat, loop, heads=heads)
+        check(make, loop, heads=heads)
         torch._dynamo.reset()
 
     def test_a_second_objective_of_another_kind(self):

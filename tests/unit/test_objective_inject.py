@@ -146,9 +146,7 @@ class TestScale:
         for inject in (False, True):
             torch.manual_seed(0)
             model = Concat().double()
-            objective = bo.UnimodalObjective(
-                watch(model), CLASSES, inject=inject, seed=0, feature_dims={"audio": 4, "visual": 4}
-            ).double()
+            objective = bo.UnimodalObjective(watch(model), CLASSES, inject=inject, seed=0).double()
             parameters = [*model.parameters(), *objective.parameters()]
             optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
             for seed in range(5):

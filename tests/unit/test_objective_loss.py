@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from typing import Any, cast
 
 import pytest
@@ -12,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import balanceopt as bo
-from tests.models import CLASSES, PER_HEAD, Concat, batch, watch
+from tests.models import CLASSES, PER_HEAD, Concat, SumHeads, batch, watch
 from tests.objectives import objective_of, own_loss
 
 
@@ -207,8 +210,6 @@ class TestRefusals:
             ({"heads": "both"}, "`heads` should be one of"),
             ({"weight": -1.0}, "`weight` should be non-negative"),
             ({"weight": {"touch": 1.0}}, r"Found \['touch'\]"),
-            ({"feature_dims": {"touch": 1}}, r"Found \['touch'\]"),
-            ({"feature_dims": {"audio": 1}, "heads": "shared"}, "is for own heads"),
             ({"pool": "median"}, "`pool` should be one of"),
         ],
     )
@@ -233,6 +234,13 @@ class TestRefusals:
             objective(torch.zeros(5, dtype=torch.int64))
 
 
+def hooks_on(model: nn.Module, *modules: nn.Module) -> int:
+    """All hooks on modules and parameters."""
+    parts = [*model.modules(), *modules]
+    on_parameters = [len(p._backward_hooks or ()) for p in model.parameters()]
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in parts) + sum(on_parameters)
+
+
 class TestLifeCycle:
     @pytest.mark.parametrize("inject", [False, True])
     def test_remove(self, inject):
@@ -244,15 +252,79 @@ class TestLifeCycle:
         assert monitor._taps == []
         assert monitor._capture.gradient_listeners == []
 
-    def test_the_model_and_the_objective_can_be_copied_after_a_pass(self):
-        model = Concat()
-        objective = objective_of(model)
+    @pytest.mark.parametrize(
+        ("make", "options"),
+        [
+            (Concat, {}),
+            (Concat, {"inject": True}),
+            (Concat, {"inject": True, "heads": "shared"}),
+            (SumHeads, {"inject": True}),
+            (Concat, {"inject": True, "loss": nn.CrossEntropyLoss()}),
+        ],
+    )
+    def test_one_that_is_garbage_collected_leaves_nothing_behind(self, make, options):
+        model = make()
+        monitor = watch(model)
+        loss = options.get("loss", nn.CrossEntropyLoss())
+        hooks = hooks_on(model, loss)
+        objective = objective_of(model, monitor=monitor, **options)
+        inputs, labels = batch()
+        loss(model(*inputs), labels).backward()
+        assert monitor._taps
+        gone = weakref.ref(objective)
+        del objective
+        assert gone() is None
+        assert hooks_on(model, loss) == hooks
+        assert monitor._taps == []
+        assert monitor._capture.gradient_listeners == []
+
+    def test_one_that_its_model_holds_is_garbage_with_the_model(self):
+        model: Any = Concat()
+        model.objective = objective_of(model, inject=True, heads="shared")
         inputs, labels = batch()
         F.cross_entropy(model(*inputs), labels).backward()
-        objective(labels)
-        twin = copy.deepcopy(model)
-        twin(*inputs)
-        copy.deepcopy(objective)
+        gone = weakref.ref(model.objective)
+        del model
+        gc.collect()
+        assert gone() is None
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"pool": "median"}, {"inject": True, "loss": F.cross_entropy}, {"weight": float("nan")}],
+        ids=str,
+    )
+    def test_one_that_is_refused_leaves_nothing_behind(self, options):
+        model = SumHeads()
+        monitor = watch(model)
+        hooks = hooks_on(model)
+        with pytest.raises(ValueError, match=r"`(pool|loss|weight)` should be"):
+            objective_of(model, monitor=monitor, **options)
+        assert hooks_on(model) == hooks
+        assert monitor._taps == []
+
+    @pytest.mark.parametrize("inject", [False, True])
+    @pytest.mark.parametrize("make", [Concat, SumHeads])
+    def test_copies_add_nothing(self, make, inject):
+        model = make()
+        objective = objective_of(model, inject=inject)
+        inputs, labels = batch()
+        loss = F.cross_entropy(model(*inputs), labels)
+        (loss if inject else loss + objective(labels)).backward()
+        twin, copied = copy.deepcopy((model, objective))
+        plain = make()
+        plain.load_state_dict(model.state_dict())
+        own: list[Any] = list(objective.parameters())
+        before = [p.grad.clone() for p in own]
+        for one in (twin, plain):
+            one.zero_grad()
+            F.cross_entropy(one(*inputs), labels).backward()
+        pairs: Any = zip(twin.parameters(), plain.parameters(), strict=True)
+        assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
+        assert all(torch.equal(a, p.grad) for a, p in zip(before, own, strict=True))
+        with pytest.raises(RuntimeError, match="no features came by"):
+            copied(labels)
+        copied.remove()
+        assert pickle.loads(pickle.dumps(copied.state_dict())).keys() == objective.state_dict().keys()
 
     def test_repr(self):
         assert "heads='own', weight={'audio': 1.0, 'visual': 1.0}, inject=False" in repr(

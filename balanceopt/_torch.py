@@ -1,0 +1,17 @@
+"""Private parts of torch that have no public name, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def backward_number() -> int:
+    """Return the number of the backward that is running in this thread; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call `callback` once when the backward that is running ends, as DistributedDataParallel does."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)

@@ -28,7 +28,9 @@ def layout_of(scores: UnimodalLogits | None) -> dict[str, Any]:
 
 
 def lay_out(scores: UnimodalLogits | None, layout: dict[str, Any]) -> None:
-    """Take over what `layout_of` told."""
+    """Take over what `layout_of` told; of a layout that can't be read, nothing."""
+    columns = {name: slice(*own) for name, own in layout["columns"].items()}
+    projections = {name: projection_numbered(number) for name, number in layout["projections"].items()}
     if isinstance(scores, Automatic):
         if layout["scores"] != scores.chosen.name:
             scores.give_up()
@@ -36,7 +38,6 @@ def lay_out(scores: UnimodalLogits | None, layout: dict[str, Any]) -> None:
     if scores is None or scores.name != layout["scores"]:
         return  # another monitor: it finds out by itself
     if isinstance(scores, SplitHead):
-        scores.columns.update({name: slice(*own) for name, own in layout["columns"].items()})
+        scores.columns.update(columns)
     if isinstance(scores, (SplitHead, PerHead)):
-        known = {name: projection_numbered(number) for name, number in layout["projections"].items()}
-        scores.projections.update(known)
+        scores.projections.update(projections)

@@ -369,16 +369,6 @@ class Training(RuleBasedStateMachine):
         self.begin()
         self.go_on_alike(old, seed)
 
-    @precondition(lambda self: not self.chosen["attached"])  # hooks are lost in copies: docs of `attach`
-    @rule(seed=seeds)
-    def deep_copy(self, seed: int) -> None:
-        self.zero_grad("optimizer")
-        old = self.all
-        self.all = copy.deepcopy(old)
-        self.methods = list(self.all.balanced._balanceopt_engine.modulations)
-        self.listen(self.all)
-        self.go_on_alike(old, seed)
-
     def go_on_alike(self, old: Everything, seed: int) -> None:
         """The new objects' next step is the old ones' bit for bit."""
         inputs, labels = self.draw(seed, 4)

@@ -122,6 +122,16 @@ def test_a_load_that_fails_changes_nothing(entry):
     assert repr(run.modulator.state_dict()) == before
 
 
+def test_a_layout_that_can_not_be_read_changes_nothing():
+    run = Run("gated").train(batches(2))  # whose monitor has chosen zero-out
+    state, fresh = run.modulator.state_dict(), Run("gated")
+    before = repr(fresh.modulator.state_dict())
+    state["layout"]["columns"] = {"audio": [0, 2, 1, 9]}
+    with pytest.raises(TypeError):
+        fresh.modulator.load_state_dict(state)
+    assert repr(fresh.modulator.state_dict()) == before
+
+
 def test_update_leaves_nothing_pending():
     run = Run().train(batches(2))
     before = run.modulator.q

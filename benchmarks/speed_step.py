@@ -20,7 +20,7 @@ from benchmarks.timing import Contender, measure
 BASES: dict[str, dict[str, Any]] = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 METHODS: dict[str, Callable[[], Modulation]] = {
     "OGM": lambda: bo.OGM(0.3, noise=False),
-    "OGM, lr": lambda: bo.OGM(0.3, noise=False, apply_to="lr"),
+    "OGM, update": lambda: bo.OGM(0.3, noise=False, apply_to="update"),
     "OGM-GE": lambda: bo.OGM(0.3),
     "OGM-GE, compiled": lambda: bo.OGM(0.3, noise="compiled"),
     "AMSS": lambda: bo.AMSS(),

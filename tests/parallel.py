@@ -30,7 +30,7 @@ Fate = Callable[[int, Part], Part]
 METHODS: dict[str, Callable[[], list[bo.modulation.Modulation]]] = {
     "OGM": lambda: [bo.OGM(0.5, noise=False)],
     "OGM-GE": lambda: [bo.OGM(0.5)],
-    "OGM lr": lambda: [bo.OGM(0.5, noise=False, apply_to="lr")],
+    "OGM update": lambda: [bo.OGM(0.5, noise=False, apply_to="update")],
     "OPM": list,
     "AMSS": lambda: [bo.AMSS()],
     "AMSS+": lambda: [bo.AMSS(scale="unbiased")],

@@ -37,7 +37,7 @@ class BalanceCallback(Balance, TrainerCallback):
             mapping; or a `ModalityMonitor` that you built yourself.
         head: what makes the logits, as `ModalityMonitor` takes it, or a function from the model to it.
         modulation: the method, `OGM()` by default, several to act in order, or `()` for none. The default optimizer is
-            AdamW, under which `OGM(apply_to="lr")` does more.
+            AdamW, under which `OGM(apply_to="update")` does more.
         prediction: OPM too: a function from the monitor to a `OPM`, or that class itself.
         relearn: re-learning too: a function from optimizer and monitor to a `ReLearnScheduler`, which is stepped
             between epochs.

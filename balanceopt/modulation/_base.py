@@ -15,6 +15,7 @@ from balanceopt.monitor import ModalityMonitor, ModalitySums
 
 Undo = Callable[[], None]
 Report = Callable[[str, Tensor], None]
+ScaleUpdate = Callable[[Sequence[nn.Parameter], Tensor], None]
 
 
 class OptimizerHintWarning(UserWarning):
@@ -53,6 +54,7 @@ class Step:
         number: how many steps came before.
         report: takes what a `Recorder` may want, `(M,)` by name.
         count: takes how often something odd happened, a 0-d tensor by name.
+        scale_update: scales how far this step moves some parameters, by a 0-d factor.
         monitor: who watches the model; None where a modulation is called without one.
     """
 
@@ -64,6 +66,7 @@ class Step:
     number: int
     report: Report = field(default=lambda name, values: None)
     count: Report = field(default=lambda name, values: None)
+    scale_update: ScaleUpdate = field(default=lambda params, factor: None)
     monitor: ModalityMonitor | None = None
 
 

@@ -15,7 +15,6 @@ from balanceopt.functional._scores import RatioReduction
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step, Undo
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
-from balanceopt.modulation._lr import check_lr, scale_lr
 from balanceopt.modulation._noise import Noise, parameters_of, prepare_compiled
 from balanceopt.monitor import ModalitySums
 
@@ -35,9 +34,9 @@ class OGM(Modulation):
         noise: add the noise h (OGM-GE) or not (OGM). `"compiled"` makes the same noise but for rounding, faster, by a
             kernel that is compiled when the optimizer is built (seconds, once a process).
         noise_scale: factor on its standard deviation.
-        apply_to: `"grad"` scales gradients. Adam and its kin divide a constant factor out again; `"lr"` scales the
-            learning rate of the modality's parameters for this step instead, which acts on any base, and on the noise
-            with it.
+        apply_to: `"grad"` scales gradients. Adam and its kin divide a constant factor out again; `"update"`
+            scales what the base did in the step instead, `p <- before + k (p - before)`, on any base: weight decay,
+            momentum and noise with the rest.
         min_ndim: only tensors with at least this many dimensions (2 leaves norms and biases alone, as published).
         start: first step (epoch, once `set_epoch` was called) in which it acts.
         end: last one, inclusive; None for no end.
@@ -62,7 +61,7 @@ class OGM(Modulation):
         form: CoefficientForm = "cvpr",
         noise: bool | Noise = True,
         noise_scale: float = 1.0,
-        apply_to: Literal["grad", "lr"] = "grad",
+        apply_to: Literal["grad", "update"] = "grad",
         min_ndim: int = 2,
         start: int = 0,
         end: int | None = None,
@@ -77,8 +76,8 @@ class OGM(Modulation):
             raise ValueError(f"`noise` should be a bool or one of {get_args(Noise)}. Found {noise!r}.")
         if form not in get_args(CoefficientForm):
             raise ValueError(f"`form` should be one of {get_args(CoefficientForm)}. Found {form!r}.")
-        if apply_to not in ("grad", "lr"):
-            raise ValueError(f"`apply_to` should be 'grad' or 'lr'. Found {apply_to!r}.")
+        if apply_to not in ("grad", "update"):
+            raise ValueError(f"`apply_to` should be 'grad' or 'update'. Found {apply_to!r}.")
         if ratio not in get_args(RatioReduction):
             raise ValueError(f"`ratio` should be one of {get_args(RatioReduction)}. Found {ratio!r}.")
         if min_ndim < 0:
@@ -92,15 +91,13 @@ class OGM(Modulation):
         self.ratio: RatioReduction = ratio
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Say so where scaling gradients does nothing to the base, or its learning rate can't be scaled."""
-        if self.alpha > 0 and self.apply_to != "lr" and cancels_constant_factor(optimizer):
+        """Warn where scaling gradients does nothing to the base; get the noise ready."""
+        if self.alpha > 0 and self.apply_to == "grad" and cancels_constant_factor(optimizer):
             warn_user(
                 f"{type(optimizer).__name__} divides a constant gradient factor out again, so OGM's coefficient does "
-                "little. OGM(apply_to='lr') scales the learning rate instead.",
+                "little. OGM(apply_to='update') scales what it does in the step instead.",
                 OptimizerHintWarning,
             )
-        if self.alpha > 0 and self.apply_to == "lr":
-            check_lr(optimizer)
         if self.noise == "compiled" and self.noise_scale > 0:
             prepare_compiled(parameters_of(optimizer, self.min_ndim))
 
@@ -115,10 +112,13 @@ class OGM(Modulation):
             _refuse_sparse(slots)
         coefficient, usable = self.coefficient(step)
         step.count("unusable_scores", ~usable)
+        if self.apply_to == "update" and self.alpha > 0:
+            for k, name in zip(coefficient, step.modalities, strict=True):
+                step.scale_update([slot.parameter for slot in slots.get(name, [])], k)
         known_usable = on_host(usable)
         if known_usable is not None and not known_usable:
             return None
-        scaled = torch.ones_like(coefficient) if self.apply_to == "lr" else coefficient
+        scaled = coefficient if self.apply_to == "grad" else torch.ones_like(coefficient)
         known = on_host(scaled)
         for position, name in enumerate(step.modalities):
             own = slots.get(name, [])
@@ -129,15 +129,11 @@ class OGM(Modulation):
                 left = scale_and_add_noise_(
                     own, scaled[position], scale, step.seed, step.number, compiled=self.noise == "compiled"
                 )
-            elif known is None or known[position] != 1:
+            elif self.apply_to == "grad" and (known is None or known[position] != 1):
                 left = scale_grads_(own, scaled[position])
             else:
                 continue
             step.count("nonfinite_gradients", left)
-        if self.apply_to == "lr":
-            # A learning rate is a number on the host: on an accelerator this waits for M of them.
-            factors = (float(k) for k in coefficient.cpu().numpy())
-            return scale_lr(step.optimizer, slots, dict(zip(step.modalities, factors, strict=True)))
         return None
 
     def coefficient(self, step: Step) -> tuple[Tensor, Tensor]:

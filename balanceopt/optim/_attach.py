@@ -91,7 +91,7 @@ class AttachedModulation:
         self._depth -= 1
         if self._depth <= 0:
             self._depth, self._wrapped = 0, None
-            self._engine.undo()
+            self._engine.after()
 
     def _is_within_a_step(self, closure: Callable[[], Any] | None) -> bool:
         """Whether a subclass's step calls its parent's: torch calls the hooks of both."""

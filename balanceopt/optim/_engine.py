@@ -16,6 +16,7 @@ from balanceopt.monitor import ModalityMonitor, ModalitySums
 from balanceopt.optim._checks import check_arguments, steps_others, warn_of_known_defects
 from balanceopt.optim._kept import Kept, device_of
 from balanceopt.optim._owners import Owners
+from balanceopt.optim._update import UpdateScaling
 
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
 
@@ -66,6 +67,7 @@ class Engine:
         self._kept.begin()
         self._number = self._kept.number
         self._undo: list[Undo] = []
+        self._updates = UpdateScaling()
         self._silent = 0
         self._warned: set[str] = set()
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
@@ -81,12 +83,12 @@ class Engine:
 
     def before(self) -> None:
         """Begin a step: modulate the gradients that are there now."""
-        self._begin()
+        self._begin(has_closure=False)
         self._act()
 
     def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Begin a step with a closure: the closure with its gradients modulated."""
-        self._begin()
+        self._begin(has_closure=True)
         noisy = any(getattr(m, "noise", False) for m in self.modulations)
         if noisy and isinstance(self.optimizer, torch.optim.LBFGS):
             self._warn(
@@ -99,10 +101,22 @@ class Engine:
             with torch.enable_grad():
                 loss = closure()
             self.undo()
+            self._updates.restart()
             self._act()
             return loss
 
         return modulated
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def after(self) -> None:
+        """End a step: scale the updates that the base optimizer made."""
+        self.undo()
+        self._updates.finish()
+
+    def abandon(self) -> None:
+        """End a step that raised an exception: parameters stay as the base optimizer left them."""
+        self.undo()
+        self._updates.abandon()
 
     def undo(self) -> None:
         """Put back what a modulation changed only for the step, also after an exception in that step."""
@@ -141,7 +155,7 @@ class Engine:
 
     def detach(self, *, keep_state: bool = False) -> None:
         """Leave the base optimizer and the monitor as they were, but for the numbers in its groups if they are kept."""
-        self.undo()
+        self.abandon()
         if not keep_state:
             self._kept.clear()
         self.monitor.drop_accumulator(self.accumulator)
@@ -152,8 +166,9 @@ class Engine:
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, *, has_closure: bool) -> None:
         self.undo()
+        self._updates.begin(has_closure=has_closure)
         if self._owners.changed():
             self.refresh()
         # However often a closure runs, it is one step with one number.
@@ -201,6 +216,7 @@ class Engine:
             number=self._number,
             report=self._report,
             count=self._note,
+            scale_update=self._updates.scale,
             monitor=self.monitor,
         )
         for modulation in acting:

@@ -111,10 +111,14 @@ class WrappedOptimizer(torch.optim.Optimizer):
         try:
             if closure is None:
                 engine.before()
-                return self.optimizer.step()
-            return self.optimizer.step(engine.wrap(closure))
-        finally:
-            engine.undo()
+                result = self.optimizer.step()
+            else:
+                result = self.optimizer.step(engine.wrap(closure))
+        except BaseException:
+            engine.abandon()
+            raise
+        engine.after()
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the scores that belong to them."""

@@ -101,7 +101,7 @@ METHODS = (
     _row("OGM-GE + uni-modal losses", {"unimodal_heads": "own", "ogm_noise": True}, _WEIGHTS, ogm_alpha="OGM-GE"),
     _row("fixed dropout + uni-modal losses", {"unimodal_heads": "own"}, _WEIGHTS, dropout_p=FIXED_DROPOUT),
     Row(
-        "OGM-GE by learning rate, AdamW", {"optimizer": "adamw", "ogm_noise": True, "ogm_apply_to": "lr"}, (_ALPHAS,),
+        "OGM-GE by update, AdamW", {"optimizer": "adamw", "ogm_noise": True, "ogm_apply_to": "update"}, (_ALPHAS,),
         {"lr": JOINT_ADAMW, "epochs": JOINT_ADAMW}, reference=JOINT_ADAMW,
     ),
 )  # fmt: skip

@@ -24,8 +24,7 @@ class Base:
         closure: its step needs one.
         create_graph: its step differentiates the gradients.
         copies: a deep copy can step.
-        scales_lr: reads a learning rate for each group, and keeps nothing else for each of them.
-        loads_lr: a learning rate set after load_state_dict still reaches the parameters.
+        keeps_copy: keeps a second copy of its parameters, which it pulls them to.
     """
 
     name: str
@@ -33,8 +32,7 @@ class Base:
     closure: bool = False
     create_graph: bool = False
     copies: bool = True
-    scales_lr: bool = True
-    loads_lr: bool = True
+    keeps_copy: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -94,24 +92,18 @@ _OWN = [
     _torch("ASGD", 0.1),
     _torch("Adafactor", 0.01),
     Base("Muon", lambda groups: torch.optim.Muon(_matrices(groups), lr=0.01)),
-    # A single learning rate serves all parameters.
-    Base(
-        "LBFGS",
-        lambda groups: torch.optim.LBFGS(_one_group(groups), lr=0.01, max_iter=3),
-        closure=True,
-        scales_lr=False,
-    ),
+    Base("LBFGS", lambda groups: torch.optim.LBFGS(_one_group(groups), lr=0.01, max_iter=3), closure=True),
 ]
 
 _THIRD_PARTY = [
-    _third("A2GradExp", scales_lr=False),  # these three take a learning rate and never read it
-    _third("A2GradInc", scales_lr=False),
-    _third("A2GradUni", scales_lr=False),
+    _third("A2GradExp", keeps_copy=True),
+    _third("A2GradInc", keeps_copy=True),
+    _third("A2GradUni", keeps_copy=True),
     _third("AccSGD"),
     _third("AdaBelief"),
-    _third("AdaBound", scales_lr=False),  # keeps a list of each group's first lr
+    _third("AdaBound"),
     _third("AdaMod"),
-    _third("Adafactor", scales_lr=False),  # makes its own learning rate (relative_step)
+    _third("Adafactor"),
     _third("Adahessian", create_graph=True),
     _third("AdamP"),
     _third("AggMo"),
@@ -121,16 +113,16 @@ _THIRD_PARTY = [
     _third("Lamb"),
     # Never calls Optimizer.__init__: without the wrapper it has neither hooks nor state_dict nor copies. Loading parts
     # its groups from those of the optimizer inside it.
-    Base("torch_optimizer.Lookahead", _lookahead, copies=False, loads_lr=False),
-    _third("MADGRAD"),
+    Base("torch_optimizer.Lookahead", _lookahead, copies=False, keeps_copy=True),
+    _third("MADGRAD", keeps_copy=True),
     _third("NovoGrad"),
     _third("PID"),
     _third("QHAdam"),
     _third("QHM"),
     _third("RAdam"),
-    _third("Ranger"),
-    _third("RangerQH"),
-    _third("RangerVA"),
+    _third("Ranger", keeps_copy=True),
+    _third("RangerQH", keeps_copy=True),
+    _third("RangerVA", keeps_copy=True),
     _third("SGDP"),
     _third("SGDW"),
     _third("SWATS"),

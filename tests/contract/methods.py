@@ -17,13 +17,11 @@ class Method:
         name: what a test is called.
         make: the modulation at work.
         limit: the modulation with the options at which it is the base optimizer, bit for bit.
-        scales_lr: needs a base with a learning rate for each group.
     """
 
     name: str
     make: Callable[[], bo.Modulation]
     limit: Callable[[], bo.Modulation]
-    scales_lr: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -33,10 +31,9 @@ METHODS = [
     Method("OGM", partial(bo.OGM, 0.5, noise=False), limit=partial(bo.OGM, 0, noise=False)),
     Method("OGM-GE", partial(bo.OGM, 0.5), limit=partial(bo.OGM, 0, noise_scale=0)),
     Method(
-        "OGM lr",
-        partial(bo.OGM, 0.5, noise=False, apply_to="lr"),
-        limit=partial(bo.OGM, 0, noise=False, apply_to="lr"),
-        scales_lr=True,
+        "OGM update",
+        partial(bo.OGM, 0.5, noise=False, apply_to="update"),
+        limit=partial(bo.OGM, 0, noise=False, apply_to="update"),
     ),
     # All units are kept where the ratios are clamped to 1; the offset makes every significance positive.
     Method("AMSS", bo.AMSS, limit=partial(bo.AMSS, clamp=(1, 1), offset=100)),

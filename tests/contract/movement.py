@@ -1,4 +1,4 @@
-"""How far a base moves one modality's weights, with and without a constant factor on its gradients or learning rate."""
+"""How far a base moves one modality's weights, with and without a constant factor on its gradients or updates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import balanceopt as bo
 from balanceopt.modulation import Step
 from balanceopt.modulation._gradients import scale_grads_
-from balanceopt.modulation._lr import scale_lr
 from tests.contract.bases import Base
 from tests.models import watch
 from tests.training import backward, batch, groups_of, small_model
@@ -30,11 +29,10 @@ class Constant(bo.Modulation):
 
     def modulate(self, step: Step) -> bo.modulation.Undo | None:
         name = step.modalities[0]
-        if self.apply_to == "lr":
-            return scale_lr(
-                step.optimizer, step.slots, dict.fromkeys(step.modalities, 1.0) | {name: self.factor}
-            )
-        scale_grads_(step.slots[name], torch.tensor(self.factor))
+        if self.apply_to == "update":
+            step.scale_update([slot.parameter for slot in step.slots[name]], torch.tensor(self.factor))
+        else:
+            scale_grads_(step.slots[name], torch.tensor(self.factor))
         return None
 
 

@@ -50,26 +50,18 @@ GLOBAL = {
     "DAdaptSGD": "one step size from all gradients",
     "LoRARite": "takes parameters for pairs of factors",
 }
-_GROUP_LISTS = "keeps a list with an entry for each group"
-# `apply_to="lr"` is refused, saying why.
-LR_REFUSED = {
-    "A2Grad": "no learning rate",
-    "AdaBound": _GROUP_LISTS,
-    "AdaFactor": "makes its own learning rate",
-    "ApolloDQN": "warms up to a learning rate of its own",
-    "SRMM": _GROUP_LISTS,
-    "ScheduleFreeAdamW": _GROUP_LISTS,
-    "ScheduleFreeSGD": _GROUP_LISTS,
-}
 _ADAPTS = "the step size follows from how far it has moved"
-# A learning rate times k moves parameters by something else than k.
-LR_OTHERWISE = {
-    "ASGD": "it sets its learning rate anew in each step",
-    "AdaGO": "a lower bound of the step",
-    "Gravity": "the learning rate sets how its momentum begins",
+_COPY = "keeps a second copy of its parameters"
+# Updates scaled by k move parameters by something else than k.
+UPDATE_OTHERWISE = {
+    "FTRL": "parameters follow from sums of gradients, wherever they were",
     "LoRARite": "takes parameters for pairs of factors",
-    "MADGRAD": "moves by the power 2/3",
-    **dict.fromkeys(("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "Prodigy"), _ADAPTS),
+    "Nero": "projects parameters after each step",
+    **dict.fromkeys(
+        ("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD", "Prodigy"), _ADAPTS
+    ),
+    **dict.fromkeys(("A2Grad", "ASGD", "MADGRAD", "Ranger", "Ranger21", "SRMM"), _COPY),
+    **dict.fromkeys(("ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD"), _COPY),
 }
 _OPTIONS: dict[str, dict[str, Any]] = {"A2Grad": {}, "Ranger21": {"lr": 0.01, "num_iterations": 100}}
 _MUON = ("AdaGO", "AdaMuon", "Muon", "MuonClip", "NorMuon")

@@ -29,7 +29,6 @@ PAIRS = [
     pytest.param(method, base, id=f"{method}-{base}")
     for method in METHODS
     for base in BASES
-    if base.scales_lr or not method.scales_lr
 ]
 every_pair = pytest.mark.parametrize(("method", "base"), PAIRS)
 # What hangs on the wrapper and not on the method: third-party bases with one method only.
@@ -83,8 +82,6 @@ def test_schedulers_reach_the_base(method: Method, base: Base):
 
 @every_pair
 def test_resumes_bit_for_bit(method: Method, base: Base):
-    if method.scales_lr and not base.loads_lr:
-        pytest.skip("after a load the bare optimizer no longer sees its learning rates")
     model, optimizer = build(base, method.make())
     advance(model, optimizer, base, range(2))
     file = io.BytesIO()
@@ -122,12 +119,6 @@ def test_what_cannot_be_copied_says_so(base: Base):
         twin, copied = copy.deepcopy((model, optimizer))
     with pytest.raises(AttributeError):
         advance(twin, copied, base, range(2, 4))
-
-
-@pytest.mark.parametrize("base", [base for base in BASES if not base.scales_lr], ids=str)
-def test_lr_mode_refuses_bases_without_an_lr_of_their_own_for_each_group(base: Base):
-    with pytest.raises(ValueError, match="apply_to='lr'"):
-        build(base, bo.OGM(apply_to="lr"))
 
 
 def test_no_base_is_left_out():

@@ -18,10 +18,9 @@ from tests.contract.package_bases import (
     BASES,
     GLOBAL,
     LEFT_OUT,
-    LR_OTHERWISE,
-    LR_REFUSED,
     NOT_COPIED,
     UNSAFE_STATE,
+    UPDATE_OTHERWISE,
     make,
 )
 from tests.contract.runs import advance, build
@@ -39,12 +38,7 @@ LATER = 12
 every_base = pytest.mark.parametrize("base", BASES, ids=str)
 every_pair = pytest.mark.parametrize(
     ("method", "base"),
-    [
-        pytest.param(method, base, id=f"{method}-{base}")
-        for method in METHODS
-        for base in BASES
-        if not (method.scales_lr and base.name in {**LR_REFUSED, "LoRARite": ""})
-    ],
+    [pytest.param(method, base, id=f"{method}-{base}") for method in METHODS for base in BASES],
 )
 
 
@@ -195,7 +189,7 @@ def test_copies_of_these_cannot_step(base: Base):
         advance(twin, copied, base, range(2, LATER))
 
 
-# -- a constant factor, on gradients and on learning rates -------------------------------------------------------------
+# -- a constant factor, on gradients and on updates --------------------------------------------------------------------
 
 
 @every_base
@@ -205,24 +199,18 @@ def test_the_hint_comes_where_the_base_takes_most_of_the_factor_out(base: Base):
     assert (measured > 1.4 * FACTOR) == listed, measured
 
 
-def lr_ratio(base: Base) -> float:
-    return movement(base, FACTOR, "lr") / movement(base, 1.0, "grad")
+def slowing(base: Base) -> float:
+    return movement(base, FACTOR, "update") / movement(base, 1.0, "grad")
 
 
-@but({**LR_REFUSED, **LR_OTHERWISE})
-def test_lr_mode_moves_parameters_by_the_factor(base: Base):
-    assert lr_ratio(base) == pytest.approx(FACTOR, rel=0.05)
+@but(UPDATE_OTHERWISE)
+def test_scaled_updates_move_parameters_by_the_factor(base: Base):
+    assert slowing(base) == pytest.approx(FACTOR, rel=0.05)
 
 
-@only(LR_OTHERWISE)
-def test_learning_rates_of_these_mean_something_else(base: Base):
-    assert lr_ratio(base) != pytest.approx(FACTOR, rel=0.05)
-
-
-@only(LR_REFUSED)
-def test_lr_mode_refuses_bases_on_which_it_would_do_nothing(base: Base):
-    with pytest.raises(ValueError, match="apply_to='lr'"):
-        build(base, bo.OGM(apply_to="lr"))
+@only(UPDATE_OTHERWISE)
+def test_scaled_updates_of_these_mean_something_else(base: Base):
+    assert slowing(base) != pytest.approx(FACTOR, rel=0.05)
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

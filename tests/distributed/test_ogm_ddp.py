@@ -23,7 +23,7 @@ HALF = 4  # rows of each of two ranks
 BASES: dict[str, Any] = {
     "sgd": lambda groups: sgd(groups, momentum=0.9),
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01),
-    "sgd lr": lambda groups: sgd(groups),
+    "sgd update": lambda groups: sgd(groups),
 }
 
 
@@ -69,7 +69,7 @@ def rows_of(rank: int) -> slice:
     return slice(rank * HALF, (rank + 1) * HALF)
 
 
-LR = bo.OGM(0.5, noise=False, apply_to="lr")
+UPDATE = bo.OGM(0.5, noise=False, apply_to="update")
 
 
 def work(rank: int) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def work(rank: int) -> dict[str, Any]:
     told = {
         "sgd": Run("sgd", seed=5).train(5, rows).told(),
         "adamw": Run("adamw", seed=5).train(5, rows).told(),
-        "sgd lr": Run("sgd lr", LR, seed=5).train(5, rows).told(),
+        "sgd update": Run("sgd update", UPDATE, seed=5).train(5, rows).told(),
         "long": Run("adamw").train(50, rows).told(),  # seed=None: the first rank's
         "own seeds": Run("sgd", seed=rank).train(3, rows).told(),
         "rank without labels": Run("sgd", seed=5).train(5, rows, unlabelled=rank == 1).told(),
@@ -103,16 +103,16 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     return max(float((a["model"][key] - b["model"][key]).abs().max()) for key in a["model"])
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("sgd", 1e-6), ("sgd lr", 1e-6), ("adamw", 1e-5)])
+@pytest.mark.parametrize(("name", "tolerance"), [("sgd", 1e-6), ("sgd update", 1e-6), ("adamw", 1e-5)])
 def test_two_ranks_equal_one_process(ranks: list[Any], name: str, tolerance: float):
-    modulation = LR if name == "sgd lr" else None
+    modulation = UPDATE if name == "sgd update" else None
     alone = Run(name, modulation, seed=5).train(5, slice(0, 2 * HALF)).told()
     assert largest_difference(alone, ranks[0][name]) < tolerance
     assert alone["stats"] == ranks[0][name]["stats"]
 
 
 @pytest.mark.parametrize(
-    "name", ["sgd", "adamw", "sgd lr", "long", "own seeds", "rank without labels", "silent"]
+    "name", ["sgd", "adamw", "sgd update", "long", "own seeds", "rank without labels", "silent"]
 )
 def test_ranks_are_the_same_bit_for_bit(ranks: list[Any], name: str):
     assert largest_difference(ranks[0][name], ranks[1][name]) == 0

@@ -71,11 +71,11 @@ def test_a_scheduler_acts_as_in_the_plain_loop():
     assert same_bits(lit.net, plain(model_and_batches()[1], schedule=halving))
 
 
-def test_the_learning_rate_form_leaves_the_scheduler_alone():
-    lit, lr = Lit(schedule=halving), method(apply_to="lr")
-    run = fit(lit, callback(lr))
+def test_a_scaled_update_leaves_the_scheduler_alone():
+    lit, scaled = Lit(schedule=halving), method(apply_to="update")
+    run = fit(lit, callback(scaled))
     assert run.optimizers[0].param_groups[0]["lr"] == 0.1 / 4
-    assert same_bits(lit.net, plain(model_and_batches()[1], schedule=halving, modulation=lr))
+    assert same_bits(lit.net, plain(model_and_batches()[1], schedule=halving, modulation=scaled))
 
 
 def test_manual_optimization_equals_the_plain_loop():

@@ -49,6 +49,6 @@ def test_transformers(tmp_path):
     from tests.frameworks.under_transformers import default_optimizer, linear
 
     make = default_optimizer(tmp_path)
-    lr = OGM(0.5, apply_to="lr")
+    scaled = OGM(0.5, apply_to="update")
     results = on_ranks(rank_runs.transformers, tmp_path, str(tmp_path / "out"))
-    check(results, plain(model_and_batches()[1], modulation=lr, make=make, clip=1.0, schedule=linear))
+    check(results, plain(model_and_batches()[1], modulation=scaled, make=make, clip=1.0, schedule=linear))

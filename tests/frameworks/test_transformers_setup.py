@@ -66,7 +66,10 @@ def test_after_an_exception_remove_or_train_again(tmp_path):
 
 def test_encoders_and_head_may_be_functions_of_the_model(tmp_path):
     balance = BalanceCallback(
-        lambda model: dict(model.encoders.items()), lambda model: model.head, method(apply_to="lr"), seed=SEED
+        lambda model: dict(model.encoders.items()),
+        lambda model: model.head,
+        method(apply_to="update"),
+        seed=SEED,
     )
     trainer(tmp_path, Net(), balance).train()
     assert balance.stats()["modulated"] == STEPS
@@ -101,7 +104,7 @@ def test_a_pretrained_model_is_balanced(tmp_path):
         for i in range(8)
     ]
     model = TextAndPicture(BertConfig(vocab_size=9, **SMALL))
-    balance = BalanceCallback({"text": "text", "picture": "picture"}, "classifier", method(apply_to="lr"))
+    balance = BalanceCallback({"text": "text", "picture": "picture"}, "classifier", method(apply_to="update"))
     args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     Trainer(model, args, train_dataset=samples, callbacks=[balance]).train()
     assert balance.monitor.stats() == {**balance.monitor.stats(), "scores": "split", "labels": {"model": 2}}
@@ -123,7 +126,7 @@ def test_labels_that_the_trainer_keeps_to_itself_come_from_the_gradient(tmp_path
 
 
 def test_windows_count_epochs_if_asked_to(tmp_path):
-    balance = callback(method(start=1, end=1, apply_to="lr"), count_epochs=True)
+    balance = callback(method(start=1, end=1, apply_to="update"), count_epochs=True)
     trainer(tmp_path, Net(), balance, max_steps=3 * STEPS).train()
     assert balance.stats() == {**balance.stats(), "modulated": STEPS, "outside_window": 2 * STEPS}
 

@@ -60,7 +60,9 @@ def arguments(folder, **options):
 
 def callback(modulation=None, **options):
     # The default optimizer is AdamW; what it does to the coefficient is not what is tried here.
-    return BalanceCallback(ENCODERS, "head", modulation or method(apply_to="lr"), **{"seed": SEED, **options})
+    return BalanceCallback(
+        ENCODERS, "head", modulation or method(apply_to="update"), **{"seed": SEED, **options}
+    )
 
 
 def trainer(folder, model, *callbacks, count=STEPS, optimizers=(None, None), **options):

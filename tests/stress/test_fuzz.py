@@ -41,7 +41,7 @@ SAID = (
 METHODS: dict[str, Any] = {
     "OGM": lambda: [bo.OGM(0.5, noise=False)],
     "OGM-GE": lambda: [bo.OGM(0.5)],
-    "OGM lr": lambda: [bo.OGM(0.5, noise=False, apply_to="lr")],
+    "OGM update": lambda: [bo.OGM(0.5, noise=False, apply_to="update")],
     "AMSS": lambda: [bo.AMSS(scale="unbiased")],
     "window": lambda: [bo.OGM(0.5, start=1, end=3), bo.AMSS(start=2, end=4)],
     "both": lambda: [bo.OGM(0.5), bo.AMSS()],

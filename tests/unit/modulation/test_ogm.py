@@ -248,7 +248,7 @@ def test_sparse_gradients_are_scaled():
 
 
 def test_sparse_adam():
-    model, optimizer = lookups(bo.OGM(0.5, noise=False, apply_to="lr"), torch.optim.SparseAdam)
+    model, optimizer = lookups(bo.OGM(0.5, noise=False, apply_to="update"), torch.optim.SparseAdam)
     train(model, optimizer, [batch(i, model) for i in range(3)])
     assert optimizer.stats()["modulated"] == 3
 
@@ -332,7 +332,7 @@ def test_outside_the_window_no_scores_are_asked_for():
         ({"noise_scale": -0.1}, "`noise_scale` should be non-negative"),
         ({"noise": "fast"}, "`noise` should be a bool or one of .*'compiled'.* Found 'fast'"),
         ({"form": "A"}, "`form` should be one of .*'cvpr'.* Found 'A'"),
-        ({"apply_to": "update"}, "`apply_to` should be 'grad' or 'lr'"),
+        ({"apply_to": "lr"}, "`apply_to` should be 'grad' or 'update'"),
         ({"ratio": "sum"}, "`ratio` should be one of"),
         ({"min_ndim": -1}, "`min_ndim` should be non-negative"),
         ({"start": -1}, "`start` and `end` should satisfy"),
@@ -369,7 +369,7 @@ def test_a_hint_where_the_base_cancels_the_coefficient(make: Any, recwarn: pytes
     [
         (bo.OGM(0.5), sgd),
         (bo.OGM(0), torch.optim.Adam),
-        (bo.OGM(0.5, apply_to="lr"), torch.optim.Adam),
+        (bo.OGM(0.5, apply_to="update"), torch.optim.Adam),
     ],
 )
 def test_no_hint(modulation: bo.OGM, make: Any, recwarn: pytest.WarningsRecorder):

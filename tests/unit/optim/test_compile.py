@@ -31,7 +31,7 @@ BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 MODULATIONS = {
     "noise": bo.OGM(0.5),
-    "lr": bo.OGM(0.5, noise=False, apply_to="lr"),
+    "update": bo.OGM(0.5, noise=False, apply_to="update"),
 }
 
 

@@ -72,11 +72,17 @@ def test_the_count_sees_what_is_made_and_what_is_kept():
     assert allocated(run) == (4000, 2000)
 
 
-@pytest.mark.parametrize("apply_to", ["grad", "lr"])
-def test_ogm_makes_nothing(apply_to):
-    peak, kept = step(bo.OGM(0.5, noise=False, apply_to=apply_to))
+def test_ogm_makes_nothing():
+    peak, kept = step(bo.OGM(0.5, noise=False))
     assert peak < 0.01
     assert kept < 0.01
+
+
+def test_a_scaled_update_takes_a_copy_of_the_slowed_encoder():
+    encoder = sum(4 * torch.Size(shape).numel() for shape in SHAPES if len(shape) > 1) / BYTES
+    peak, kept = step(bo.OGM(0.5, noise=False, apply_to="update"))
+    assert peak < 0.01  # the copy has its place from the first step
+    assert kept == pytest.approx(encoder, rel=0.01)
 
 
 @pytest.mark.parametrize("noise", [True, "compiled"])

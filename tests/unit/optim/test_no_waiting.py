@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import balanceopt as bo
 from balanceopt.modulation import _amss, _gradients, _ogm, _parts
+from balanceopt.optim import _update
 from tests.models import FUSIONS, batch, train_step, watch
 from tests.training import sgd
 
@@ -43,7 +44,9 @@ def test_the_guard_sees_what_it_should():
 
 MODULATIONS: dict[str, Any] = {
     "OGM": bo.OGM(0.5, noise=False),
+    "OGM, update": bo.OGM(0.5, noise=False, apply_to="update"),
     "OGM-GE": bo.OGM(0.5),
+    "OGM-GE, update": bo.OGM(0.5, apply_to="update"),
     "tpami": bo.OGM(0.5, form="tpami", ratio="ratio_of_means"),
     "AMSS": bo.AMSS(),
     "AMSS+": bo.AMSS(scale="unbiased"),
@@ -51,7 +54,7 @@ MODULATIONS: dict[str, Any] = {
     "both": [bo.OGM(0.5), bo.AMSS(scale="unbiased")],
 }
 # Who asks whether numbers can be read in place.
-ASKING = (_amss, _gradients, _ogm, _parts)
+ASKING = (_amss, _gradients, _ogm, _parts, _update)
 
 
 @pytest.mark.parametrize("name", MODULATIONS)

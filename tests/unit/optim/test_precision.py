@@ -17,7 +17,7 @@ from tests.training import batch, distance, small_model
 METHODS: dict[str, Callable[[], list[bo.Modulation]]] = {
     "OGM": lambda: [bo.OGM(0.5, noise=False)],
     "OGM-GE": lambda: [bo.OGM(0.5)],
-    "OGM lr": lambda: [bo.OGM(0.5, noise=False, apply_to="lr")],
+    "OGM update": lambda: [bo.OGM(0.5, noise=False, apply_to="update")],
     "AMSS": lambda: [bo.AMSS()],
     "AMSS+": lambda: [bo.AMSS(scale="unbiased")],
     "OGM-GE, AMSS": lambda: [bo.OGM(0.5), bo.AMSS()],

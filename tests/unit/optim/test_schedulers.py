@@ -65,7 +65,7 @@ def test_same_rates_as_on_the_bare_optimizer(name: str, base: str):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_with_hooks(name: str):
     def form(optimizer: Any, monitor: Any) -> Any:
-        bo.attach(optimizer, monitor, bo.OGM(0.5, noise=False, apply_to="lr"))
+        bo.attach(optimizer, monitor, bo.OGM(0.5, noise=False, apply_to="update"))
         return optimizer
 
     bare = schedule("SGD", name, lambda o, monitor: o)

@@ -338,7 +338,7 @@ class Child(torch.optim.AdamW):
 
 
 @pytest.mark.parametrize(
-    "modulation", [bo.OGM(0.5), bo.OGM(0.5, noise=False, apply_to="lr")], ids=["grad", "lr"]
+    "modulation", [bo.OGM(0.5), bo.OGM(0.5, noise=False, apply_to="update")], ids=["grad", "update"]
 )
 @pytest.mark.parametrize("closure", [False, True])
 def test_a_step_within_a_step_is_one(modulation: Any, closure: bool):
@@ -431,7 +431,7 @@ def test_parameters_that_take_the_place_of_others_are_found(form: Make):
 def test_an_empty_first_group():
     model = small_model()
     groups = [{"params": []}, *groups_of(model)]
-    optimizer = bo.ModulatedOptimizer(sgd(groups), watch(model), bo.OGM(0.5, noise=False, apply_to="lr"))
+    optimizer = bo.ModulatedOptimizer(sgd(groups), watch(model), bo.OGM(0.5, noise=False, apply_to="update"))
     train(model, optimizer, batches(model, 2))
     assert optimizer.param_groups[0]["balanceopt_step"] == 2
 

@@ -1,0 +1,95 @@
+"""Scale how far the base optimizer's step moves parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from balanceopt._deferred import on_host
+from balanceopt.modulation._shards import local_part
+
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+class UpdateScaling:
+    """Scale the updates of one step: `p <- before + k (p - before)`, after the base optimizer has stepped.
+
+    `before` is copied once in a step, when a parameter is first asked for. A closure may be evaluated several times
+    in a step: the factors of its last evaluation hold. On the CPU the copies' memory is kept for the next step,
+    because allocating it again would take longer than the step.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[nn.Parameter, Tensor] = {}
+        self._spare: dict[Layout, list[Tensor]] = {}
+        self._factors: list[tuple[list[nn.Parameter], Tensor]] = []
+        self._has_closure = False
+
+    def begin(self, *, has_closure: bool) -> None:
+        """Begin a step; with a closure a later evaluation may scale what the first one does not."""
+        self.abandon()
+        self._has_closure = has_closure
+
+    def restart(self) -> None:
+        """Forget the factors of a closure's evaluation: another one follows."""
+        self._factors.clear()
+
+    @torch.no_grad()
+    def scale(self, params: Sequence[nn.Parameter], factor: Tensor) -> None:
+        """Scale the update of `params` by a 0-d `factor`; one that is not finite leaves it as it is."""
+        host_value = on_host(factor)
+        has_effect = host_value is None or (host_value != 1 and math.isfinite(host_value))
+        if has_effect or self._has_closure:
+            for p in params:
+                if p not in self._before:
+                    self._before[p] = self._copy(p)
+        if has_effect:
+            self._factors.append((list(params), factor))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Scale what the base optimizer's step has done."""
+        for params, factor in self._factors:
+            _scale_differences(
+                [local_part(p.detach()) for p in params], [self._before[p] for p in params], factor
+            )
+        if self._before:
+            self._spare = {}
+            for before in self._before.values():
+                if before.device.type == "cpu":
+                    self._spare.setdefault(_layout_of(before), []).append(before)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Leave parameters as they are; forget what they were."""
+        self._before.clear()
+        self._factors.clear()
+
+    def _copy(self, p: nn.Parameter) -> Tensor:
+        values = local_part(p.detach())
+        spare = self._spare.get(_layout_of(values))
+        return spare.pop().copy_(values) if spare and values.device.type == "cpu" else values.clone()
+
+
+def _layout_of(x: Tensor) -> Layout:
+    return x.shape, x.stride(), x.dtype
+
+
+def _scale_differences(values: list[Tensor], before: list[Tensor], factor: Tensor) -> None:
+    """`values <- before + factor (values - before)` in place; exact where both are equal, and for a factor of 1."""
+    host_value = on_host(factor)
+    if host_value is not None:
+        torch._foreach_lerp_(values, before, 1 - float(host_value))
+        return
+    rest = torch.where(torch.isfinite(factor), 1 - factor, 0)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, x in enumerate(values):
+        by_kind.setdefault((x.device, x.dtype), []).append(index)
+    for (device, dtype), indices in by_kind.items():
+        chosen = [values[i] for i in indices]
+        differences = torch._foreach_sub([before[i] for i in indices], chosen)
+        torch._foreach_mul_(differences, rest.to(device, dtype.to_real()))
+        torch._foreach_add_(chosen, differences)

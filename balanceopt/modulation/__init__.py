@@ -2,7 +2,7 @@
 
 from balanceopt.modulation._amss import AMSS
 from balanceopt.modulation._attention import attention_heads
-from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step, Undo
+from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step
 from balanceopt.modulation._ogm import OGM
 from balanceopt.modulation._units import MaskUnits
 
@@ -14,6 +14,5 @@ __all__ = [
     "OptimizerHintWarning",
     "Slot",
     "Step",
-    "Undo",
     "attention_heads",
 ]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from balanceopt.monitor import ModalityMonitor, ModalitySums
 
-Undo = Callable[[], None]
 Report = Callable[[str, Tensor], None]
 ScaleUpdate = Callable[[Sequence[nn.Parameter], Tensor], None]
 
@@ -92,8 +91,8 @@ class Modulation(ABC):
         return self.start <= clock and (self.end is None or clock <= self.end)
 
     @abstractmethod
-    def modulate(self, step: Step) -> Undo | None:
-        """Change gradients in place; return what to call after the base optimizer's step, if anything."""
+    def modulate(self, step: Step) -> None:
+        """Change gradients in place, or ask for the step's update to be scaled."""
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Warn or raise where the base optimizer does not go with the method."""

@@ -12,7 +12,7 @@ from balanceopt._warnings import warn_user
 from balanceopt.functional import discrepancy_ratio, modulation_coefficient
 from balanceopt.functional._coefficients import CoefficientForm
 from balanceopt.functional._scores import RatioReduction
-from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step, Undo
+from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
 from balanceopt.modulation._noise import Noise, parameters_of, prepare_compiled
@@ -101,7 +101,7 @@ class OGM(Modulation):
         if self.noise == "compiled" and self.noise_scale > 0:
             prepare_compiled(parameters_of(optimizer, self.min_ndim))
 
-    def modulate(self, step: Step) -> Undo | None:
+    def modulate(self, step: Step) -> None:
         """Scale by the step's coefficients and add noise."""
         slots = {
             name: [slot for slot in own if slot.parameter.dim() >= self.min_ndim]
@@ -117,7 +117,7 @@ class OGM(Modulation):
                 step.scale_update([slot.parameter for slot in slots.get(name, [])], k)
         known_usable = on_host(usable)
         if known_usable is not None and not known_usable:
-            return None
+            return
         scaled = coefficient if self.apply_to == "grad" else torch.ones_like(coefficient)
         known = on_host(scaled)
         for position, name in enumerate(step.modalities):
@@ -134,7 +134,6 @@ class OGM(Modulation):
             else:
                 continue
             step.count("nonfinite_gradients", left)
-        return None
 
     def coefficient(self, step: Step) -> tuple[Tensor, Tensor]:
         """The step's `(M,)` coefficients, and whether its scores can be used at all, 0-d bool."""

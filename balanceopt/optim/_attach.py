@@ -26,7 +26,6 @@ class AttachedModulation:
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
-            optimizer.register_state_dict_pre_hook(lambda _: engine.undo()),
             optimizer.register_load_state_dict_post_hook(lambda _: engine.after_load()),
         ]
         self._zero_grad = optimizer.zero_grad

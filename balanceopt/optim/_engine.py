@@ -11,7 +11,7 @@ from torch import Tensor
 from balanceopt._deferred import DeferredCounts, on_host
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
-from balanceopt.modulation import Modulation, Slot, Step, Undo
+from balanceopt.modulation import Modulation, Slot, Step
 from balanceopt.monitor import ModalityMonitor, ModalitySums
 from balanceopt.optim._checks import check_arguments, steps_others, warn_of_known_defects
 from balanceopt.optim._kept import Kept, device_of
@@ -29,7 +29,7 @@ _ODDITIES = {
 
 
 class Engine:
-    """Take the monitor's sums before a step, let the modulations change the gradients, undo afterwards.
+    """Take the monitor's sums before a step, let the modulations change the gradients or scale the step's update.
 
     Args:
         optimizer: the base.
@@ -66,7 +66,6 @@ class Engine:
         self._kept = Kept(optimizer, monitor, seed)
         self._kept.begin()
         self._number = self._kept.number
-        self._undo: list[Undo] = []
         self._updates = UpdateScaling()
         self._silent = 0
         self._warned: set[str] = set()
@@ -100,7 +99,6 @@ class Engine:
         def modulated() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self.undo()
             self._updates.restart()
             self._act()
             return loss
@@ -110,22 +108,14 @@ class Engine:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self) -> None:
         """End a step: scale the updates that the base optimizer made."""
-        self.undo()
         self._updates.finish()
 
     def abandon(self) -> None:
         """End a step that raised an exception: parameters stay as the base optimizer left them."""
-        self.undo()
         self._updates.abandon()
-
-    def undo(self) -> None:
-        """Put back what a modulation changed only for the step, also after an exception in that step."""
-        while self._undo:
-            self._undo.pop()()
 
     def discard(self) -> None:
         """Forget scores whose gradients are thrown away."""
-        self.undo()
         self.accumulator.discard()
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -167,7 +157,6 @@ class Engine:
     # -- parts of a step -----------------------------------------------------------------------------------------
 
     def _begin(self, *, has_closure: bool) -> None:
-        self.undo()
         self._updates.begin(has_closure=has_closure)
         if self._owners.changed():
             self.refresh()
@@ -220,9 +209,7 @@ class Engine:
             monitor=self.monitor,
         )
         for modulation in acting:
-            undo = modulation.modulate(step)
-            if undo is not None:
-                self._undo.append(undo)
+            modulation.modulate(step)
         if self._odd:
             zero = torch.zeros((), dtype=torch.int64, device=sums.score.device)
             self._oddities.add(*(self._odd.get(name, zero) for name in _ODDITIES))

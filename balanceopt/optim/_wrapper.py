@@ -134,7 +134,6 @@ class WrappedOptimizer(torch.optim.Optimizer):
         """The base's state; what balanceopt keeps is in its `param_groups`."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self._balanceopt_engine.undo()
         state = self.optimizer.state_dict()
         for changed in self._optimizer_state_dict_post_hooks.values():
             result = changed(self, state)

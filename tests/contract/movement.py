@@ -27,13 +27,12 @@ class Constant(bo.Modulation):
         self.factor = factor
         self.apply_to = apply_to
 
-    def modulate(self, step: Step) -> bo.modulation.Undo | None:
+    def modulate(self, step: Step) -> None:
         name = step.modalities[0]
         if self.apply_to == "update":
             step.scale_update([slot.parameter for slot in step.slots[name]], torch.tensor(self.factor))
         else:
             scale_grads_(step.slots[name], torch.tensor(self.factor))
-        return None
 
 
 @cache

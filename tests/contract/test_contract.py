@@ -25,11 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:loading gave Lookahead param groups of its own"),
 ]
 
-PAIRS = [
-    pytest.param(method, base, id=f"{method}-{base}")
-    for method in METHODS
-    for base in BASES
-]
+PAIRS = [pytest.param(method, base, id=f"{method}-{base}") for method in METHODS for base in BASES]
 every_pair = pytest.mark.parametrize(("method", "base"), PAIRS)
 # What hangs on the wrapper and not on the method: third-party bases with one method only.
 most_pairs = pytest.mark.parametrize(

@@ -34,7 +34,10 @@ torch.save(model.state_dict(), sys.argv[2])
     ("make", "modulation"),
     [
         ("lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)", "bo.OGM(0.5)"),
-        ("lambda groups: torch.optim.AdamW(groups, lr=0.01)", "bo.OGM(0.5, apply_to='update', start=2, end=4)"),
+        (
+            "lambda groups: torch.optim.AdamW(groups, lr=0.01)",
+            "bo.OGM(0.5, apply_to='update', start=2, end=4)",
+        ),
     ],
     ids=["sgd", "adamw"],
 )

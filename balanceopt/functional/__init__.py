@@ -7,7 +7,14 @@ from balanceopt.functional._logits import linear_logits
 from balanceopt.functional._masks import keep_ratio, kept_units, unit_importance
 from balanceopt.functional._purity import purity
 from balanceopt.functional._reinit import reinit_strength, soft_reinit_
-from balanceopt.functional._sampling import inclusion_probabilities, sample_units, systematic_sample
+from balanceopt.functional._sampling import (
+    inclusion_probabilities,
+    inclusion_probabilities_padded,
+    sample_units,
+    sample_units_padded,
+    systematic_sample,
+    systematic_sample_padded,
+)
 from balanceopt.functional._scaling import minmax_scale
 from balanceopt.functional._scores import (
     discrepancy_ratio,
@@ -23,6 +30,7 @@ __all__ = [
     "drop_probability",
     "feature_entropy",
     "inclusion_probabilities",
+    "inclusion_probabilities_padded",
     "keep_ratio",
     "kept_units",
     "kmeans",
@@ -35,9 +43,11 @@ __all__ = [
     "recover_scale",
     "reinit_strength",
     "sample_units",
+    "sample_units_padded",
     "significance_from_sums",
     "soft_reinit_",
     "systematic_sample",
+    "systematic_sample_padded",
     "true_class_score",
     "unit_importance",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -114,22 +115,22 @@ def kept_units(n: int | Tensor, ratio: float | Tensor) -> int | Tensor:
     return min(n, max(1, math.ceil(n * ratio - 1e-9)))
 
 
-@torch.no_grad()
-def unit_importance(grad: Tensor, unit_dim: int = 0) -> Tensor:
+def unit_importance(grad: Tensor, unit_dim: int | Sequence[int] = 0) -> Tensor:
     r"""Importance of each unit of a parameter: the diagonal empirical Fisher information, summed.
 
     $$F_j = \sum_{\theta \in \text{unit } j} \left(\partial L / \partial \theta\right)^2$$
 
     Args:
-        grad: gradient of any floating dtype, at least 1-D; a unit is a slice along `unit_dim`.
+        grad: gradient of any dtype, at least 1-D; a unit is a slice at one index of `unit_dim`.
         unit_dim: dimension of the units: 0 for the filters of a convolution and the rows of a linear layer,
-            1 for a transposed convolution.
+            1 for a transposed convolution. Several dimensions number the units together, the last one fastest.
 
     Returns:
-        `(n,)` in float32, or in float64 for a float64 gradient.
+        `(n,)` in float32, or in float64 for a float64 gradient. The order of the sum depends on the processor and the
+        number of threads: relative error 1e-6 up to 2^16 elements a unit, 2e-5 at 2^20.
 
     Raises:
-        ValueError: if `grad` is not floating, has no dimension, or has no dimension `unit_dim`.
+        ValueError: if `grad` has no dimension, or has no dimension `unit_dim`.
 
     Example:
         >>> unit_importance(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -140,19 +141,23 @@ def unit_importance(grad: Tensor, unit_dim: int = 0) -> Tensor:
     Reference:
         AMSS, adaptive mask subnetworks considering modal significance: the authors' published code, `gn` mode.
     """
-    if grad.dim() == 0 or not grad.is_floating_point():
-        raise ValueError(
-            "`grad` should be a floating tensor with at least one dimension. "
-            f"Found shape {tuple(grad.shape)}, dtype {grad.dtype}."
-        )
-    if not -grad.dim() <= unit_dim < grad.dim():
-        raise ValueError(f"`unit_dim` should be a dimension of `grad` ({grad.dim()}-D). Found {unit_dim}.")
-    unit_dim %= grad.dim()
-    # The norm along a dimension runs on all cores and makes no copy; a product and its sum do neither.
-    values = grad.unsqueeze(-1)
-    others = tuple(d for d in range(values.dim()) if d != unit_dim)
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    if grad.dtype.itemsize < 2:
-        values = values.to(wide)
-    norms: Tensor = torch.linalg.vector_norm(values, dim=others, dtype=wide)
-    return norms.square_()
+    if grad.dim() == 0:
+        raise ValueError("`grad` should have at least one dimension. Found a single number.")
+    rank = grad.dim()
+    dims = [unit_dim] if isinstance(unit_dim, int) else list(unit_dim)
+    if min(dims, default=0) < -rank or max(dims, default=0) >= rank:
+        raise ValueError(f"`unit_dim` should be a dimension of `grad` ({rank}-D). Found {unit_dim}.")
+    grad = grad.detach()
+    if grad.dtype.itemsize < 2 or not (grad.is_floating_point() or grad.is_complex()):
+        grad = grad.float()  # integers, and 8-bit floats, which torch does not reduce
+    if dims == [0] and rank > 1 and grad.is_contiguous():
+        # One dimension is reduced faster than several.
+        values, others = grad.flatten(1), [1]
+    else:
+        # A last dimension of size 1 leaves something to reduce where the units are single elements.
+        dims = [dim % rank for dim in dims]
+        values, others = grad.unsqueeze(-1), [dim for dim in range(rank + 1) if dim not in dims]
+    # The norm runs on all threads and makes no copy; a product and its sum do neither.
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    squares: Tensor = torch.linalg.vector_norm(values, dim=others, dtype=wide).square_()
+    return squares if squares.dim() == 1 else squares.flatten()

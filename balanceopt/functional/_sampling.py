@@ -1,8 +1,8 @@
 """Which units a mask keeps, and with what probability.
 
-Each rule has a form for one tensor's units, which is public, and a padded form `..._padded` for many tensors
-at once: one row per tensor, filled up with zeros, no Python loop and no wait for the device. The public form
-is the padded one with a single row, so both give the same masks from the same uniform numbers.
+Each rule has a form for the units of one tensor, and a form `..._padded` for many tensors at once, which training
+calls: one row per tensor, filled up with zeros, without a loop in Python and without device synchronisation. The first
+is the second with a single row, so both give the same masks from the same uniform numbers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from balanceopt.functional._masks import check_vector
 
 # Log importance of a unit without importance: below every float64 logarithm, so that it comes last, yet
 # finite, so that such units are still drawn at random among themselves.
-LOG_OF_NOTHING = -1e4
+_LOG_OF_NOTHING = -1e4
 
 # Distance from an integer up to which a sum of probabilities counts as that integer.
-INTEGER_SUM_TOLERANCE = 1e-5
+_INTEGER_SUM_TOLERANCE = 1e-5
 
 
 def _check_non_negative(name: str, values: Tensor) -> None:
@@ -72,8 +72,9 @@ def sample_units(importance: Tensor, k: int, generator: torch.Generator | None =
     return sample_units_padded(importance[None], size, count, uniforms[None])[0]
 
 
+@torch.no_grad()
 def sample_units_padded(importance: Tensor, sizes: Tensor, k: Tensor, uniforms: Tensor) -> Tensor:
-    """`sample_units` for U tensors at once, by one sort.
+    """Draw `sample_units` of U tensors at once, with one sort.
 
     Args:
         importance: `(U, n_max)`, row u holds `sizes[u]` units, then anything.
@@ -84,9 +85,19 @@ def sample_units_padded(importance: Tensor, sizes: Tensor, k: Tensor, uniforms: 
     Returns:
         bool `(U, n_max)`, min(k, size) units in each row, none in the padding. A row with negative or
         non-finite importance still gets a mask of that size; the caller decides what such a row means.
+
+    Example:
+        >>> importance = torch.tensor([[0.0, 1.0, 5.0], [2.0, 0.0, 0.0]])
+        >>> uniforms = torch.rand(2, 3, dtype=torch.float64)
+        >>> sample_units_padded(importance, torch.tensor([3, 1]), torch.tensor([2, 2]), uniforms)
+        tensor([[False,  True,  True],
+                [ True, False, False]])
+
+    Reference:
+        As `sample_units`.
     """
     places = torch.arange(importance.shape[1], device=importance.device)
-    log_importance = torch.where(importance > 0, importance.double().log(), LOG_OF_NOTHING)
+    log_importance = torch.where(importance > 0, importance.double().log(), _LOG_OF_NOTHING)
     # A uniform number of 0 would finish at time 0 whatever the importance: as late as the smallest other.
     times = (-torch.log1p(-uniforms.double())).clamp_min(2.0**-54).log() - log_importance
     times = torch.where(places < sizes[:, None], times, math.inf)
@@ -131,8 +142,9 @@ def inclusion_probabilities(importance: Tensor, budget: float) -> Tensor:
     return probabilities.to(importance.dtype) if importance.is_floating_point() else probabilities.float()
 
 
+@torch.no_grad()
 def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor:
-    """`inclusion_probabilities` for U tensors at once, by one sort.
+    """Compute `inclusion_probabilities` of the units of U tensors at once, with one sort.
 
     Args:
         importance: `(U, n_max)`, padded with zeros.
@@ -140,6 +152,15 @@ def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor
 
     Returns:
         float64 `(U, n_max)`, 0 in the padding. Rows with negative or non-finite importance are meaningless.
+
+    Example:
+        >>> importance = torch.tensor([[6.0, 1.0, 1.0], [3.0, 1.0, 0.0]])
+        >>> inclusion_probabilities_padded(importance, torch.tensor([2.0, 1.0]))
+        tensor([[1.0000, 0.5000, 0.5000],
+                [0.7500, 0.2500, 0.0000]], dtype=torch.float64)
+
+    Reference:
+        As `inclusion_probabilities`.
     """
     s = importance.double()
     if s.shape[1] == 0:
@@ -205,8 +226,9 @@ def systematic_sample(probabilities: Tensor, generator: torch.Generator | None =
     return systematic_sample_padded(probabilities[None], draws[:1], draws[None, 1:])[0]
 
 
+@torch.no_grad()
 def systematic_sample_padded(probabilities: Tensor, start: Tensor, uniforms: Tensor) -> Tensor:
-    """`systematic_sample` for U tensors at once, by one sort.
+    """Draw a `systematic_sample` of the units of U tensors at once, with one sort.
 
     Args:
         probabilities: `(U, n_max)`, padded with zeros.
@@ -215,6 +237,15 @@ def systematic_sample_padded(probabilities: Tensor, start: Tensor, uniforms: Ten
 
     Returns:
         bool `(U, n_max)`, False in the padding.
+
+    Example:
+        >>> probabilities = torch.tensor([[1.0, 0.5, 0.5], [0.25, 0.75, 0.0]])
+        >>> start, uniforms = torch.rand(2, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+        >>> systematic_sample_padded(probabilities, start, uniforms).sum(1)
+        tensor([2, 1])
+
+    Reference:
+        As `systematic_sample`.
     """
     certain = probabilities >= 1
     # On a line of 2^bits steps per unit every sum is exact: the same on each device and with any padding.
@@ -226,7 +257,7 @@ def systematic_sample_padded(probabilities: Tensor, start: Tensor, uniforms: Ten
     total = lengths.sum(1, keepdim=True)
     # Where the total is almost an integer, only starts that give that many points: (0, 1] cut at one side.
     excess = (total + one // 2) % one - one // 2
-    excess = torch.where(excess.abs() <= round(INTEGER_SUM_TOLERANCE * one), excess, 0)
+    excess = torch.where(excess.abs() <= round(_INTEGER_SUM_TOLERANCE * one), excess, 0)
     room = one - excess.abs()
     first = excess.clamp_min(0) + (start.double()[:, None] * room).long().clamp(max=room - 1)
     # Points before an end: those of first, first + one, ... that are smaller than it.

@@ -1,10 +1,9 @@
 """The methods: from the sums of a step to a change of the modalities' gradients."""
 
 from balanceopt.modulation._amss import AMSS
-from balanceopt.modulation._attention import attention_heads
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step
 from balanceopt.modulation._ogm import OGM
-from balanceopt.modulation._units import MaskUnits
+from balanceopt.modulation._units import MaskUnits, attention_heads
 
 __all__ = [
     "AMSS",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
@@ -15,16 +13,12 @@ from balanceopt._warnings import warn_user
 from balanceopt.functional import keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step
 from balanceopt.modulation._bases import cancels_constant_factor
-from balanceopt.modulation._draw import Batch, Scale, batches_of, draw
+from balanceopt.modulation._masks import Masks, Scale, part_of
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.modulation._parts import MaskedPart, Part, alike, masked_rows, shard_of, unit_norms
 from balanceopt.modulation._units import UnitRule, find_units
-from balanceopt.monitor import ModalityMonitor
 
-# Sets of parameters with a gradient, such as turn up in alternation, whose units are remembered.
-_PLANS = 4
-# Elements from which it pays to look which rows are masked.
-_LARGE = 2**15
+# How many sets of parameters with a gradient are remembered: alternating losses bring a few.
+_REMEMBERED = 4
 
 
 class AMSS(Modulation):
@@ -39,6 +33,10 @@ class AMSS(Modulation):
     to the norm of its gradient and capped at 1; the probabilities sum to \(n r^m\), and \(w_j = 1 / \pi_j\), so that
     the mean of the masked gradient is the gradient. Masked units get no gradient, and still move by momentum and weight
     decay.
+
+    A mask is a function of (seed, step, index of the parameter) and of the gradient, the same on every device, rank and
+    shard. Norms are sums in float32, whose last digits depend on the processor and the number of threads: there a unit
+    can fall otherwise only at a tie within their rounding (`functional.unit_importance`).
 
     Args:
         temperature: T > 0; small values follow the significance more sharply.
@@ -84,11 +82,11 @@ class AMSS(Modulation):
         self.offset = offset
         self.units = units
         self.min_ndim = min_ndim
-        self._plans: dict[Any, _Plan] = {}
+        self._masks: dict[Any, Masks] = {}
         self._check_options()
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Say so where the base optimizer undoes the masks or their weights."""
+        """Warn where the base optimizer undoes the masks or their weights."""
         if isinstance(optimizer, torch.optim.LBFGS):
             warn_user(
                 "LBFGS's line search sees another mask each time it evaluates its closure.",
@@ -104,42 +102,16 @@ class AMSS(Modulation):
     @torch.no_grad()
     def modulate(self, step: Step) -> None:
         """Draw the step's masks and multiply the gradients by them."""
-        plan = self._plan(step)
+        masks = self._masks_of(step)
         ratio, usable = self.ratios(step)
-        known = on_host(usable)
-        if not plan.parts or (known is not None and not known):
-            return
-        active = step.sums.present & usable
-        norms = unit_norms(plan.parts, plan.alike)
-        masks = draw(plan.batches, norms, ratio, active, self.scale, step.seed, step.number)
-        step.count("nonfinite_gradients", masks.nonfinite)
-        masked = [
-            MaskedPart(part, kept, weight, self._masked_rows(part, kept))
-            for part, kept, weight in zip(plan.parts, masks.kept, masks.weights, strict=True)
-        ]
-        self._mask(masked)
-
-    def _mask(self, parts: Sequence[MaskedPart]) -> None:
-        """Multiply gradients by their masks."""
-        few: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for own in parts:
-            part = own.part
-            gradient = part.of(part.slot.grad)
-            if self.scale == "none" and own.masked is not None and part.rows is not None:
-                gradient.index_fill_(part.rows, own.masked, 0)  # writes only what is masked
-            else:
-                few[0].append(gradient)
-                few[1].append(part.spread(own.weight))
-        if few[0]:
-            torch._foreach_mul_(*few)
-
-    def _masked_rows(self, part: Part, kept: Tensor) -> Tensor | None:
-        """What is not kept as indices, where that is of use, the part is large, and they can be read."""
-        of_use = self.scale == "none" and part.slot.grad.numel() >= _LARGE
-        return masked_rows(part, kept) if of_use else None
+        host_value = on_host(usable)
+        if masks.parts and (host_value is None or host_value):
+            active = step.sums.present & usable
+            nonfinite = masks.apply_(ratio, active, self.scale, step.seed, step.number)
+            step.count("nonfinite_gradients", nonfinite)
 
     def ratios(self, step: Step) -> tuple[Tensor, Tensor]:
-        """The step's `(M,)` keep ratios, and whether its scores can be used at all, 0-d bool."""
+        """Compute the step's `(M,)` keep ratios, and whether its scores can be used at all, 0-d bool."""
         sums = step.sums
         significance = sums.significance(self.offset)
         usable = scores_usable(sums) & ~(significance.isnan() & sums.present).any()
@@ -151,38 +123,40 @@ class AMSS(Modulation):
         return ratio, usable
 
     def options(self) -> dict[str, Any]:
-        """What `repr` shows: all but a rule for units, which may be long."""
+        """The constructor's arguments for `repr`, with a rule for units, which may be long, cut short."""
         shown = super().options()
         if self.units is not None:
             shown["units"] = "..."
         return shown
 
-    def _plan(self, step: Step) -> _Plan:
-        """What to mask, made when another set of parameters has gradients than before."""
+    def _masks_of(self, step: Step) -> Masks:
+        """The masks of all parameters that have a gradient, made anew when others have one than in earlier steps."""
+        slots = [step.slots.get(name, ()) for name in step.modalities]
+        key = tuple(tuple((slot.index, id(slot.parameter)) for slot in graded) for graded in slots)
+        if key not in self._masks:
+            if len(self._masks) >= _REMEMBERED:
+                self._masks.clear()
+            self._masks[key] = self._make_masks(step)
+        return self._masks[key]
+
+    def _make_masks(self, step: Step) -> Masks:
         if step.monitor is None:
             raise ValueError("AMSS needs the step's monitor, to know the modules that hold the parameters.")
-        graded = [[id(slot.parameter) for slot in step.slots.get(name, ())] for name in step.modalities]
-        key = (id(step.optimizer), step.sums.score.device, *map(tuple, graded))
-        if key not in self._plans:
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            self._plans[key] = self._make_plan(step, step.monitor)
-        return self._plans[key]
-
-    def _make_plan(self, step: Step, monitor: ModalityMonitor) -> _Plan:
         slots = [
-            (place, slot) for place, name in enumerate(step.modalities) for slot in step.slots.get(name, ())
+            (index, slot) for index, name in enumerate(step.modalities) for slot in step.slots.get(name, ())
         ]
-        found = find_units([slot.parameter for _, slot in slots], monitor.model, self.units, self.min_ndim)
-        pairs = zip(slots, found, strict=True)
-        parts = [Part(slot, place, units) for (place, slot), units in pairs if units is not None]
-        if any(part.slot.grad.is_sparse for part in parts):
+        units = find_units(
+            [slot.parameter for _, slot in slots], step.monitor.model, self.units, self.min_ndim
+        )
+        masked = [
+            (slot, index, view) for (index, slot), view in zip(slots, units, strict=True) if view is not None
+        ]
+        if any(slot.grad.is_sparse for slot, _, _ in masked):
             raise NotImplementedError(
                 "an encoder has sparse gradients, which AMSS can't mask. Use an embedding with sparse=False, or leave "
                 "it whole: AMSS(units={embedding: 'whole'})."
             )
-        own = [shard_of(part) if hasattr(part.slot.parameter, "device_mesh") else part for part in parts]
-        return _Plan(own, batches_of(own), alike(own))
+        return Masks([part_of(slot, index, view) for slot, index, view in masked])
 
     def _check_options(self) -> None:
         if self.scale not in get_args(Scale):
@@ -191,16 +165,7 @@ class AMSS(Modulation):
             raise ValueError(f"`offset` should be finite. Found offset = {self.offset}.")
         if self.min_ndim < 0:
             raise ValueError(f"`min_ndim` should be non-negative. Found min_ndim = {self.min_ndim}.")
-        keep_ratio(torch.ones(2), self.temperature, self.clamp)  # says what is wrong with them
+        keep_ratio(torch.ones(2), self.temperature, self.clamp)  # raises where one of the two is out of range
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What to mask in every step that has gradients for the same parameters."""
-
-    parts: Sequence[Part]
-    batches: Sequence[Batch]
-    alike: Sequence[Sequence[int]]
+        return {**self.__dict__, "_masks": {}}

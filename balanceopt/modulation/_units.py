@@ -1,4 +1,4 @@
-"""What is masked as one piece: the units of a parameter, by the type of its module."""
+"""Units, the pieces of a parameter that are masked as a whole: filters, rows, attention heads."""
 
 from __future__ import annotations
 
@@ -11,21 +11,38 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvTransposeNd
+
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# Names of attention's submodules in transformers, timm and diffusers.
+_SEPARATE = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("q", "k", "v"),
+)
+_FUSED = ("qkv", "c_attn", "in_proj", "query_key_value")
+_OUTPUT = ("out_proj", "o_proj", "out_lin", "to_out", "o", "proj", "c_proj", "dense")
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 
 
 @dataclass(frozen=True)
 class MaskUnits:
-    """How a parameter falls into units, each of which is masked as one piece.
+    """How a parameter divides into units, each of which is masked as a whole.
 
     Dimension `dim`, of size `parts * count * width`, is read as `(parts, count, width)`; unit j is everything with j in
     the middle.
 
     Args:
-        count: how many units; None for one to each index, of `size / parts`.
-        dim: the dimension that they divide.
-        parts: how often the units stand in it one after the other: 3 for query, key and value in one matrix.
+        count: number of units; None for `size / parts`, one for each index.
+        dim: the dimension that the units divide.
+        parts: how often all units occur in it, one set after the other: 3 for query, key and value in one matrix.
 
     Raises:
         ValueError: if `count` or `parts` is below 1.
@@ -50,10 +67,10 @@ class MaskUnits:
             )
 
     def on(self, shape: torch.Size) -> UnitView:
-        """These units on a tensor of `shape`.
+        """Apply the units to a tensor of `shape`.
 
         Raises:
-            ValueError: if they do not divide it.
+            ValueError: if the units do not divide it.
         """
         if not -len(shape) <= self.dim < len(shape):
             raise ValueError(f"`{self}` needs a tensor with that dimension. Found shape {tuple(shape)}.")
@@ -78,110 +95,95 @@ UnitRule = UnitFunction | Mapping[Any, UnitSpec]
 
 @dataclass(frozen=True)
 class UnitView:
-    """Units on a tensor of one shape: its dimensions split up, and those that number the units.
+    """Units on a tensor of one shape: how its dimensions are split, and which of the split dimensions number the units.
 
     Attributes:
-        splits: for each dimension of the tensor the sizes that it is read as; their product is its size.
-        kept: positions among all the sizes; a unit is one index of them.
+        splits: for each dimension of the tensor the sizes that it is split into.
+        unit_dims: dimensions of the split tensor that number the units, in ascending order.
     """
 
     splits: tuple[tuple[int, ...], ...]
-    kept: tuple[int, ...]
+    unit_dims: tuple[int, ...]
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """The shape as it is read."""
+        """Shape of the split tensor."""
         return tuple(chain.from_iterable(self.splits))
 
     @cached_property
     def count(self) -> int:
         """Number of units."""
-        return prod(self.sizes[d] for d in self.kept)
+        return prod(self.sizes[d] for d in self.unit_dims)
 
     @cached_property
     def only_dim(self) -> int | None:
-        """The dimension of `view` that numbers the units, where it is one."""
-        return self.kept[0] if len(self.kept) == 1 else None
+        """The one dimension of the split tensor that numbers the units; None if several do."""
+        return self.unit_dims[0] if len(self.unit_dims) == 1 else None
 
     @cached_property
     def _is_split(self) -> bool:
         return any(len(split) != 1 for split in self.splits)
 
     @cached_property
-    def _others(self) -> tuple[int, ...]:
-        return tuple(d for d in range(len(self.sizes)) if d not in self.kept)
-
-    @cached_property
     def _spread_shape(self) -> tuple[int, ...]:
-        return tuple(size if d in self.kept else 1 for d, size in enumerate(self.sizes))
+        return tuple(size if d in self.unit_dims else 1 for d, size in enumerate(self.sizes))
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The tensor, read in `sizes`; always possible without a copy, since dimensions are only split."""
+        """The tensor with its dimensions split: a view in any memory format."""
         return tensor.view(self.sizes) if self._is_split else tensor
 
-    def norms(self, tensor: Tensor) -> Tensor:
-        """`(n,)` norm of each unit, in float32 or wider."""
-        values = self.view(tensor)
-        wide = tensor.dtype if tensor.dtype.itemsize >= 4 else torch.float32
-        if not self._others:  # every element is a unit: there is nothing to reduce
-            return values.abs().to(wide.to_real()).flatten()
-        by_rows = self.kept == (0,) and values.is_contiguous()  # one dimension is reduced faster than several
-        over, dims = (values.flatten(1), (1,)) if by_rows else (values, self._others)
-        norms: Tensor = torch.linalg.vector_norm(over, dim=dims, dtype=wide)
-        return norms if norms.dim() == 1 else norms.flatten()
-
     def spread(self, values: Tensor) -> Tensor:
-        """`(n,)` values, one for each unit, in a shape that broadcasts with `view`."""
+        """`(n,)` values of the units in a shape that broadcasts with `view`."""
         return values.view(self._spread_shape)
 
     def numbers(self, device: torch.device) -> Tensor:
-        """The number of each element's unit, in a shape that broadcasts with the tensor itself."""
-        room: list[int] = []
+        """Index of each element's unit, in a shape that broadcasts with the tensor itself."""
+        sizes: list[int] = []
         shape: list[int] = []
         for split in self.splits:
-            own = range(len(room), len(room) + len(split))
-            numbered = any(d in self.kept for d in own)
-            room += split if numbered else [1] * len(split)
+            dims = range(len(sizes), len(sizes) + len(split))
+            numbered = any(d in self.unit_dims for d in dims)
+            sizes += split if numbered else [1] * len(split)
             shape.append(prod(split) if numbered else 1)
-        return self.spread(torch.arange(self.count, device=device)).expand(room).reshape(shape)
+        return self.spread(torch.arange(self.count, device=device)).expand(sizes).reshape(shape)
 
 
 def find_units(
     parameters: Sequence[nn.Parameter], model: nn.Module, rule: UnitRule | None, min_ndim: int
 ) -> list[UnitView | None]:
-    """The units of each of `parameters`, by the module of `model` that holds it; None where it is left whole.
+    """Find the units of each parameter by the module that holds it; None for a parameter that is not masked.
 
     Args:
-        parameters: of `model`.
-        model: all of it.
-        rule: the user's, which goes first: a function of `(module, name, parameter)` that returns units or None, or a
-            mapping from a parameter, a module or a module's class to units.
-        min_ndim: parameters with fewer dimensions are left whole, unless the rule names them.
+        parameters: some of the model's.
+        model: the model.
+        rule: the user's rule, which precedes the default: a function of `(module, name, parameter)` that returns units
+            or None, or a mapping from a parameter, a module or a module's class to units.
+        min_ndim: parameters with fewer dimensions are not masked, unless the rule names them.
 
     Raises:
-        ValueError: if the rule names strangers, or units that do not divide a parameter.
-        TypeError: if it gives anything but units.
+        ValueError: if the rule names modules or parameters of another model, or units that do not divide a parameter.
+        TypeError: if the rule gives anything but units.
     """
     owners = _owners(model)
     outputs = {id(m.out_proj.weight): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     if isinstance(rule, Mapping):
         _refuse_strangers(rule, model)
-    found: list[UnitView | None] = []
+    result: list[UnitView | None] = []
     for p in parameters:
         module, name = owners.get(id(p), (nn.Module(), ""))
-        asked = None if rule is None else _asked(rule, min_ndim, module, name, p)
-        if asked is not None:
-            found.append(None if asked == "whole" else _resolve(asked, p, module, name))
+        spec = None if rule is None else _spec_of(rule, min_ndim, module, name, p)
+        if spec is not None:
+            result.append(None if spec == "whole" else _view_of(spec, p, module, name))
         elif p.dim() < max(min_ndim, 1) or p.numel() == 0:
-            found.append(None)
+            result.append(None)
         elif id(p) in outputs:
-            found.append(MaskUnits(outputs[id(p)].num_heads, dim=1).on(p.shape))
+            result.append(MaskUnits(outputs[id(p)].num_heads, dim=1).on(p.shape))
         else:
-            found.append(_default(module, name, p))
-    return found
+            result.append(_default(module, name, p))
+    return result
 
 
-def _asked(rule: UnitRule, min_ndim: int, module: nn.Module, name: str, p: nn.Parameter) -> UnitSpec | None:
+def _spec_of(rule: UnitRule, min_ndim: int, module: nn.Module, name: str, p: nn.Parameter) -> UnitSpec | None:
     if not isinstance(rule, Mapping):
         return rule(module, name, p)
     if p in rule:
@@ -193,7 +195,7 @@ def _asked(rule: UnitRule, min_ndim: int, module: nn.Module, name: str, p: nn.Pa
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
-    """Module and name of each parameter; a parametrized one's pieces count as the parameter itself."""
+    """Module and name of each parameter; the originals of a parametrized one have the parameter's own name."""
     owners = {id(p): (m, name) for m in model.modules() for name, p in m.named_parameters(recurse=False)}
     for module in model.modules():
         parametrized = getattr(module, "parametrizations", None)
@@ -203,38 +205,134 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
 
 
 def _refuse_strangers(rule: Mapping[Any, UnitSpec], model: nn.Module) -> None:
-    known = {id(part) for part in chain(model.modules(), model.parameters())}
+    members = {id(member) for member in chain(model.modules(), model.parameters())}
     for key in rule:
-        if not isinstance(key, type) and id(key) not in known:
+        if not isinstance(key, type) and id(key) not in members:
             raise ValueError(
                 "`units` should map parameters and modules of the monitor's model, or classes of modules. "
                 f"Found a {type(key).__name__} outside of it."
             )
 
 
-def _resolve(asked: UnitSpec, p: nn.Parameter, module: nn.Module, name: str) -> UnitView:
-    if asked == "element":
+def _view_of(spec: UnitSpec, p: nn.Parameter, module: nn.Module, name: str) -> UnitView:
+    if spec == "element":
         return UnitView(tuple((s,) for s in p.shape), tuple(range(p.dim())))
-    if not isinstance(asked, MaskUnits):
-        raise TypeError(f"`units` should give MaskUnits, 'whole', 'element' or None. Found {asked!r}.")
+    if not isinstance(spec, MaskUnits):
+        raise TypeError(f"`units` should give MaskUnits, 'whole', 'element' or None. Found {spec!r}.")
     try:
-        return asked.on(p.shape)
+        return spec.on(p.shape)
     except ValueError as error:
         raise ValueError(f"`units` of {name!r} in {type(module).__name__}: {error}") from None
 
 
 def _default(module: nn.Module, name: str, p: nn.Parameter) -> UnitView | None:
-    """Filters, heads and rows; None for norms and biases."""
-    norms = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-    if isinstance(module, norms) or name == "bias":
+    """Units by the module's type: filters, heads or rows; None for norms and biases."""
+    if isinstance(module, _NORMS) or name == "bias":
         return None
     if isinstance(module, nn.MultiheadAttention):
         if name in ("bias_k", "bias_v"):
             return None
         return MaskUnits(module.num_heads, parts=3 if name == "in_proj_weight" else 1).on(p.shape)
-    if isinstance(module, _ConvTransposeNd) and p.shape[:1] == (module.in_channels,):
+    if isinstance(module, _TRANSPOSED) and p.shape[:1] == (module.in_channels,):
         # (in, out / groups, ...): output channels of group g belong to the g-th part of the input channels.
         groups = module.groups
         rest = tuple((s,) for s in p.shape[2:])
         return UnitView(((groups, p.shape[0] // groups), (p.shape[1],), *rest), (0, 2))
     return MaskUnits().on(p.shape)
+
+
+def attention_heads(model: nn.Module) -> dict[nn.Module, MaskUnits]:
+    """Find attention made of linear layers, as in Hugging Face's models, and make its heads units.
+
+    Such an attention is a module that has its number of heads as an attribute and its projections as submodules with
+    one of the usual names. Each projection is masked by itself: query, key and value by rows, the output projection by
+    columns. `nn.MultiheadAttention` is masked by heads without this.
+
+    Args:
+        model: an encoder, or the whole model.
+
+    Returns:
+        For `AMSS(units=...)`, alone or beside other layers: `{**attention_heads(model), layer: MaskUnits(8)}`.
+
+    Raises:
+        ValueError: if there is no such attention, or one without a number of heads.
+
+    Example:
+        >>> class Attention(nn.Module):
+        ...     num_heads = 2
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.query, self.key, self.value, self.out_proj = (nn.Linear(4, 4) for _ in range(4))
+        >>> [(units.count, units.dim) for units in attention_heads(Attention()).values()]
+        [(2, 0), (2, 0), (2, 0), (2, 1)]
+
+    Reference:
+        Masks by attention head: Yang et al., AMSS (TPAMI 2024), and its published code for BERT.
+    """
+    result: dict[nn.Module, MaskUnits] = {}
+    for parent in model.modules():
+        result.update(_of_attention(parent, parent))
+        # In BERT and ViT the output projection is a sibling of the attention.
+        output = getattr(parent, "output", None)
+        for child in parent.children():
+            if isinstance(output, nn.Module) and not _projections(child, _OUTPUT):
+                result.update(_of_attention(child, output))
+    if not result:
+        raise ValueError(
+            f"`model` should hold attention made of linear layers. Found none in {type(model).__name__}: give "
+            "AMSS(units={layer: MaskUnits(heads), ...}) by hand."
+        )
+    return result
+
+
+def _of_attention(module: nn.Module, holder: nn.Module) -> dict[nn.Module, MaskUnits]:
+    """Units of the attention `module`, whose output projection is a child of `holder`; empty for other modules."""
+    separate = next((names for names in _SEPARATE if len(_projections(module, names)) == len(names)), ())
+    projections = _projections(module, separate) or _projections(module, _FUSED)[:1]
+    if not projections:
+        return {}
+    heads = _number_of_heads(module)
+    output = {
+        layer: MaskUnits(heads, dim=1 - _output_dim(layer)) for layer in _projections(holder, _OUTPUT)[:1]
+    }
+    if not separate:
+        layer = projections[0]
+        # The heads of GPT-NeoX, BLOOM and Falcon each have their query, key and value side by side.
+        parts = 1 if layer is getattr(module, "query_key_value", None) else 3
+        return {layer: MaskUnits(heads, dim=_output_dim(layer), parts=parts), **output}
+    width = _outputs(projections[0]) // heads
+    # Keys and values have fewer heads in grouped-query attention.
+    inputs = {layer: MaskUnits(_outputs(layer) // width, dim=_output_dim(layer)) for layer in projections}
+    return {**inputs, **output}
+
+
+def _number_of_heads(module: nn.Module) -> int:
+    for source in (module, getattr(module, "config", None)):
+        for name in _HEADS:
+            heads = getattr(source, name, None)
+            if isinstance(heads, int):
+                return heads
+    raise ValueError(
+        f"{type(module).__name__} has no number of heads. Give AMSS(units={{layer: MaskUnits(heads), ...}})."
+    )
+
+
+def _projections(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The submodules of these names that have a tensor for a weight, in the order of the names."""
+    children = [getattr(module, name, None) for name in names]
+    return [
+        child
+        for child in children
+        if isinstance(child, nn.Module) and isinstance(getattr(child, "weight", None), Tensor)
+    ]
+
+
+def _output_dim(layer: nn.Module) -> int:
+    """Dimension of the outputs in the weight: the second in transformers' `Conv1D`."""
+    return 0 if isinstance(layer, nn.Linear) else 1
+
+
+def _outputs(layer: nn.Module) -> int:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[_output_dim(layer)]

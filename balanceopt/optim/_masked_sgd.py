@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from balanceopt.modulation import AMSS
-from balanceopt.modulation._draw import Scale
+from balanceopt.modulation._masks import Scale
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._wrapper import WrappedOptimizer
 

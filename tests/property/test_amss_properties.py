@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import balanceopt as bo
-from balanceopt.functional import inclusion_probabilities, keep_ratio, kept_units
-from balanceopt.functional._sampling import systematic_sample_padded
+from balanceopt.functional import (
+    inclusion_probabilities,
+    keep_ratio,
+    kept_units,
+    systematic_sample_padded,
+    unit_importance,
+)
 from balanceopt.modulation import MaskUnits, Slot
-from balanceopt.modulation._draw import batches_of, draw
-from balanceopt.modulation._parts import Part
+from balanceopt.modulation._masks import Masks, Part
 from tests.masking import Encoders, factors, fill_gradients, mask, step_of, sums
 from tests.masking import masked as build
 from tests.training import bare, batches, grad_of, same_bits, sgd, train
@@ -46,10 +50,10 @@ def drawn(model: Encoders, count: int, **options: Any) -> Tensor:
     p = model.get_parameter(NAME)
     units = MaskUnits().on(p.shape)
     parts = [Part(Slot(index, p), 0, units) for index in range(count)]
-    norms = units.norms(grad_of(p))
+    importances = [unit_importance(grad_of(p))] * count
     ratio, _ = modulation.ratios(step)
-    masks = draw(batches_of(parts), [norms] * count, ratio, ratio > 0, modulation.scale, 5, 0)
-    return torch.stack(masks.weights).double()
+    weights, _ = Masks(parts).draw(importances, ratio, ratio > 0, modulation.scale, 5, 0)
+    return torch.stack(weights).double()
 
 
 # -- unbiasedness -----------------------------------------------------------------------------------------------

@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 
 from balanceopt.functional import (
     inclusion_probabilities,
+    inclusion_probabilities_padded,
     keep_ratio,
     kept_units,
     sample_units,
-    systematic_sample,
-    unit_importance,
-)
-from balanceopt.functional._sampling import (
-    inclusion_probabilities_padded,
     sample_units_padded,
+    systematic_sample,
     systematic_sample_padded,
+    unit_importance,
 )
 
 # Ties, zeros and sixty orders of magnitude.

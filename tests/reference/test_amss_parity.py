@@ -8,8 +8,13 @@ import math
 import pytest
 import torch
 
-from balanceopt.functional import inclusion_probabilities, keep_ratio, unit_importance
-from balanceopt.functional._sampling import sample_units_padded, systematic_sample_padded
+from balanceopt.functional import (
+    inclusion_probabilities,
+    keep_ratio,
+    sample_units_padded,
+    systematic_sample_padded,
+    unit_importance,
+)
 from tests.reference import amss
 
 

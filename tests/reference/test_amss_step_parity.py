@@ -8,9 +8,8 @@ from torch import nn
 
 import balanceopt as bo
 from balanceopt._uniform import uniforms
-from balanceopt.functional import keep_ratio, kept_units, unit_importance
-from balanceopt.functional._sampling import sample_units_padded
-from balanceopt.modulation._draw import _SALT
+from balanceopt.functional import keep_ratio, kept_units, sample_units_padded, unit_importance
+from balanceopt.modulation._masks import _SALT
 from tests.masking import Encoders, factors, fill_gradients, step_of, sums
 from tests.reference import amss_step
 from tests.reference.splitmix import uniform

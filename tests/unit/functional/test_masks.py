@@ -11,16 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from balanceopt.functional import (
     inclusion_probabilities,
+    inclusion_probabilities_padded,
     keep_ratio,
     kept_units,
     sample_units,
-    systematic_sample,
-    unit_importance,
-)
-from balanceopt.functional._sampling import (
-    inclusion_probabilities_padded,
     sample_units_padded,
+    systematic_sample,
     systematic_sample_padded,
+    unit_importance,
 )
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -144,12 +142,23 @@ class TestUnitImportance:
         grad = torch.ones(2, 2, requires_grad=True)
         assert not unit_importance(grad).requires_grad
 
-    @pytest.mark.parametrize("grad", [torch.tensor(1.0), torch.ones(2, 2, dtype=torch.int64)])
-    def test_errors(self, grad):
-        with pytest.raises(ValueError, match="`grad` should be a floating tensor"):
-            unit_importance(grad)
+    def test_several_dimensions_number_the_units_together(self):
+        grad = torch.randn(4, 3, 5, dtype=torch.float64)
+        expected = grad.square().sum(1).flatten()
+        for dims in ((0, 2), (2, 0), (-3, -1)):
+            torch.testing.assert_close(unit_importance(grad, dims), expected)
+        torch.testing.assert_close(unit_importance(grad, (0, 1, 2)), grad.square().flatten())
+        torch.testing.assert_close(unit_importance(grad, ()), grad.square().sum().view(1))
 
-    @pytest.mark.parametrize("unit_dim", [2, -3])
+    def test_integers_are_numbers_and_complex_entries_have_their_modulus(self):
+        assert unit_importance(torch.tensor([[3, 4], [200, 0]])).tolist() == [25, 40_000]
+        assert unit_importance(torch.tensor([[3 + 4j, 0], [1j, 1]])).tolist() == pytest.approx([25, 2])
+
+    def test_a_number_without_dimension(self):
+        with pytest.raises(ValueError, match="`grad` should have at least one dimension"):
+            unit_importance(torch.tensor(1.0))
+
+    @pytest.mark.parametrize("unit_dim", [2, -3, (0, 2)])
     def test_unit_dim_out_of_range(self, unit_dim):
         with pytest.raises(ValueError, match="`unit_dim` should be a dimension"):
             unit_importance(torch.ones(2, 2), unit_dim)

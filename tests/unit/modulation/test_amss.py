@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import balanceopt as bo
-from balanceopt.modulation import _amss, _parts
+from balanceopt.modulation import _amss, _masks
 from tests.masking import Encoders, factors, fill_gradients, kept, mask, step_of, sums
 from tests.training import backward, batch, bits, grad_of, modulated
 
@@ -144,7 +144,7 @@ def test_the_way_of_an_accelerator_waits_for_nothing_and_gives_the_same(monkeypa
         step = step_of(net, sums(*TWO))
         with monkeypatch.context() as patch:
             patch.setattr(_amss, "on_host", lambda tensor: None)
-            patch.setattr(_parts, "on_host", lambda tensor: None)
+            patch.setattr(_masks, "on_host", lambda tensor: None)
             for name in ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__float__", "__int__"):
                 patch.setattr(Tensor, name, refuse)
             modulation.modulate(step)

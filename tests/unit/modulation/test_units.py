@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt import MaskUnits, attention_heads
+from balanceopt.functional import unit_importance
 from balanceopt.modulation._units import UnitRule, UnitView, find_units
 
 
@@ -213,12 +214,12 @@ def test_units_need_at_least_one(options):
 @pytest.mark.parametrize(
     "units", [MaskUnits(), MaskUnits(2, dim=1), MaskUnits(2, parts=3), MaskUnits(3, dim=-2)]
 )
-def test_norms_and_spread_agree_with_numbers(units):
+def test_view_and_spread_agree_with_numbers(units):
     x = torch.randn(6, 4, dtype=torch.float64)
     view = units.on(x.shape)
     unit = view.numbers(x.device).expand_as(x)
-    for j, norm in enumerate(view.norms(x)):
-        assert norm == pytest.approx(x[unit == j].norm().item())
+    for j, importance in enumerate(unit_importance(view.view(x), view.unit_dims)):
+        assert importance == pytest.approx(x[unit == j].square().sum().item())
     spread = view.spread(torch.arange(view.count)).expand(view.sizes).reshape(x.shape)
     assert torch.equal(spread, unit)
 
@@ -309,7 +310,7 @@ def test_the_number_of_heads_may_be_in_the_configuration():
 
 
 def test_attention_without_a_number_of_heads_is_refused():
-    with pytest.raises(ValueError, match="Attention does not tell its number of heads"):
+    with pytest.raises(ValueError, match="Attention has no number of heads"):
         attention_heads(Attention(**projections("query", "key", "value")))
 
 

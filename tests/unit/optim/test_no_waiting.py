@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import balanceopt as bo
-from balanceopt.modulation import _amss, _gradients, _ogm, _parts
+from balanceopt.modulation import _amss, _gradients, _masks, _ogm
 from balanceopt.optim import _update
 from tests.models import FUSIONS, batch, train_step, watch
 from tests.training import sgd
@@ -54,7 +54,7 @@ MODULATIONS: dict[str, Any] = {
     "both": [bo.OGM(0.5), bo.AMSS(scale="unbiased")],
 }
 # Who asks whether numbers can be read in place.
-ASKING = (_amss, _gradients, _ogm, _parts, _update)
+ASKING = (_amss, _gradients, _masks, _ogm, _update)
 
 
 @pytest.mark.parametrize("name", MODULATIONS)
@@ -82,10 +82,10 @@ def test_a_step_does_not_wait(name: str, fusion: str, modalities: int, place: st
 
 
 def test_large_gradients_are_masked_by_number_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_amss, "_LARGE", 0)
+    monkeypatch.setattr(_masks, "_LARGE", 0)
     test_a_step_does_not_wait("AMSS", "concat", 2, "accelerator", monkeypatch)
     monkeypatch.undo()
-    monkeypatch.setattr(_amss, "_LARGE", 0)
+    monkeypatch.setattr(_masks, "_LARGE", 0)
     with pytest.raises(AssertionError, match="makes the host wait"):
         test_a_step_does_not_wait("AMSS", "concat", 2, "CPU", monkeypatch)
 

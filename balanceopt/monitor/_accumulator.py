@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._sums import ModalitySums
@@ -17,6 +18,7 @@ class Accumulator:
     def __init__(
         self,
         settle: Callable[[Pass], ModalitySums | None],
+        leave: Callable[[Accumulator], None],
         *,
         needs_entropy: bool,
         steps: bool,
@@ -25,6 +27,7 @@ class Accumulator:
         self.needs_entropy = needs_entropy
         self.steps = steps
         self._settle = settle
+        self._leave = leave
         self._sums: ModalitySums | None = None
         self._latest: Pass | None = None
 
@@ -51,6 +54,11 @@ class Accumulator:
             self._latest.closed = True
         self._sums, self._latest = None, None
 
+    def remove(self) -> None:
+        """Take no pass any more. May be called twice."""
+        self.discard()
+        self._leave(self)
+
     def _fold(self) -> None:
         done, self._latest = self._latest, None
         if done is None:
@@ -59,10 +67,10 @@ class Accumulator:
         if sums is not None:
             self._sums = sums if self._sums is None else self._sums + sums
 
-    def __getstate__(self) -> dict[str, object]:
-        # A pass holds tensors of a graph, which can neither be copied nor pickled: it is scored now. Nor are gradients
-        # copied, and the scores of a step belong to them.
-        if self.steps:
-            return {**self.__dict__, "_sums": None, "_latest": None}
-        self._fold()
-        return dict(self.__dict__)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has a monitor that watches nothing, and a pass holds a graph, which can't be copied.
+        return _inert, (self.needs_entropy, self.steps)
+
+
+def _inert(needs_entropy: bool, steps: bool) -> Accumulator:
+    return Accumulator(lambda done: None, lambda one: None, needs_entropy=needs_entropy, steps=steps)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from balanceopt.distributed import Group
+from balanceopt.monitor._hooks import Hook, Listeners, remove_hooks
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors, tensors_in
 from balanceopt.monitor._pass import Pass
@@ -49,36 +49,43 @@ class Capture:
         select: Select,
         group: Group,
     ) -> None:
-        """Register the hooks; give passes their labels by `labels` and hand them to `scorer`."""
+        """Give passes their labels by `labels` and hand them to `scorer`."""
         self.model = model
         self.encoders = dict(encoders)
         self.head = head
         self.passes = Passes(labels, scorer, train_only=train_only, answers=answers_of(head))
-        self.transforms: list[Transform] = []
-        self.taps: list[Tap] = []
-        self.gradient_listeners: list[GradientListener] = []
+        self.transforms: Listeners[Transform] = Listeners()
+        self.taps: Listeners[Tap] = Listeners()
+        self.gradient_listeners: Listeners[GradientListener] = Listeners()
         self._labels = labels
         self._scorer = scorer
         self._select = dict(select)
         self._group = group
-        self.handles: list[RemovableHandle] = []
-        try:
-            self._register()
-        except BaseException:  # a module that takes no hooks, as a scripted one
-            self.remove()
-            raise
+        self.hooks: list[Hook] = []
 
-    def watch_loss(self, module: nn.Module, reduce: str | None) -> RemovableHandle:
+    def watch(self) -> None:
+        """Put the hooks on."""
+        self._hook(self.model, self._on_start).before()
+        self._hook(self.model, self._on_end).after(always_call=True)
+        for name, encoder in self.encoders.items():
+            # The first hook of an encoder: what it sees is what the encoder made, before any other hook changes it.
+            self._hook(encoder, self._on_encoder, name).after(prepend=True)
+        if isinstance(self.head, Mapping):
+            for name, head in self.head.items():
+                self._hook(head, self._on_head, name).after()
+        elif self.head is not None and self.head is not self.model:
+            self._hook(self.head, self._on_head, None).after()
+
+    def watch_loss(self, module: nn.Module, reduce: str | None) -> Hook:
         """Take labels from the calls of a loss module."""
-        handle = module.register_forward_hook(partial(self._on_loss, reduce), with_kwargs=True)
-        self.handles.append(handle)
-        return handle
+        hook = self._hook(module, self._on_loss, reduce)
+        hook.after()
+        return hook
 
     def remove(self) -> None:
         """Take every hook off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        remove_hooks(self.hooks)
+        self.hooks.clear()
         self.passes.forget()
 
     def features(self, name: str, output: Any) -> Tensor:
@@ -98,20 +105,11 @@ class Capture:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def _register(self) -> None:
-        keep = self.handles.append
-        keep(self.model.register_forward_pre_hook(self._on_start, with_kwargs=True))
-        keep(self.model.register_forward_hook(self._on_end, with_kwargs=True, always_call=True))
-        for name, encoder in self.encoders.items():
-            # The first hook of an encoder: what it sees is what the encoder made, before any other hook changes it.
-            keep(encoder.register_forward_hook(partial(self._on_encoder, name), prepend=True))
-        if isinstance(self.head, Mapping):
-            for name, head in self.head.items():
-                keep(head.register_forward_hook(partial(self._on_head, name), with_kwargs=True))
-        elif self.head is not None and self.head is not self.model:
-            keep(self.head.register_forward_hook(partial(self._on_head, None), with_kwargs=True))
+    def _hook(self, module: nn.Module, method: Callable[..., Any], *args: Any) -> Hook:
+        hook = Hook(module, method, *args)
+        self.hooks.append(hook)  # before it is put on: an interrupt leaves none behind that is not listed
+        return hook
 
-    @outside_graphs
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if in_backward():
             self._scorer.seen.note("reruns")
@@ -124,8 +122,9 @@ class Capture:
                 current.inputs = map_tensors(Tensor.detach, (args, kwargs))
             self._labels.from_call(current, args, kwargs)
 
-    @outside_graphs
-    def _on_encoder(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _on_encoder(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         again = in_backward()
         current = self.passes.recomputed() if again else self.passes.of_encoder(name, module)
         for tap in self.taps:
@@ -141,7 +140,6 @@ class Capture:
             current.sent_features[name] = _copied(self.features(name, sent))
         return None if sent is output else sent
 
-    @outside_graphs
     def _on_head(
         self, name: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -157,7 +155,6 @@ class Capture:
             return
         self._take_logits(name, current, module, logits, first_tensor((args, kwargs)))
 
-    @outside_graphs
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if in_backward():
             return
@@ -185,7 +182,7 @@ class Capture:
 
     @outside_graphs
     def _on_gradient(self, current: Pass, head: nn.Module, call: int, gradient: Tensor) -> None:
-        if call != current.listening or not self.handles or is_batched(gradient):
+        if call != current.listening or not self.hooks or is_batched(gradient):
             return
         self.passes.backward_reached(current)
         if not current.ended:  # the loop called parts of the model: only now is it known that none is left
@@ -240,11 +237,6 @@ class Capture:
                 "the head runs under reentrant activation checkpointing, which keeps its first run out of the graph. "
                 "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Who listens from outside (a scheduler with its loaders) is no part of the model; nor is a loss that is gone.
-        alive = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]
-        return {**self.__dict__, "taps": [], "gradient_listeners": [], "handles": alive}
 
 
 def _copied(x: Tensor) -> Tensor:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal, get_args
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from balanceopt.distributed import Group
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
 from balanceopt.monitor._capture import Capture, Select
+from balanceopt.monitor._hooks import Hook, remove_hooks
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._labels import LabelSource as LabelSource
 from balanceopt.monitor._scorer import Scorer
@@ -91,7 +92,38 @@ class ModalityMonitor(Services):
             raise ValueError(f"`select` should be given for {self.modalities}. Found also {sorted(unknown)}.")
         self.head = resolve_head(self.model, self.encoders, head)
         self.group = group
-        self._labels = Labels("loss" if isinstance(labels, nn.Module) else labels)
+        self._options: dict[str, Any] = {
+            "scores": scores,
+            "labels": "loss" if isinstance(labels, nn.Module) else labels,
+            "train_only": train_only,
+            "select": select or {},
+            "slices": slices,
+            "ignore_index": ignore_index,
+            "strict": strict,
+        }
+        self._build(**self._options)
+        finalize(self, remove_hooks, self._capture.hooks).atexit = False
+        try:
+            self._capture.watch()
+            if isinstance(labels, nn.Module):
+                self.watch_loss(labels)
+        except BaseException:  # a module that takes no hooks, as a scripted one; an interrupt
+            self.remove()
+            raise
+
+    def _build(
+        self,
+        *,
+        scores: str | UserScores,
+        labels: LabelSource,
+        train_only: bool,
+        select: Select,
+        slices: Mapping[str, slice] | None,
+        ignore_index: int,
+        strict: bool,
+    ) -> None:
+        """Make the parts, which watch nothing yet."""
+        self._labels = Labels(labels)
         self._scorer = Scorer(
             self.modalities,
             choose_scores(scores, self.model, self.encoders, self.head, slices),
@@ -106,11 +138,9 @@ class ModalityMonitor(Services):
             labels=self._labels,
             scorer=self._scorer,
             train_only=train_only,
-            select=select or {},
-            group=group,
+            select=select,
+            group=self.group,
         )
-        if isinstance(labels, nn.Module):
-            self.watch_loss(labels)
 
     def observe(self, labels: Any, *, present: Mapping[str, Tensor] | None = None) -> None:
         """Give the labels of a batch: the latest training pass without any, else the next one.
@@ -130,7 +160,7 @@ class ModalityMonitor(Services):
         flags = {name: torch.as_tensor(rows).detach().bool() for name, rows in (present or {}).items()}
         self._labels.observe(self.latest, torch.as_tensor(labels).detach(), flags)
 
-    def watch_loss(self, module: nn.Module, *, reduce: Literal["argmax"] | None = None) -> RemovableHandle:
+    def watch_loss(self, module: nn.Module, *, reduce: Literal["argmax"] | None = None) -> Hook:
         """Take the labels from the calls of a loss module `(logits, labels)`, and its `ignore_index`.
 
         Args:
@@ -138,7 +168,7 @@ class ModalityMonitor(Services):
             reduce: `"argmax"` to read soft targets as their most probable class.
 
         Returns:
-            A handle with `.remove()`; `remove()` of the monitor takes it off too.
+            What takes it off again by `.remove()`, as `remove()` of the monitor does.
         """
         return self._capture.watch_loss(module, reduce)
 
@@ -179,6 +209,15 @@ class ModalityMonitor(Services):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles (EMA, SWA) are as after `remove()`: they watch nothing.
+        names = ("model", "encoders", "modalities", "head", "group", "_was_compiled", "_options")
+        return {name: self.__dict__[name] for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._build(**self._options)
 
     def __repr__(self) -> str:
         scores = self._scores or "features only"

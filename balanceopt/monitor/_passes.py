@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -114,15 +113,6 @@ class Passes:
         if self.loose is not None and self.loose.answered == 0:
             self._labels.take_back(self.loose)
         self.loose = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Passes hold tensors of a graph, which can neither be copied nor pickled.
-        gone = ("latest", "current", "loose", "_running", "_backward", "_alive")
-        return {name: value for name, value in self.__dict__.items() if name not in gone}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.forget()
 
 
 def answers_of(head: nn.Module | Mapping[str, nn.Module] | None) -> int:

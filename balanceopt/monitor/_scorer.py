@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Scorer:
         self.recovery = Recovery(strict=strict) if recovers else None
         self.classes: int | None = None
         self.seen = Seen()
-        self.accumulators: list[Accumulator] = []
+        self.accumulators: WeakSet[Accumulator] = WeakSet()
 
     @property
     def needs_outputs(self) -> bool:
@@ -53,13 +54,10 @@ class Scorer:
 
     def accumulator(self, *, needs_entropy: bool, steps: bool) -> Accumulator:
         """A new consumer's view of the passes."""
-        accumulator = Accumulator(self.settled, needs_entropy=needs_entropy, steps=steps)
-        self.accumulators.append(accumulator)
+        leave = self.accumulators.discard
+        accumulator = Accumulator(self.settled, leave, needs_entropy=needs_entropy, steps=steps)
+        self.accumulators.add(accumulator)
         return accumulator
-
-    def drop_accumulator(self, accumulator: Accumulator) -> None:
-        """Stop filling it."""
-        self.accumulators = [a for a in self.accumulators if a is not accumulator]
 
     def end_forward(self, current: Pass) -> None:
         """Make the uni-modal logits while the features are at hand, then let the features go."""

@@ -11,6 +11,7 @@ from balanceopt.distributed import Group
 from balanceopt.modality import modality_parameters, unwrap
 from balanceopt.monitor._accumulator import Accumulator
 from balanceopt.monitor._capture import Capture, GradientListener, Head, Tap, Transform
+from balanceopt.monitor._hooks import Listeners
 from balanceopt.monitor._layout import lay_out, layout_of
 from balanceopt.monitor._matching import Projection
 from balanceopt.monitor._pass import Pass
@@ -43,43 +44,35 @@ class Services:
     _scorer: Scorer
 
     def accumulator(self, *, needs_entropy: bool = False, steps: bool = True) -> Accumulator:
-        """A new consumer's own view of the passes; `steps` where it takes them once an optimizer step."""
+        """A new consumer's own sums over passes, which are made as long as it is alive and not removed.
+
+        Args:
+            needs_entropy: sum the entropies of the features too.
+            steps: the consumer takes the sums once an optimizer step; `reset()` discards them.
+        """
         return self._scorer.accumulator(needs_entropy=needs_entropy, steps=steps)
 
-    def drop_accumulator(self, accumulator: Accumulator) -> None:
-        """Stop filling a consumer's view."""
-        self._scorer.drop_accumulator(accumulator)
+    @property
+    def transforms(self) -> Listeners[Transform]:
+        """Functions `(modality, pass, output)` that change encoders' outputs on their way into the fusion.
 
-    def add_transform(self, transform: Transform) -> None:
-        """Let `transform(modality, pass, output)` change encoders' outputs on their way into the fusion.
-
-        It is called again with the same pass when activation checkpointing runs an encoder a second time.
+        They are called again with the same pass when activation checkpointing runs an encoder a second time.
         """
-        self._transforms.append(transform)
+        return self._capture.transforms
 
-    def drop_transform(self, transform: Transform) -> None:
-        """Stop calling `transform`."""
-        _drop(self._transforms, transform)
+    @property
+    def taps(self) -> Listeners[Tap]:
+        """Functions `(modality, output, pass)` that see every clean output of an encoder, attached to its graph.
 
-    def add_tap(self, tap: Tap) -> None:
-        """Show `tap(modality, output, pass)` every clean output of an encoder, attached to its graph.
-
-        It is called in every mode; `pass` is None outside training. It is called again, with the same pass, when
+        They are called in every mode; `pass` is None outside training. They are called again, with the same pass, when
         activation checkpointing runs an encoder a second time.
         """
-        self._taps.append(tap)
+        return self._capture.taps
 
-    def drop_tap(self, tap: Tap) -> None:
-        """Stop calling `tap`."""
-        _drop(self._taps, tap)
-
-    def add_gradient_listener(self, listener: GradientListener) -> None:
-        """Tell `listener(pass, gradient)` the gradient `(N, C)` at the joint logits, before it goes on to the head."""
-        self._capture.gradient_listeners.append(listener)
-
-    def drop_gradient_listener(self, listener: GradientListener) -> None:
-        """Stop telling `listener`."""
-        _drop(self._capture.gradient_listeners, listener)
+    @property
+    def gradient_listeners(self) -> Listeners[GradientListener]:
+        """Functions `(pass, gradient)` that see the gradient `(N, C)` at the joint logits."""
+        return self._capture.gradient_listeners
 
     @property
     def latest(self) -> Pass | None:
@@ -141,7 +134,7 @@ class Services:
     @property
     def active(self) -> bool:
         """Whether its hooks are on."""
-        return bool(self._capture.handles)
+        return bool(self._capture.hooks)
 
     @property
     def train_only(self) -> bool:
@@ -189,15 +182,3 @@ class Services:
         unimodal = self._scorer.unimodal
         chosen: UnimodalLogits | None = getattr(unimodal, "chosen", unimodal)
         return chosen
-
-    @property
-    def _transforms(self) -> list[Transform]:
-        return self._capture.transforms
-
-    @property
-    def _taps(self) -> list[Tap]:
-        return self._capture.taps
-
-
-def _drop(listeners: list[Any], listener: object) -> None:
-    listeners[:] = [other for other in listeners if other != listener]

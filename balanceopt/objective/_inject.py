@@ -23,6 +23,7 @@ from balanceopt.monitor import (
     WeakHook,
     as_rows,
     in_backward,
+    is_batched,
     logits_of,
     map_tensors,
     tensors_in,
@@ -60,9 +61,7 @@ class Injection:
     uni-modal gradients are made at once, and each is added where the joint one passes.
 
     Attributes:
-        tap: the hook on the encoders' outputs.
-        listener: the hook at the joint logits.
-        handles: of all other hooks.
+        handles: of the hooks that the monitor does not know of.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Injection:
             NotImplementedError: for a sharded shared head.
         """
         self.monitor, self.heads, self.weight, self.loss = monitor, heads, weight, loss
-        self.tap, self.listener = WeakHook(self._on_output), WeakHook(self._on_gradient)
+        self._key = object()  # of this one's notes on a pass, which does not keep it alive
         self.handles: list[RemovableHandle] = []
         self._head_gradients: dict[nn.Parameter, Tensor] = {}
         self._hooked: set[nn.Parameter] = set()
@@ -100,20 +99,26 @@ class Injection:
         """Put the hooks on."""
         if not any(self.weight.values()):
             return
-        self.monitor.add_tap(self.tap)
+        self.monitor.taps.add(self._on_output)
         if isinstance(self.loss, nn.Module):
             self.handles.append(self.loss.register_forward_hook(WeakHook(self._on_loss), with_kwargs=True))
             return
-        self.monitor.add_gradient_listener(self.listener)
+        self.monitor.gradient_listeners.add(self._on_gradient)
         # Late fusion: each head gets the gradient of the joint logits, and any of them may be the first.
         heads = self.monitor.head.values() if isinstance(self.monitor.head, Mapping) else ()
         self.handles += [head.register_forward_hook(WeakHook(self._on_late_head)) for head in heads]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self.monitor.taps.drop(self._on_output)
+        self.monitor.gradient_listeners.drop(self._on_gradient)
+        remove_handles(self.handles)
 
     def _on_output(self, name: str, output: Any, current: Pass | None) -> None:
         """An encoder has run: keep its output, and wait for the gradient that comes back to it."""
         if current is None or not self.weight[name]:
             return
-        seen: _Seen = current.notes.setdefault(self.tap, _Seen())
+        seen: _Seen = current.notes.setdefault(self._key, _Seen())
         if not in_backward():
             # A copy: what comes after the encoder may work in place.
             seen.outputs[name] = map_tensors(lambda x: x.detach().clone(), output)
@@ -135,11 +140,15 @@ class Injection:
     def _on_late_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current, logits = self.monitor.latest, logits_of(output)
         if current is not None and logits is not None and logits.requires_grad and not in_backward():
-            logits.register_hook(lambda gradient: self._on_gradient(current, as_rows(gradient.detach())))
+            logits.register_hook(partial(self._on_late_gradient, current))
+
+    def _on_late_gradient(self, current: Pass, gradient: Tensor) -> None:
+        if not is_batched(gradient):
+            self._on_gradient(current, as_rows(gradient.detach()))
 
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
         """The gradient reached the joint logits."""
-        seen: _Seen | None = current.notes.get(self.tap)
+        seen: _Seen | None = current.notes.get(self._key)
         if seen is None or seen.backward == backward_number():
             return
         seen.backward = backward_number()
@@ -158,7 +167,7 @@ class Injection:
         current = self.monitor.latest
         if current is None or not (isinstance(output, Tensor) and output.requires_grad):
             return
-        seen: _Seen | None = current.notes.get(self.tap)
+        seen: _Seen | None = current.notes.get(self._key)
         logits = args[0] if args else kwargs.get("input")
         target = args[1] if len(args) > 1 else kwargs.get("target")
         if seen is not None and target is not None and _is_joint(logits, current):
@@ -249,6 +258,13 @@ class Injection:
         targets = as_targets(labels.to(logits.device).flatten().long(), classes, ignore)
         assert targets.index is not None
         return torch.where(targets.valid, targets.index, INVALID), torch.zeros_like(targets.valid)
+
+
+def remove_handles(handles: list[RemovableHandle]) -> None:
+    """Take hooks off by their handles."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def _add(extras: list[Tensor | None], index: int, gradient: Tensor) -> Tensor | None:

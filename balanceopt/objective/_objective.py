@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from balanceopt._pooling import Pool, check_pool
 from balanceopt.distributed import active_group, shared_seed
-from balanceopt.monitor import ModalityMonitor, Pass, WeakHook, in_backward
+from balanceopt.monitor import ModalityMonitor, Pass, in_backward
 from balanceopt.objective._heads import (
     HeadKind,
     Heads,
@@ -24,7 +23,7 @@ from balanceopt.objective._heads import (
     mean_cross_entropy,
     widened,
 )
-from balanceopt.objective._inject import Injection
+from balanceopt.objective._inject import Injection, remove_handles
 
 
 class UnimodalObjective(nn.Module):
@@ -94,14 +93,11 @@ class UnimodalObjective(nn.Module):
         self._heads = Heads(monitor, self.own_heads, out_features, pool)
         self._live = LiveFeatures(monitor)
         self._injection = Injection(monitor, self._heads, weights, loss) if inject else None
-        part = self._live if self._injection is None else self._injection
-        # A weak reference: what a finalizer holds is never garbage, and the model may hold this module.
-        release = weakref.finalize(
-            self, _take_off, weakref.ref(monitor), part.tap, part.listener, part.handles
-        )
-        release.atexit = False
-        self._release: Callable[[], Any] = release
-        part.hook()
+        if self._injection is None:
+            monitor.taps.add(self._live.on_output)
+        else:
+            weakref.finalize(self, remove_handles, self._injection.handles).atexit = False
+            self._injection.hook()
 
     @property
     def inject(self) -> bool:
@@ -148,8 +144,10 @@ class UnimodalObjective(nn.Module):
 
     def remove(self) -> None:
         """Take every hook off. May be called twice."""
-        self._release()
+        self.monitor.taps.drop(self._live.on_output)
         self._live.forget()
+        if self._injection is not None:
+            self._injection.remove()
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
@@ -165,12 +163,7 @@ class UnimodalObjective(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The hooks are on the model of this one's monitor, and what they remember of it is no part of a copy.
-        return {
-            **self.__dict__,
-            "_live": LiveFeatures(self.monitor),
-            "_injection": None,
-            "_release": _nothing,
-        }
+        return {**self.__dict__, "_live": LiveFeatures(self.monitor), "_injection": None}
 
     def _loss(self, name: str, features: Tensor, labels: Tensor, present: Tensor | None) -> Tensor:
         logits = self._heads.logits(name, features)
@@ -193,24 +186,12 @@ class UnimodalObjective(nn.Module):
 
 
 class LiveFeatures:
-    """Each modality's clean features, of the latest forward with gradients and of the latest one without.
-
-    Attributes:
-        tap: the hook on the encoders' outputs.
-        listener: none at the joint logits.
-        handles: of other hooks: none.
-    """
+    """Each modality's clean features, of the latest forward with gradients and of the latest one without."""
 
     def __init__(self, monitor: ModalityMonitor) -> None:
-        """Watch `monitor`; no hook is on before `hook`."""
+        """Take what `on_output` is shown of the passes of `monitor`."""
         self.monitor = monitor
-        self.tap, self.listener = WeakHook(self._on_output), WeakHook()
-        self.handles: list[RemovableHandle] = []
         self.forget()
-
-    def hook(self) -> None:
-        """Put the hook on."""
-        self.monitor.add_tap(self.tap)
 
     def of_latest(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Features by modality, and which samples have the modality, where the user told.
@@ -240,7 +221,8 @@ class LiveFeatures:
         self._without: dict[str, Tensor] = {}
         self._pass: Pass | None = None
 
-    def _on_output(self, name: str, output: Any, current: Pass | None) -> None:
+    def on_output(self, name: str, output: Any, current: Pass | None) -> None:
+        """Keep the features of an encoder's output."""
         if in_backward():
             return
         # A copy: what comes after the encoder may work in place.
@@ -253,26 +235,6 @@ class LiveFeatures:
         if current is not self._pass or (current is None and name in self._with):
             self._with, self._pass = {}, current
         self._with[name] = z
-
-
-def _take_off(
-    monitor: weakref.ref[ModalityMonitor],
-    tap: WeakHook,
-    listener: WeakHook,
-    handles: list[RemovableHandle],
-) -> None:
-    """Take an objective's hooks off."""
-    for handle in handles:
-        handle.remove()
-    handles.clear()
-    alive = monitor()
-    if alive is not None:
-        alive.drop_tap(tap)
-        alive.drop_gradient_listener(listener)
-
-
-def _nothing() -> None:
-    """No hook is on."""
 
 
 def _made_heads(monitor: ModalityMonitor, out_features: int, seed: int | None) -> list[nn.Module]:

@@ -148,7 +148,7 @@ class Engine:
         self.abandon()
         if not keep_state:
             self._kept.clear()
-        self.monitor.drop_accumulator(self.accumulator)
+        self.accumulator.remove()
 
     def stats(self) -> dict[str, int]:
         """Steps modulated, left to the base for want of scores, outside the window; and oddities met."""

@@ -20,7 +20,7 @@ from balanceopt.distributed import active_group, rank_in, shared_seed, sum_over_
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums, Pass, WeakHook, in_backward
+from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums, Pass, in_backward
 from balanceopt.prediction._drop import (
     Drop,
     Rescale,
@@ -115,9 +115,9 @@ class OPM:
         self._latest: Drop | None = None
         self._warned: set[str] = set()
         self._unusable = DeferredCounts(("unusable_scores",), partial(_tell_unusable, self._warned))
-        self._transform = _Transform(self._on_output)
+        self._key = object()  # of this one's notes on a pass, which does not keep it alive
         self._scores: Accumulator | None = None
-        self._release: Callable[[], Any] = _nothing
+        self._watch: _BackwardWatch | None = None
         if len(monitor.modalities) > 1:
             self._hook()
         else:
@@ -209,7 +209,11 @@ class OPM:
 
     def remove(self) -> None:
         """Drop nothing any more. The monitor stays. May be called twice."""
-        self._release()
+        self.monitor.transforms.drop(self._on_output)
+        if self._scores is not None:
+            self._scores.remove()
+        if self._watch is not None:
+            self._watch.stop()
         self._latest = None
 
     def __enter__(self) -> OPM:
@@ -231,32 +235,26 @@ class OPM:
             "a copy of an OPM drops nothing. To balance a copy of the model too, build a monitor and an OPM on it, and "
             "give that OPM this one's state_dict()."
         )
-        gone: dict[str, Any] = {"listeners": [], "_latest": None, "_scores": None, "_watch": None}
-        return {**self.__dict__, **gone, "_transform": _Transform(), "_release": _nothing}
+        return {**self.__dict__, "listeners": [], "_latest": None, "_scores": None, "_watch": None}
 
     # -- in a forward --------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
         """Put the hooks on, such that they go with this object."""
-        monitor = self.monitor
-        self._watch = _BackwardWatch(monitor)
-        self._scores = monitor.accumulator(steps=False)
-        # Weak references: what a finalizer holds is never garbage, and the model may hold this object.
-        parts = weakref.ref(monitor), weakref.ref(self._scores), self._transform, self._watch
-        release = weakref.finalize(self, _take_off, *parts)
-        release.atexit = False
-        self._release = release
-        monitor.add_transform(self._transform)
+        self._watch = _BackwardWatch(self.monitor)
+        weakref.finalize(self, self._watch.stop).atexit = False
+        self._scores = self.monitor.accumulator(steps=False)
+        self.monitor.transforms.add(self._on_output)
 
     def _on_output(self, name: str, current: Pass, output: Any) -> Any:
         """What goes on into the fusion instead of an encoder's output; the same when the forward is run again."""
-        drop: Drop | None = current.notes.get(self._transform)
+        drop: Drop | None = current.notes.get(self._key)
         if in_backward():
             return output if drop is None else drop.apply(name, output)
         encoder = self.monitor.encoders[name]
         if drop is None:
             drop = self._begin(current, next(encoder.parameters()).device)
-            current.notes[self._transform] = drop
+            current.notes[self._key] = drop
         drop.note(name, output, encoder.training)
         if self.rescale == "official" and name not in self._widths:
             self._widths[name] = feature_width(self.monitor.features(name, output))
@@ -264,7 +262,8 @@ class OPM:
 
     def _begin(self, current: Pass, device: torch.device) -> Drop:
         """Bring q up to date for a new pass, and choose what to do with it."""
-        self._watch.stop()
+        if self._watch is not None:
+            self._watch.stop()
         self._warn_of_lost_samples()
         self.update()
         number = self._forwards
@@ -353,14 +352,6 @@ class OPM:
             )
 
 
-class _Transform(WeakHook):
-    """What a monitor holds of an OPM."""
-
-    def __call__(self, name: str, current: Pass, output: Any) -> Any:
-        sent = super().__call__(name, current, output)
-        return output if sent is None else sent
-
-
 class _BackwardWatch:
     """Count backwards on one encoder's parameter until a first forward is seen.
 
@@ -392,27 +383,6 @@ class _BackwardWatch:
             )
 
 
-def _take_off(
-    monitor: weakref.ref[ModalityMonitor],
-    scores: weakref.ref[Accumulator],
-    transform: _Transform,
-    watch: _BackwardWatch,
-) -> None:
-    """Take an OPM's hooks off."""
-    watch.stop()
-    alive, accumulator = monitor(), scores()
-    if alive is None:
-        return
-    alive.drop_transform(transform)
-    if accumulator is not None:
-        accumulator.discard()  # labels that are observed from now on are for another pass
-        alive.drop_accumulator(accumulator)
-
-
-def _nothing() -> None:
-    """No hook is on."""
-
-
 def _tell_unusable(warned: set[str], counts: dict[str, int]) -> None:
     if counts["unusable_scores"]:
         _warn_once(
@@ -439,7 +409,7 @@ def _check_monitor(monitor: ModalityMonitor) -> None:
                 f"{type(encoder).__name__} with batch_first=False: build it with batch_first=True, or put it into a "
                 "module that returns (B, ...)."
             )
-    if any(isinstance(t, _Transform) and t.alive for t in monitor._transforms):
+    if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor.transforms):
         raise ValueError("this monitor serves an OPM already. Call its remove() first.")
 
 

@@ -33,11 +33,11 @@ def features_seen(monitor: ModalityMonitor) -> Iterator[dict[str, Tensor]]:
             # A copy: what comes after the encoder may work in place.
             seen[name] = monitor.features(name, output).detach().clone()
 
-    monitor.add_tap(tap)
+    monitor.taps.add(tap)
     try:
         yield seen
     finally:
-        monitor.drop_tap(tap)
+        monitor.taps.drop(tap)
 
 
 def collect(

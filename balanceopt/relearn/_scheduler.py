@@ -131,7 +131,7 @@ class ReLearnScheduler:
         if initial is not None:
             self._initial.give(initial)
         if self._initial.waiting:
-            monitor.add_tap(self._copy_late)
+            monitor.taps.add(self._copy_late)
 
     # -- what the user calls -------------------------------------------------------------------------------------
 
@@ -199,7 +199,7 @@ class ReLearnScheduler:
 
     def remove(self) -> None:
         """Stop listening to the monitor. May be called twice."""
-        self.monitor.drop_tap(self._copy_late)
+        self.monitor.taps.drop(self._copy_late)
 
     @property
     def lam(self) -> float:

@@ -23,7 +23,7 @@ class TestCompany:
         def loop(model, monitor, extra):
             modulator = bo.OPM(monitor, q_base=1.0, seed=0)
             if first:  # whoever is asked first by the monitor
-                monitor._taps.reverse()
+                monitor.taps.reverse()
             for seed in range(3):
                 inputs, labels = given(seed=seed)
                 (F.cross_entropy(model(*inputs), labels) + extra(labels)).backward()

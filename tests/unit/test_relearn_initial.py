@@ -158,10 +158,10 @@ def test_names_do_not_depend_on_compilation():
 def test_remove_takes_the_taps_off():
     model = Lazy()
     _, scheduler = scheduler_of(model, {"audio": "audio", "visual": "visual"})
-    assert len(scheduler.monitor._taps) == 1
+    assert len(scheduler.monitor.taps) == 1
     scheduler.remove()
     scheduler.remove()
-    assert scheduler.monitor._taps == []
+    assert not len(scheduler.monitor.taps)
 
 
 def test_copies_of_the_model_leave_the_scheduler_behind():
@@ -169,5 +169,5 @@ def test_copies_of_the_model_leave_the_scheduler_behind():
     model.encoders["visual"].requires_grad_(False)
     _, scheduler = scheduler_of(model, model.modalities)
     twin = copy.deepcopy(scheduler.monitor)
-    assert twin._taps == []
-    assert len(scheduler.monitor._taps) == 1
+    assert not len(twin.taps)
+    assert len(scheduler.monitor.taps) == 1

@@ -162,7 +162,7 @@ class TestNothingElseChanges:
         hooks = [len(m._forward_hooks) for m in model.modules()]
         scheduler.diagnose()
         assert [len(m._forward_hooks) for m in model.modules()] == hooks
-        assert scheduler.monitor._taps == []
+        assert not len(scheduler.monitor.taps)
 
 
 class TestBatches:

@@ -22,7 +22,7 @@ class Spy:
         self.passes: list[Pass] = []
         self.unimodal: list[dict[str, Tensor]] = []
         self.gradients: list[Tensor] = []
-        monitor.add_gradient_listener(self._on_gradient)
+        monitor.gradient_listeners.add(self._on_gradient)
 
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
         self.passes.append(current)
@@ -37,7 +37,7 @@ def step(
     accumulator = monitor.accumulator()
     train_step(model, inputs, labels)
     taken = accumulator.take()
-    monitor.drop_accumulator(accumulator)
+    accumulator.remove()
     return taken
 
 

@@ -129,7 +129,7 @@ def test_transforms_are_called_again_with_the_same_pass(reentrant):
         return z * mask
 
     with watch(model) as monitor:
-        monitor.add_transform(transform)
+        monitor.transforms.add(transform)
         losses = [F.cross_entropy(model(*leaves(inputs)), labels) for _ in range(2)]
         first = list(calls)
         torch.stack(losses).sum().backward()

@@ -1,10 +1,14 @@
-"""No hook is left; copies and pickles carry a monitor of their own; users' own hooks go on working."""
+"""No hook is left, copies are plain models, and users' own hooks go on working."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import io
 import pickle
+import sys
+import weakref
 from collections import Counter
 
 import pytest
@@ -122,43 +126,45 @@ def test_building_a_monitor_draws_nothing_and_runs_nothing():
 # Copies
 
 
-def assert_independent(model, monitor, twin):
-    """The twin's own monitor serves it, the original's does not notice."""
-    inputs, labels = batch()
-    scores = monitor.accumulator()
-    train_step(twin, inputs, labels)
-    assert scores.take() is None
-    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
-    assert not any(p.grad is not None for p in model.parameters())
-    train_step(model, inputs, labels)
-    assert scores.take() is not None
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 MODELS = {"split": Concat, "per-head": SumHeads, "zero-out": Gated}
+WAYS = pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 
 
+@WAYS
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("trained", [False, True])
-def test_deepcopy_of_the_model(kind, trained):
-    model = MODELS[kind]()
+def test_a_copy_of_the_model_is_a_plain_model(kind, trained, copied):
+    model, seen = MODELS[kind](), []
+    inputs, labels = batch()
     with watch(model) as monitor:
+        monitor.watch_loss(nn.CrossEntropyLoss())
         if trained:
-            step(monitor, model, *batch())
+            step(monitor, model, inputs, labels)
             model.zero_grad()
-        assert_independent(model, monitor, copy.deepcopy(model))
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_deepcopy_of_model_and_monitor_together(kind):
-    model = MODELS[kind]()
-    with watch(model) as monitor:
-        twin, twins_monitor = copy.deepcopy((model, monitor))
-        assert twins_monitor.model is twin
-        assert step(twins_monitor, twin, *batch()) is not None
-        twins_monitor.remove()
-        assert no_hooks(twin)
-        assert monitor.active
-        assert step(monitor, model, *batch()) is not None
+        scores = monitor.accumulator()
+        monitor.taps.add(lambda *given: seen.append(given))
+        twin = copied(model)
+        train_step(twin, inputs, labels)
+        assert scores.take() is None
+        assert seen == []
+        assert not any(p.grad is not None for p in model.parameters())
+        train_step(model, inputs, labels)
+        assert scores.take() is not None
+        assert len(seen) == len(model.names)
+    assert all(
+        torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("when", ["before", "between", "after"])
@@ -167,45 +173,21 @@ def test_deepcopy_amid_a_step(when):
     inputs, labels = batch()
     with watch(model) as monitor:
         scores = monitor.accumulator()
-        twin = copy.deepcopy(model) if when == "before" else None
+        twin = copy.deepcopy((model, monitor)) if when == "before" else None
         loss = F.cross_entropy(model(*inputs), labels)
-        twin = copy.deepcopy(model) if when == "between" else twin
+        twin = copy.deepcopy((model, monitor)) if when == "between" else twin
         loss.backward()
-        twin = copy.deepcopy(model) if when == "after" else twin
+        twin = copy.deepcopy((model, monitor)) if when == "after" else twin
         assert scores.take() is not None
     assert twin is not None
-    train_step(twin, inputs, labels)
+    train_step(twin[0], inputs, labels)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_pickle_of_model_and_monitor(kind):
-    model = MODELS[kind]()
-    with watch(model, labels=nn.CrossEntropyLoss()) as monitor:
-        train_step(model, *batch())
-        twin, twins_monitor = pickle.loads(pickle.dumps((model, monitor)))
-        assert repr(twins_monitor) == repr(monitor)
-        twins_monitor.observe(batch()[1])
-        twins_monitor.remove()
-        assert no_hooks(twin)
-
-
-def test_torch_save_of_the_whole_model():
+def test_an_averaged_model_is_not_watched():
     model = Concat()
-    with watch(model) as monitor:
-        train_step(model, *batch())
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-        model.zero_grad()
-        assert_independent(model, monitor, twin)
-
-
-def test_an_averaged_model_carries_its_own():
-    model = Concat()
+    inputs, labels = batch()
     with watch(model) as monitor:
         averaged = AveragedModel(model)
-        inputs, labels = batch()
         scores = monitor.accumulator()
         train_step(model, inputs, labels)
         averaged.update_parameters(model)
@@ -213,6 +195,139 @@ def test_an_averaged_model_carries_its_own():
         sums = scores.take()
     assert sums is not None
     assert sums.count.tolist() == [8, 8]
+
+
+# Owners that go
+
+
+def test_a_monitor_that_is_dropped_leaves_no_hook():
+    model, criterion = Concat(), nn.CrossEntropyLoss()
+    monitor = watch(model, labels=criterion)
+    assert not no_hooks(model)
+    train_step(model, *batch())
+    del monitor
+    gc.collect()
+    assert no_hooks(model)
+    assert no_hooks(criterion)
+
+
+def test_a_model_that_holds_its_monitor_goes_with_it():
+    model = Concat()
+    model.monitor = watch(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_listener_that_is_dropped_is_not_called():
+    class Listener:
+        def tap(self, name, output, current):
+            calls.append(name)
+
+    calls: list[str] = []
+    model = Concat()
+    with watch(model) as monitor:
+        listener = Listener()
+        monitor.taps.add(listener.tap)
+        train_step(model, *batch())
+        del listener
+        gc.collect()
+        train_step(model, *batch())
+    assert calls == list(model.names)
+
+
+# Interrupts
+
+
+def lines_of(run):
+    """How often a line of the package or of torch's registration of hooks begins while `run` runs."""
+    lines = 0
+
+    def count():
+        nonlocal lines
+        lines += 1
+
+    tracing(run, count)
+    return lines
+
+
+def tracing(run, at_line):
+    """Run with `at_line` called where a line begins."""
+
+    def trace(frame, event, argument):
+        name = frame.f_code.co_filename
+        if "balanceopt/" not in name and "register_forward" not in frame.f_code.co_name:
+            return None
+        if event == "line":
+            at_line()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+
+
+def interrupted(run, line):
+    """Run with an interrupt at the line of that number."""
+    left = line
+
+    def at_line():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        tracing(run, at_line)
+
+
+@pytest.mark.parametrize("make", [Concat, SumHeads])
+def test_an_interrupt_while_a_monitor_is_built_leaves_no_hook(make):
+    model, criterion = make(), nn.CrossEntropyLoss()
+    built = []
+
+    def build():
+        built.append(watch(model, labels=criterion))
+
+    lines = lines_of(build)
+    built.pop().remove()
+    for line in range(1, lines + 1):
+        interrupted(build, line)
+        assert not built
+        assert no_hooks(model), line
+        assert no_hooks(criterion), line
+
+
+def test_an_interrupt_of_remove_leaves_no_hook_once_it_is_called_again():
+    model = Concat()
+    for line in range(1, lines_of(watch(model).remove) + 1):
+        monitor = watch(model)
+        interrupted(monitor.remove, line)
+        monitor.remove()
+        assert no_hooks(model), line
+
+
+@WAYS
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_copy_of_model_and_monitor_watches_nothing(kind, copied):
+    model = MODELS[kind]()
+    with watch(model) as monitor:
+        train_step(model, *batch())
+        twin, inert = copied((model, monitor))
+        assert inert.model is twin
+        assert inert.encoders == dict(twin.encoders.items())
+        assert not inert.active
+        assert step(inert, twin, *batch()) is None
+        assert "hooks were removed" in inert.silence()
+        assert inert.stats()["passes"] == 0
+        inert.observe(batch()[1])
+        inert.remove()
+        assert monitor.active
+        assert step(monitor, model, *batch()) is not None
 
 
 def test_two_monitors_are_removed_each_for_itself():

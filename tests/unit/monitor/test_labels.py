@@ -24,7 +24,7 @@ def taken(monitor, run):
     scores = monitor.accumulator()
     run()
     sums = scores.take()
-    monitor.drop_accumulator(scores)
+    scores.remove()
     assert sums is not None
     return sums
 

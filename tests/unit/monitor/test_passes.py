@@ -320,7 +320,7 @@ def test_a_pass_is_scored_once_for_all_consumers():
 
 def test_a_consumer_that_left_is_not_fed(model, monitor):
     scores = monitor.accumulator()
-    monitor.drop_accumulator(scores)
+    scores.remove()
     train_step(model, *batch())
     assert scores.take() is None
 
@@ -345,7 +345,7 @@ def test_entropies_where_a_consumer_asks_for_them(model, monitor):
     for i, z in enumerate(model.encode(*inputs)):
         p = z.detach().softmax(1)
         assert sums.feature_entropy[i].item() == pytest.approx(float(-(p * p.log()).sum()), rel=1e-5)
-    monitor.drop_accumulator(scores)
+    scores.remove()
     plain = step(monitor, model, inputs, labels)
     assert plain is not None
     assert plain.feature_entropy.tolist() == [0, 0]

@@ -60,7 +60,7 @@ def test_clean_logits_where_features_are_dropped():
     with watch(model) as monitor:
         step(monitor, model, inputs, labels)
         spy = Spy(monitor)
-        monitor.add_transform(lambda name, current, z: z * 0)
+        monitor.transforms.add(lambda name, current, z: z * 0)
         train_step(model, inputs, labels)
     torch.testing.assert_close(spy.unimodal, [clean])
 

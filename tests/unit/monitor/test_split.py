@@ -116,7 +116,7 @@ def test_clean_logits_where_features_are_dropped_on_their_way(name):
     clean = unimodal_of(model, inputs, labels)
     with watch(model) as monitor:
         spy = Spy(monitor)
-        monitor.add_transform(
+        monitor.transforms.add(
             lambda modality, current, z: z * (torch.arange(8) % 2).view(8, *[1] * (z.dim() - 1))
         )
         train_step(model, inputs, labels)

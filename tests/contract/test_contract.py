@@ -101,10 +101,11 @@ def test_a_copy_steps_its_own_parameters(method: Method, base: Base):
     torch.optim.lr_scheduler.StepLR(optimizer, 2)  # patches `step` on the instance
     advance(model, optimizer, base, range(2))
     twin, copied = copy.deepcopy((model, optimizer))
-    advance(twin, copied, base, range(2, 4))
+    start = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="the monitor's hooks were removed"):
+        advance(twin, copied, base, range(2, 4))
+    assert same_bits(model, start)
     assert distance(model, twin) > 0
-    advance(model, optimizer, base, range(2, 4))
-    assert same_bits(model, twin)
 
 
 @pytest.mark.parametrize("base", [base for base in BASES if not base.copies], ids=str)

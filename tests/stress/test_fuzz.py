@@ -369,6 +369,13 @@ class Training(RuleBasedStateMachine):
         self.begin()
         self.go_on_alike(old, seed)
 
+    @rule(seed=seeds)
+    def train_a_copy_of_the_model(self, seed: int) -> None:
+        """It is a plain model: nobody hears of it."""
+        inputs, labels = self.draw(seed, 4)
+        twin = copy.deepcopy(self.all.model)
+        F.cross_entropy(twin(*inputs), labels, reduction="sum").backward()
+
     def go_on_alike(self, old: Everything, seed: int) -> None:
         """The new objects' next step is the old ones' bit for bit."""
         inputs, labels = self.draw(seed, 4)

@@ -18,12 +18,9 @@ from tests.relearning import train_epoch
 
 class TestCompany:
     @pytest.mark.parametrize("heads", ["own", "shared"])
-    @pytest.mark.parametrize("first", [False, True])
-    def test_opm(self, first, heads):
+    def test_opm(self, heads):
         def loop(model, monitor, extra):
             modulator = bo.OPM(monitor, q_base=1.0, seed=0)
-            if first:  # whoever is asked first by the monitor
-                monitor.taps.reverse()
             for seed in range(3):
                 inputs, labels = given(seed=seed)
                 (F.cross_entropy(model(*inputs), labels) + extra(labels)).backward()

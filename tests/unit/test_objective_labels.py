@@ -133,7 +133,7 @@ class TestRefusals:
 
     def test_label_smoothing_without_the_loss(self):
         model = Concat()
-        self.injected(model)
+        _objective = self.injected(model)
         inputs, labels = batch()
         with pytest.raises(RuntimeError, match="not that of a plain cross-entropy"):
             F.cross_entropy(model(*inputs), labels, label_smoothing=0.1).backward()
@@ -164,7 +164,7 @@ class TestRefusals:
 
     def test_rows_too_sure_to_tell(self):
         model = Concat()
-        self.injected(model)
+        _objective = self.injected(model)
         inputs, labels = batch()
         shown = 1e4 * F.one_hot(labels, CLASSES).float()
         shown[0] = 0
@@ -174,7 +174,7 @@ class TestRefusals:
 
     def test_labels_that_are_not_there_by_the_time_of_backward(self):
         model = Concat()
-        self.injected(model, watch(model, labels="observe"))
+        _objective = self.injected(model, watch(model, labels="observe"))
         inputs, labels = batch()
         with pytest.raises(RuntimeError, match="needs the labels by the time of backward"):
             F.cross_entropy(model(*inputs), labels).backward()
@@ -207,7 +207,7 @@ class TestRefusals:
 
     def test_create_graph(self):
         model = Concat()
-        self.injected(model)
+        _objective = self.injected(model)
         inputs, labels = batch()
         with pytest.raises(RuntimeError, match="create_graph=True"):
             F.cross_entropy(model(*inputs), labels).backward(create_graph=True)
@@ -219,7 +219,7 @@ class TestRefusals:
 
         model = Positions()
         monitor = bo.ModalityMonitor(model, model.modalities, head=model, scores="zero-out")
-        self.injected(model, monitor)
+        _objective = self.injected(model, monitor)
         inputs, labels = batch()
         logits = model(*inputs)
         with pytest.raises(ValueError, match="a row of joint logits for each of the 8 samples"):

@@ -10,6 +10,7 @@ import pickle
 import sys
 import weakref
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -212,7 +213,7 @@ def test_a_monitor_that_is_dropped_leaves_no_hook():
 
 
 def test_a_model_that_holds_its_monitor_goes_with_it():
-    model = Concat()
+    model: Any = Concat()
     model.monitor = watch(model)
     gone = weakref.ref(model)
     del model

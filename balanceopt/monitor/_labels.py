@@ -1,4 +1,7 @@
-"""Labels that pass by: in a model's keywords or batch, or in a loss module's arguments."""
+"""Labels that pass by: in a model's keywords or batch, or in a loss module's arguments.
+
+They are copied when they come: the loop may reuse its buffers before the step.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,7 @@ def labels_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor |
         for key in _KEYS:
             value = batch.get(key)
             if isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool:
-                return value.detach()
+                return value.detach().clone()
     return None
 
 
@@ -106,7 +109,7 @@ def labels_of_loss(args: tuple[Any, ...], kwargs: Mapping[str, Any], reduce: str
         return None
     several = target.dim() > 1 and target.shape[-1] > 1 and target.is_floating_point()
     if not several:
-        return target.detach()
+        return target.detach().clone()
     if reduce == "argmax":
         return target.detach().argmax(-1)
     raise ValueError(

@@ -143,7 +143,9 @@ class ModalityMonitor(Services):
         )
 
     def observe(self, labels: Any, *, present: Mapping[str, Tensor] | None = None) -> None:
-        """Give the labels of a batch: the latest training pass without any, else the next one.
+        """Give the labels of a batch to the latest training pass without any, else to the next one.
+
+        They are copied: a buffer may be reused.
 
         Args:
             labels: `(B,)` class indices, or `(B, C)` class probabilities.
@@ -157,8 +159,8 @@ class ModalityMonitor(Services):
             raise KeyError(
                 f"`present` should be given by modality {self.modalities}. Found {sorted(unknown)}."
             )
-        flags = {name: torch.as_tensor(rows).detach().bool() for name, rows in (present or {}).items()}
-        self._labels.observe(self.latest, torch.as_tensor(labels).detach(), flags)
+        flags = {name: _copied(rows).bool() for name, rows in (present or {}).items()}
+        self._labels.observe(self.latest, _copied(labels), flags)
 
     def watch_loss(self, module: nn.Module, *, reduce: Literal["argmax"] | None = None) -> Hook:
         """Take the labels from the calls of a loss module `(logits, labels)`, and its `ignore_index`.
@@ -225,6 +227,10 @@ class ModalityMonitor(Services):
             f"ModalityMonitor(modalities={list(self.modalities)}, scores={scores!r}, "
             f"labels={self._labels.allowed!r})"
         )
+
+
+def _copied(values: Any) -> Tensor:
+    return torch.as_tensor(values).detach().clone()
 
 
 def _check_labels(labels: LabelSource | nn.Module) -> None:

@@ -61,6 +61,55 @@ def test_observed_labels_at_any_time(when, kind):
         assert monitor.stats()["recovered_labels"] == {"rows": 0, "ambiguous": 0}
 
 
+def observed(model, monitor, inputs, buffer):
+    monitor.observe(buffer)
+    F.cross_entropy(model(*inputs), buffer.clone()).backward()
+
+
+def through_the_loss(model, monitor, inputs, buffer):
+    criterion = nn.CrossEntropyLoss()
+    monitor.watch_loss(criterion)
+    criterion(model(*inputs), buffer).backward()
+
+
+def through_the_model(model, monitor, inputs, buffer):
+    F.cross_entropy(model(*inputs, labels=buffer), buffer.clone()).backward()
+
+
+class Labelled(Concat):
+    def forward(self, *inputs, labels=None):
+        return super().forward(*inputs)
+
+
+@pytest.mark.parametrize("run", [observed, through_the_loss, through_the_model])
+def test_a_buffer_of_labels_may_be_reused(run):
+    model = Labelled()
+    inputs, labels = batch(6)
+    buffer = labels.clone()
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        run(model, monitor, inputs, buffer)
+        buffer.copy_(wrong(labels))
+        sums = scores.take()
+    assert sums is not None
+    assert sums.label_counts.tolist() == counts_of(labels)
+    assert "gradient" not in monitor.stats()["labels"]
+
+
+def test_a_buffer_of_flags_may_be_reused():
+    model = Concat()
+    inputs, labels = batch(6)
+    flags = torch.tensor([True, False] * 3)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        monitor.observe(labels, present={"audio": flags})
+        train_step(model, inputs, labels)
+        flags.fill_(True)
+        sums = scores.take()
+    assert sums is not None
+    assert sums.count.tolist() == [3, 6]
+
+
 def test_observed_labels_of_micro_batches():
     model = Concat()
     with watch(model) as monitor:

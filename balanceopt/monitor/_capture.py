@@ -118,7 +118,7 @@ class Capture:
             refuse_join(self._group)
         current = self.passes.begin(module)
         if current is not None:
-            if self._scorer.needs_outputs:
+            if current.scored and self._scorer.needs_outputs:
                 current.inputs = map_tensors(Tensor.detach, (args, kwargs))
             self._labels.from_call(current, args, kwargs)
 
@@ -136,7 +136,7 @@ class Capture:
         sent = output
         for transform in self.transforms:
             sent = transform(name, current, sent)
-        if not again and sent is not output:
+        if current.scored and not again and sent is not output:
             current.sent_features[name] = _copied(self.features(name, sent))
         return None if sent is output else sent
 
@@ -197,6 +197,8 @@ class Capture:
     def _keep(self, name: str, current: Pass, output: Any) -> None:
         """Keep copies: the fusion may go on to change features in place (an in-place ReLU)."""
         current.calls[name] += 1
+        if not current.scored:
+            return
         if self._scorer.needs_outputs:
             output = map_tensors(_copied, output)
             current.outputs.setdefault(name, []).append(output)

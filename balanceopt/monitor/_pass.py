@@ -18,6 +18,7 @@ class Pass:
     """One forward in training.
 
     Attributes:
+        scored: uni-modal logits are made of it.
         inputs: the model's `(args, kwargs)`, held until its forward ends; None where only its parts were called.
         calls: how often each modality's encoder ran.
         outputs: each modality's encoder outputs, one a call, clean (before any drop), copied; for zero-out only.
@@ -47,6 +48,7 @@ class Pass:
         notes: what other parts of the package remember of this pass (a drop mask).
     """
 
+    scored: bool = True
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     calls: Counter[str] = field(default_factory=Counter)
     outputs: dict[str, list[Any]] = field(default_factory=dict)

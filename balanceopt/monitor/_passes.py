@@ -99,7 +99,7 @@ class Passes:
         return torch.is_grad_enabled() and (module.training or not self.train_only)
 
     def _new(self) -> Pass:
-        current = Pass(first_node=next_node())
+        current = Pass(scored=self._scorer.wanted, first_node=next_node())
         self._scorer.seen.note("forwards")
         for earlier in self._alive:
             if earlier.end_node is None:  # its forward broke off, or was one of parts

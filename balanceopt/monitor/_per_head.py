@@ -25,6 +25,11 @@ class PerHead:
         self.heads = dict(heads)
         self.projections: dict[str, Projection | None] = {}
 
+    @property
+    def knows_layout(self) -> bool:
+        """Whether passes have shown how each modality's features become its head's input."""
+        return self.projections.keys() >= self.heads.keys()
+
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         found = {}
         for name, output in current.head_outputs.items():

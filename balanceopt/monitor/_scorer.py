@@ -48,6 +48,11 @@ class Scorer:
         self.accumulators: WeakSet[Accumulator] = WeakSet()
 
     @property
+    def wanted(self) -> bool:
+        """Whether uni-modal logits of the next pass are: somebody collects scores, or it can still show the layout."""
+        return self.unimodal is not None and (bool(self.accumulators) or not self.unimodal.knows_layout)
+
+    @property
     def needs_outputs(self) -> bool:
         """Whether passes must keep the encoders' whole outputs and the model's inputs."""
         return self.unimodal is not None and self.unimodal.needs_outputs
@@ -62,16 +67,16 @@ class Scorer:
     def end_forward(self, current: Pass) -> None:
         """Make the uni-modal logits while the features are at hand, then let the features go."""
         for name in self.modalities:
-            if name not in current.features:
+            if not current.calls[name]:
                 self.seen.note(f"missing:{name}")
         if current.logits is not None and self.unimodal is not None:
             self.classes = current.logits.shape[-1]
             current.unimodal = {}
-            if current.logits.shape[0] == 0:
+            if current.scored and current.logits.shape[0] == 0:
                 self.unimodal.join(current)
-            else:
-                made = self.unimodal(current)
-                current.unimodal = {name: logits.detach() for name, logits in made.items()}
+            elif current.scored:
+                logits = self.unimodal(current)
+                current.unimodal = {name: value.detach() for name, value in logits.items()}
                 if any(accumulator.needs_entropy for accumulator in self.accumulators):
                     with torch.no_grad():
                         current.entropies = {

@@ -62,8 +62,8 @@ class SplitHead:
         self._detached()
 
     @property
-    def settled(self) -> bool:
-        """Whether passes have shown all there is to know."""
+    def knows_layout(self) -> bool:
+        """Whether passes have shown each modality's columns, and that weight and bias make the logits."""
         return self._tried and self.projections.keys() >= set(self.modalities)
 
     def live(self, name: str, features: Tensor) -> Tensor:

@@ -90,6 +90,10 @@ class UnimodalLogits(Protocol):
     def needs_outputs(self) -> bool:
         """Whether it needs the encoders' whole outputs and the model's inputs."""
 
+    @property
+    def knows_layout(self) -> bool:
+        """Whether passes have shown all that there is to know of the way from encoders to head."""
+
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         """Logits `(N, C)` of each modality that was present; empty where this pass can't tell."""
 
@@ -101,6 +105,7 @@ class UserFunction:
     """Uni-modal logits from the user's own function of the features."""
 
     needs_outputs = False
+    knows_layout = True
 
     def __init__(self, function: UserScores, modalities: Sequence[str]) -> None:
         """Call `function` with the features of every modality."""
@@ -152,7 +157,12 @@ class Automatic:
     @property
     def needs_outputs(self) -> bool:
         """Until a pass has shown that the first one will do."""
-        return self._otherwise is None or not self._first.settled
+        return self._otherwise is None or not self._first.knows_layout
+
+    @property
+    def knows_layout(self) -> bool:
+        """As the one chosen."""
+        return self.chosen.knows_layout
 
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         try:

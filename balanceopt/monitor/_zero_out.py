@@ -21,6 +21,7 @@ class ZeroOut:
 
     name = "zero-out"
     needs_outputs = True
+    knows_layout = True
 
     def __init__(self, model: nn.Module, encoders: Mapping[str, nn.Module], head: nn.Module) -> None:
         """Replay `model` from the outputs of `encoders` up to the output of `head`."""

@@ -22,6 +22,7 @@ class Spy:
         self.passes: list[Pass] = []
         self.unimodal: list[dict[str, Tensor]] = []
         self.gradients: list[Tensor] = []
+        self.scores = monitor.accumulator()  # a pass has uni-modal logits where somebody collects scores
         monitor.gradient_listeners.add(self._on_gradient)
 
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:

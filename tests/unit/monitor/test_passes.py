@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.models import FUSIONS, Concat, Gated, MLPHead, batch, batch_norm, train_step, watch
-from tests.unit.monitor.helpers import Spy, step, sums_of
+import balanceopt as bo
+from tests.models import FUSIONS, Concat, Gated, MLPHead, SumHeads, batch, batch_norm, train_step, watch
+from tests.unit.monitor.helpers import Spy, columns_by_hand, step, sums_of
 
 
 def loss_of(model, inputs, labels):
@@ -316,6 +319,59 @@ def test_a_pass_is_scored_once_for_all_consumers():
         train_step(gated, *batch())
         assert all(consumer.take() is not None for consumer in consumers)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("make", [Concat, Gated, SumHeads])
+def test_scores_are_made_for_those_who_collect_them(make):
+    """Of the user's own function, called once for each pass that somebody collects."""
+    model, calls = make(), []
+
+    def scores(features):
+        calls.append(features)
+        return {name: torch.zeros(8, 5) for name in features}
+
+    with watch(model, scores=scores) as monitor:
+        train_step(model, *batch())
+        assert len(calls) == 0
+        first, second = monitor.accumulator(), monitor.accumulator()
+        train_step(model, *batch())
+        assert len(calls) == 1
+        first.remove()
+        train_step(model, *batch())
+        assert len(calls) == 2
+        del second
+        train_step(model, *batch())
+        assert len(calls) == 2
+        assert monitor.stats()["passes"] == 4
+
+
+def test_an_optimizer_that_is_dropped_collects_no_scores():
+    model, calls = Gated(), []
+    forward = model.head.forward
+
+    def counted(x):
+        calls.append(x)
+        return forward(x)
+
+    vars(model.head)["forward"] = counted
+    monitor = watch(model)
+    optimizer = bo.ModulatedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), monitor)
+    train_step(model, *batch())
+    assert len(calls) == 3  # the pass itself, and one for each modality
+    del optimizer
+    gc.collect()
+    train_step(model, *batch())
+    assert len(calls) == 4
+
+
+def test_the_columns_are_found_though_nobody_collects_scores():
+    model, seen = Concat(), []
+    with watch(model) as monitor:
+        monitor.gradient_listeners.add(lambda current, gradient: seen.append(set(current.unimodal or {})))
+        train_step(model, *batch())
+        assert monitor.head_columns == columns_by_hand(model)
+        train_step(model, *batch())
+    assert seen == [set(model.names), set()]
 
 
 def test_a_consumer_that_left_is_not_fed(model, monitor):

@@ -37,7 +37,6 @@ class Balance:
         relearn: makes a `ReLearnScheduler` from the optimizer and the monitor.
         seed: of all randomness, as in `attach`.
         strict: of the monitor and of `attach`; None for each one's own default.
-        count_epochs: count the modulations' `start` and `end` in epochs.
         options: further ones of the monitor.
 
     Raises:
@@ -54,7 +53,6 @@ class Balance:
         relearn: ReLearn | None,
         seed: int | None,
         strict: bool | None,
-        count_epochs: bool,
         options: dict[str, Any],
     ) -> None:
         given = isinstance(encoders, ModalityMonitor)
@@ -66,7 +64,6 @@ class Balance:
         self.modulation = OGM() if modulation is None else modulation
         self.seed = seed
         self.strict = strict
-        self.count_epochs = count_epochs
         self._monitor: ModalityMonitor | None = encoders if isinstance(encoders, ModalityMonitor) else None
         self.handles: list[AttachedModulation] = []
         self.listeners: list[Listener] = []
@@ -177,10 +174,9 @@ class Balance:
         self._beside.follow(chosen[0])
 
     def _begin_epoch(self, epoch: int) -> None:
-        if self.count_epochs:
-            for handle in self.handles:
-                handle.set_epoch(epoch)
-        self._beside.begin_epoch(epoch, count_epochs=self.count_epochs)
+        for handle in self.handles:
+            handle.set_epoch(epoch)
+        self._beside.begin_epoch(epoch)
 
     def _hear(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
         for listener in self.listeners:

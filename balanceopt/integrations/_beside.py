@@ -65,9 +65,9 @@ class Beside:
         if self.scheduler is not None:
             self.scheduler.optimizer = optimizer
 
-    def begin_epoch(self, epoch: int, *, count_epochs: bool) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         """Re-learn after the epochs that are over, each once: also where a checkpoint was resumed in between."""
-        if count_epochs and self.modulator is not None:
+        if self.modulator is not None:
             self.modulator.set_epoch(epoch)
         if self.scheduler is None:
             return

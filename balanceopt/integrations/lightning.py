@@ -40,7 +40,6 @@ class BalanceCallback(Balance, Callback):
         seed: of the modulation's randomness; None for `torch.initial_seed()`, which `seed_everything` sets.
         strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
             labels and to raise after ten steps in a row without scores.
-        count_epochs: count the modulation's `start` and `end` in epochs, not in optimizer steps.
         labels: as `ModalityMonitor` takes it, the dotted name of the LightningModule's loss module, or a function from
             the batch to its labels.
         **monitor_options: further ones of `ModalityMonitor`, such as `train_only=False`.
@@ -66,7 +65,6 @@ class BalanceCallback(Balance, Callback):
         relearn: ReLearn | None = None,
         seed: int | None = None,
         strict: bool | None = None,
-        count_epochs: bool = False,
         labels: str | nn.Module | Callable[[Any], Tensor] | None = None,
         **monitor_options: Any,
     ) -> None:
@@ -81,7 +79,6 @@ class BalanceCallback(Balance, Callback):
             relearn=relearn,
             seed=seed,
             strict=strict,
-            count_epochs=count_epochs,
             options=monitor_options,
         )
         self._labels_of: Callable[[Any], Tensor] | None = labels if of_batch else None  # type: ignore[assignment]
@@ -97,7 +94,7 @@ class BalanceCallback(Balance, Callback):
         self._start(pl_module, lambda model, parts: smallest_holder(model, parts, bare), optimizers)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Re-learn if it is time; tell those who count in epochs which one begins."""
+        """Re-learn if it is time; tell the methods which epoch begins."""
         self._begin_epoch(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

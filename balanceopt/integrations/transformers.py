@@ -44,7 +44,6 @@ class BalanceCallback(Balance, TrainerCallback):
         seed: of the modulation's randomness; None for `torch.initial_seed()`, which `TrainingArguments(seed=)` sets.
         strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
             labels and to raise after ten steps in a row without scores.
-        count_epochs: count the modulation's `start` and `end` in epochs, not in optimizer steps.
         **monitor_options: further ones of `ModalityMonitor`; `labels` may be the dotted name of a loss module.
 
     Raises:
@@ -68,7 +67,6 @@ class BalanceCallback(Balance, TrainerCallback):
         relearn: ReLearn | None = None,
         seed: int | None = None,
         strict: bool | None = None,
-        count_epochs: bool = False,
         **monitor_options: Any,
     ) -> None:
         super().__init__(
@@ -79,7 +77,6 @@ class BalanceCallback(Balance, TrainerCallback):
             relearn=relearn,
             seed=seed,
             strict=strict,
-            count_epochs=count_epochs,
             options=monitor_options,
         )
 
@@ -98,7 +95,7 @@ class BalanceCallback(Balance, TrainerCallback):
         self._start(kwargs["model"], lambda model, parts: model, [optimizer], resumed=resumed)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Re-learn if it is time; tell those who count in epochs which one begins."""
+        """Re-learn if it is time; tell the methods which epoch begins."""
         self._begin_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

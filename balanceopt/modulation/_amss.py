@@ -10,6 +10,7 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._warnings import warn_user
+from balanceopt._window import Unit
 from balanceopt.functional import keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step
 from balanceopt.modulation._bases import cancels_constant_factor
@@ -47,8 +48,9 @@ class AMSS(Modulation):
         units: goes before the default: a mapping from parameters, modules or classes of modules to `MaskUnits`,
             `"whole"` (not masked) or `"element"`, or a function of `(module, name, parameter)` to one of these or None.
         min_ndim: tensors with fewer dimensions are not masked, unless `units` names them.
-        start: first step (epoch, once `set_epoch` was called) in which it acts.
+        start: first step or epoch in which it acts, counted from 0.
         end: last one, inclusive; None for no end.
+        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
 
     Raises:
         ValueError: for an option outside its range.
@@ -74,8 +76,9 @@ class AMSS(Modulation):
         min_ndim: int = 2,
         start: int = 0,
         end: int | None = None,
+        unit: Unit = "step",
     ) -> None:
-        super().__init__(start=start, end=end)
+        super().__init__(start=start, end=end, unit=unit)
         self.temperature = temperature
         self.scale: Scale = scale
         self.clamp = clamp

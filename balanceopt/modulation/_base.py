@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from balanceopt._window import Unit, Window
 from balanceopt.monitor import ModalityMonitor, ModalitySums
 
 Report = Callable[[str, Tensor], None]
@@ -73,22 +74,19 @@ class Modulation(ABC):
     """A method: from the sums of a step to a change of the modalities' gradients.
 
     Args:
-        start: first step (epoch, once `set_epoch` was called) in which it acts, counted from 0.
-        end: last one; None for no end. Both are inclusive.
+        start: first step or epoch in which it acts, counted from 0.
+        end: last one, inclusive; None for no end.
+        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
     """
 
     needs_entropy: ClassVar[bool] = False
 
-    def __init__(self, *, start: int = 0, end: int | None = None) -> None:
+    def __init__(self, *, start: int = 0, end: int | None = None, unit: Unit = "step") -> None:
         """Check the window."""
-        if start < 0 or (end is not None and end < start):
-            raise ValueError(f"`start` and `end` should satisfy 0 <= start <= end. Found {start} and {end}.")
+        self.window = Window(start, end, unit)
         self.start = start
         self.end = end
-
-    def acts_at(self, clock: int) -> bool:
-        """Whether the window is open."""
-        return self.start <= clock and (self.end is None or clock <= self.end)
+        self.unit: Unit = unit
 
     @abstractmethod
     def modulate(self, step: Step) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._warnings import warn_user
+from balanceopt._window import Unit
 from balanceopt.functional import discrepancy_ratio, modulation_coefficient
 from balanceopt.functional._coefficients import CoefficientForm
 from balanceopt.functional._scores import RatioReduction
@@ -38,17 +39,18 @@ class OGM(Modulation):
             scales what the base did in the step instead, `p <- before + k (p - before)`, on any base: weight decay,
             momentum and noise with the rest.
         min_ndim: only tensors with at least this many dimensions (2 leaves norms and biases alone, as published).
-        start: first step (epoch, once `set_epoch` was called) in which it acts.
-        end: last one, inclusive; None for no end.
         ratio: `"mean_of_ratios"` or `"ratio_of_means"`, for three modalities or more.
+        start: first step or epoch in which it acts, counted from 0.
+        end: last one, inclusive; None for no end.
+        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
 
     Raises:
         ValueError: for an option outside its range.
 
     Example:
         >>> OGM(alpha=0.8, noise=False)
-        OGM(alpha=0.8, form='cvpr', noise=False, noise_scale=1.0, apply_to='grad', min_ndim=2, start=0, end=None,
-            ratio='mean_of_ratios')
+        OGM(alpha=0.8, form='cvpr', noise=False, noise_scale=1.0, apply_to='grad', min_ndim=2,
+            ratio='mean_of_ratios', start=0, end=None, unit='step')
 
     Reference:
         Peng et al., CVPR 2022, Eq. 10, 11, 16 and Algorithm 1; TPAMI 2024, Eq. 11 (`form="tpami"`).
@@ -63,11 +65,12 @@ class OGM(Modulation):
         noise_scale: float = 1.0,
         apply_to: Literal["grad", "update"] = "grad",
         min_ndim: int = 2,
+        ratio: RatioReduction = "mean_of_ratios",
         start: int = 0,
         end: int | None = None,
-        ratio: RatioReduction = "mean_of_ratios",
+        unit: Unit = "step",
     ) -> None:
-        super().__init__(start=start, end=end)
+        super().__init__(start=start, end=end, unit=unit)
         if not alpha >= 0:
             raise ValueError(f"`alpha` should be non-negative. Found alpha = {alpha}.")
         if not noise_scale >= 0:

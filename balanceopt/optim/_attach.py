@@ -54,7 +54,7 @@ class AttachedModulation:
                 attributes.update({name: self._replaced[name]} if name in self._replaced else {})
 
     def set_epoch(self, epoch: int) -> None:
-        """Count the modulation's `start` and `end` in epochs from now on."""
+        """Tell which epoch it is, counted from 0, for windows with `unit="epoch"`."""
         if not self._handles:
             raise RuntimeError("this modulation was removed. Call balanceopt.attach again.")
         self._engine.set_epoch(epoch)

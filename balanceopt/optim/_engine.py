@@ -121,7 +121,7 @@ class Engine:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
-        """Count the modulations' windows in epochs from now on."""
+        """Tell which epoch it is, for windows that count epochs."""
         self._kept.set_epoch(epoch)
 
     def refresh(self) -> None:
@@ -177,7 +177,8 @@ class Engine:
         if (sums is None and not self._any_nonzero(gradients)) or not gradients:
             return
         balances = len(self.monitor.modalities) > 1
-        acting = [m for m in self.modulations if balances and m.acts_at(self._kept.clock)]
+        number, epoch = self._number, self._kept.epoch
+        acting = [m for m in self.modulations if balances and m.window.is_open(number, epoch)]
         if not acting:
             self._steps["outside_window"] += 1
         elif sums is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from balanceopt._warnings import warn_user
+from balanceopt._window import check_count
 from balanceopt.distributed import shared_seed
 from balanceopt.modulation._shards import local_part
 from balanceopt.monitor import ModalityMonitor
@@ -53,13 +54,14 @@ class Kept:
         return int(self._first[SEED])
 
     @property
-    def clock(self) -> int:
-        """What a modulation's `start` and `end` count: steps, or epochs once they were set."""
+    def epoch(self) -> int | None:
+        """The epoch that was set last; None before the first one."""
         epoch = self._first[EPOCH]
-        return self.number if epoch is None else int(epoch)
+        return None if epoch is None else int(epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Count in epochs from now on."""
+        """Set the epoch."""
+        check_count("epoch", epoch)
         self._set(EPOCH, int(epoch))
 
     def begin(self) -> None:

@@ -38,7 +38,8 @@ class MaskedSubnetworkSGD(WrappedOptimizer):
         foreach: torch's implementation by lists of tensors.
         fused: torch's fused implementation; the fastest.
         strict: raise after ten steps in a row without any score; False to warn only.
-        **options: further ones of `AMSS`: `clamp`, `offset`, `units`, `min_ndim`, `start`, `end`.
+        **options: further ones of `AMSS`: `clamp`, `offset`, `units`, `min_ndim`, `start`, `end`,
+            `unit`.
 
     Raises:
         ValueError: for options outside their range, or if the parameters are not those of the monitor's model.

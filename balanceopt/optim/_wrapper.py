@@ -156,7 +156,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
             loaded(self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Count the modulation's `start` and `end` in epochs from now on."""
+        """Tell which epoch it is, counted from 0, for windows with `unit="epoch"`."""
         self._balanceopt_engine.set_epoch(epoch)
 
     def stats(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from balanceopt._deferred import DeferredCounts, on_host
 from balanceopt._warnings import warn_user
+from balanceopt._window import Unit, Window, check_count
 from balanceopt.distributed import active_group, rank_in, shared_seed, sum_over_ranks
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
@@ -59,9 +60,10 @@ class OPM:
         p_exe: part of the batches in which anything is dropped (0.7 in the published scripts).
         rescale: `"none"`, or `"official"`: all features times \(1 / (1 - \theta)\) with \(\theta\) the mean of q over
             all features.
-        warmup: training forwards (epochs, once `set_epoch` was called) before anything is dropped.
-        end: the last one in which anything is, inclusive; None for no end.
         ratio: `"mean_of_ratios"` or `"ratio_of_means"`, for three modalities or more.
+        start: first training forward or epoch in which anything is dropped, counted from 0.
+        end: last one, inclusive; None for no end.
+        unit: `"step"` to count training forwards, or `"epoch"` to count the epochs that `set_epoch` is told.
         seed: of all randomness, a function of (seed, forward, modality, rank); None for `torch.initial_seed()` of the
             first rank, read now.
 
@@ -90,19 +92,22 @@ class OPM:
         lam: float = 0.5,
         p_exe: float = 1.0,
         rescale: Rescale = "none",
-        warmup: int = 0,
-        end: int | None = None,
         ratio: RatioReduction = "mean_of_ratios",
+        start: int = 0,
+        end: int | None = None,
+        unit: Unit = "step",
         seed: int | None = None,
     ) -> None:
         _check_monitor(monitor)
         _check_options(q_base, lam, p_exe, rescale, ratio)
-        _check_window(warmup, end)
+        window = Window(start, end, unit)
         self.monitor = monitor
         self.q_base, self.lam, self.p_exe = q_base, lam, p_exe
         self.rescale: Rescale = rescale
         self.ratio: RatioReduction = ratio
-        self.warmup, self.end = warmup, end
+        self.start, self.end = start, end
+        self.unit: Unit = unit
+        self._window = window
         self.listeners: list[Listener] = []
         self._seed = shared_seed(monitor.group, seed)
         self._forwards = self._dropping = self._updates = self._silent = 0
@@ -155,7 +160,8 @@ class OPM:
         self._follow(*sums)
 
     def set_epoch(self, epoch: int) -> None:
-        """Count `warmup` and `end` in epochs from now on."""
+        """Tell which epoch it is, counted from 0, for a window with `unit="epoch"`."""
+        check_count("epoch", epoch)
         self._epoch = int(epoch)
 
     def stats(self) -> dict[str, int]:
@@ -225,7 +231,7 @@ class OPM:
         self.remove()
 
     def __repr__(self) -> str:
-        names = ("q_base", "lam", "p_exe", "rescale", "warmup", "end", "ratio")
+        names = ("q_base", "lam", "p_exe", "rescale", "ratio", "start", "end", "unit")
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"OPM({options}, seed={self._seed})"
 
@@ -262,11 +268,12 @@ class OPM:
 
     def _begin(self, current: Pass, device: torch.device) -> Drop:
         """Bring q up to date for a new pass, and choose what to do with it."""
+        number = self._forwards
+        acts = self._window.is_open(number, self._epoch)
         if self._watch is not None:
             self._watch.stop()
         self._warn_of_lost_samples()
         self.update()
-        number = self._forwards
         self._forwards += 1
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,
@@ -274,7 +281,6 @@ class OPM:
             repeats=self._repeats,
             present=dict(current.present),
         )
-        acts = self._acts(number)
         self._report(number, "drop_probability", self._q if acts else torch.zeros_like(self._q))
         host_value = on_host(self._q)
         nothing = host_value is not None and not host_value.any()
@@ -284,11 +290,6 @@ class OPM:
             widths = self._widths_on(device) if self.rescale == "official" else None
             drop.factors = rescale_factors(drop.q, self.rescale, widths)
         return drop
-
-    def _acts(self, forward: int) -> bool:
-        """Whether the window is open."""
-        clock = forward if self._epoch is None else self._epoch
-        return self.warmup <= clock and (self.end is None or clock <= self.end)
 
     def _widths_on(self, device: torch.device) -> Tensor:
         """`(M,)` features of each modality: a linear head's columns, else of the encoder's output; 1 if not seen."""
@@ -423,8 +424,3 @@ def _check_options(q_base: float, lam: float, p_exe: float, rescale: str, ratio:
         raise ValueError(f"`rescale` should be one of {get_args(Rescale)}. Found {rescale!r}.")
     if ratio not in get_args(RatioReduction):
         raise ValueError(f"`ratio` should be one of {get_args(RatioReduction)}. Found {ratio!r}.")
-
-
-def _check_window(warmup: int, end: int | None) -> None:
-    if warmup < 0 or (end is not None and end < warmup):
-        raise ValueError(f"`warmup` and `end` should satisfy 0 <= warmup <= end. Found {warmup} and {end}.")

@@ -107,6 +107,7 @@ def _optimizer(
         apply_to=options.get("ogm_apply_to", "grad"),
         start=start,
         end=end,
+        unit="epoch" if "ogm_epochs" in options else "step",
     )
     return bo.ModulatedOptimizer(base, monitor, modulation, seed=context.seed)
 

@@ -24,10 +24,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "with OGM-GE": {"modulation": lambda: bo.OGM(0.5)},
     "gated": {"options": {"p_exe": 0.5, "rescale": "official"}},
-    "watched": {"options": {"warmup": 99}},
+    "watched": {"options": {"start": 99}},
     "checkpointed": {"again": True},
     "sharded": {"wrap": "fully_shard"},
-    "sharded, watched": {"wrap": "fully_shard", "options": {"warmup": 99}},
+    "sharded, watched": {"wrap": "fully_shard", "options": {"start": 99}},
     "rank without labels": {"unlabelled": 1},
 }
 
@@ -140,7 +140,7 @@ def test_masks_are_each_ranks_own(ranks, name):
 
 @pytest.mark.parametrize("name", ["watched", "sharded, watched"])
 def test_q_is_that_of_one_process_on_the_whole_batch(ranks, name):
-    alone = Run(wrap="none", options={"warmup": 99}).train(slice(0, BATCH)).told()
+    alone = Run(wrap="none", options={"start": 99}).train(slice(0, BATCH)).told()
     torch.testing.assert_close(ranks[0][name]["q"], alone["q"])
     torch.testing.assert_close(ranks[0][name]["parameters"], alone["parameters"])
 

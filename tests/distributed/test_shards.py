@@ -24,7 +24,7 @@ from tests.training import groups_of, sgd
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
 STEPS = 8
-WATCHED = {"warmup": 10**6}
+WATCHED = {"start": 10**6}
 ZERO_OUT = ("OGM-GE", "AMSS", "OPM", "all")
 
 

@@ -40,7 +40,7 @@ def test_resuming_is_exact(tmp_path):
     assert counters(saved["optimizer_states"][0]) == {
         "balanceopt_step": STEPS,
         "balanceopt_seed": SEED,
-        "balanceopt_epoch": None,
+        "balanceopt_epoch": 0,
     }
 
     resumed, balance = Lit(schedule=halving), callback(seed=SEED + 1)  # the checkpoint's seed holds
@@ -90,17 +90,6 @@ def test_a_checkpoint_written_after_the_fit_resumes_too(tmp_path):
     run.save_checkpoint(tmp_path / "end.ckpt")
     resumed = Lit()
     trainer(callback(), max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "end.ckpt")
-    assert same_bits(resumed.net, whole.net)
-
-
-def test_scores_that_hold_for_several_steps_are_resumed(tmp_path):
-    options = {"scores": "zero-out", "every": 4}
-    whole = Lit()
-    fit(whole, callback(**options), max_epochs=2)
-    run = fit(Lit(), callback(**options))
-    run.save_checkpoint(tmp_path / "end.ckpt")
-    resumed = Lit()
-    trainer(callback(**options), max_epochs=2).fit(resumed, loader(), ckpt_path=tmp_path / "end.ckpt")
     assert same_bits(resumed.net, whole.net)
 
 

@@ -208,7 +208,7 @@ def test_labels_of_a_batch_go_to_its_own_pass_where_it_has_two_backwards():
 
 
 def test_windows_count_epochs_if_asked_to():
-    balance = callback(method(start=1, end=1), count_epochs=True)
+    balance = callback(method(start=1, end=1, unit="epoch"))
     fit(Lit(), balance, max_epochs=3)
     assert balance.stats() == {**balance.stats(), "modulated": STEPS, "outside_window": 2 * STEPS}
 

@@ -50,7 +50,7 @@ def test_resuming_is_exact(tmp_path):
     assert balance.stats()["modulated"] == 5
     assert same_bits(resumed, whole)
     saved = torch.load(tmp_path / "checkpoint-5" / "optimizer.pt", weights_only=True)
-    assert counters(saved) == {"balanceopt_step": 5, "balanceopt_seed": SEED, "balanceopt_epoch": None}
+    assert counters(saved) == {"balanceopt_step": 5, "balanceopt_seed": SEED, "balanceopt_epoch": 1}
 
 
 def test_resuming_is_exact_with_accumulation(tmp_path):

@@ -126,7 +126,7 @@ def test_labels_that_the_trainer_keeps_to_itself_come_from_the_gradient(tmp_path
 
 
 def test_windows_count_epochs_if_asked_to(tmp_path):
-    balance = callback(method(start=1, end=1, apply_to="update"), count_epochs=True)
+    balance = callback(method(start=1, end=1, unit="epoch", apply_to="update"))
     trainer(tmp_path, Net(), balance, max_steps=3 * STEPS).train()
     assert balance.stats() == {**balance.stats(), "modulated": STEPS, "outside_window": 2 * STEPS}
 

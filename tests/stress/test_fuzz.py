@@ -255,8 +255,7 @@ class Training(RuleBasedStateMachine):
         grads = self.gradients()
         if not grads or not (self.scored or any(bool((g != 0).any()) for g in grads)):
             return
-        clock = self.number if self.epoch is None else self.epoch
-        if not any(m.acts_at(clock) for m in self.methods):
+        if not any(m.window.is_open(self.number, self.epoch) for m in self.methods):
             kind = "outside_window"
         else:
             kind = "modulated" if self.scored else "without_scores"

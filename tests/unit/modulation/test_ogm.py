@@ -297,12 +297,28 @@ def test_the_window_is_inclusive_in_steps():
 
 
 def test_the_window_is_inclusive_in_epochs():
-    model, optimizer = modulated(bo.OGM(0.5, start=1, end=2))
+    model, optimizer = modulated(bo.OGM(0.5, start=1, end=2, unit="epoch"))
     seen = []
     for epoch in range(4):
         optimizer.set_epoch(epoch)
         seen.append([acted(model, optimizer, i) for i in range(2)])
     assert seen == [[False] * 2, [True] * 2, [True] * 2, [False] * 2]
+
+
+def test_epochs_that_are_set_change_no_unit():
+    model, optimizer = modulated(bo.OGM(0.5, start=2, end=4))
+    optimizer.set_epoch(3)
+    assert [acted(model, optimizer, i) for i in range(7)] == [False, False, True, True, True, False, False]
+
+
+def test_a_step_before_the_first_epoch_is_an_error_where_epochs_are_counted():
+    model, optimizer = modulated(bo.OGM(0.5, unit="epoch"))
+    with pytest.raises(
+        RuntimeError, match=r"none was set yet\. Call set_epoch\(epoch\) when an epoch begins"
+    ):
+        train(model, optimizer, [batch(0, model)])
+    optimizer.set_epoch(0)
+    assert acted(model, optimizer, 1)
 
 
 def test_outside_the_window_steps_are_the_bases_bit_for_bit():
@@ -335,8 +351,9 @@ def test_outside_the_window_no_scores_are_asked_for():
         ({"apply_to": "lr"}, "`apply_to` should be 'grad' or 'update'"),
         ({"ratio": "sum"}, "`ratio` should be one of"),
         ({"min_ndim": -1}, "`min_ndim` should be non-negative"),
-        ({"start": -1}, "`start` and `end` should satisfy"),
-        ({"start": 3, "end": 2}, "`start` and `end` should satisfy"),
+        ({"start": -1}, "`start` should be a whole number of at least 0. Found start = -1"),
+        ({"start": 3, "end": 2}, "`end` should not be less than `start`. Found start = 3 and end = 2"),
+        ({"unit": "steps"}, "`unit` should be one of .* Found 'steps'"),
     ],
 )
 def test_options_are_checked(options: Any, message: str):

@@ -106,7 +106,7 @@ def test_what_was_put_over_ours_stays():
 def test_epochs():
     model = small_model()
     base = sgd(groups_of(model))
-    handle = bo.attach(base, watch(model), bo.OGM(start=1, end=1))
+    handle = bo.attach(base, watch(model), bo.OGM(start=1, end=1, unit="epoch"))
     for epoch in range(3):
         handle.set_epoch(epoch)
         train(model, base, batches(model, 2))

@@ -91,7 +91,9 @@ def test_the_epoch_comes_along_flattened(tmp_path: Path):
     def start() -> Any:
         model = small_model()
         monitor = watch(model)
-        optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, bo.OGM(0.5, start=1), seed=1)
+        optimizer = bo.ModulatedOptimizer(
+            sgd(groups_of(model)), monitor, bo.OGM(0.5, start=1, unit="epoch"), seed=1
+        )
         return model, optimizer
 
     model, optimizer = start()

@@ -199,9 +199,9 @@ def test_pending_scores_do_not_survive_a_load():
 
 
 def test_epochs_are_kept():
-    _, optimizer = modulated(bo.OGM(0.5, start=3))
+    _, optimizer = modulated(bo.OGM(0.5, start=3, unit="epoch"))
     optimizer.set_epoch(3)
-    again, other = modulated(bo.OGM(0.5, start=3))
+    again, other = modulated(bo.OGM(0.5, start=3, unit="epoch"))
     other.load_state_dict(optimizer.state_dict())
     train(again, other, batches(again, 1))
     assert other.stats()["modulated"] == 1

@@ -101,8 +101,8 @@ def test_a_second_modulator_on_one_monitor_is_refused():
         ({"lam": math.inf}, "`lam` should be non-negative and finite"),
         ({"rescale": "half"}, "`rescale` should be one of"),
         ({"ratio": "max"}, "`ratio` should be one of"),
-        ({"warmup": -1}, "`warmup` and `end` should satisfy"),
-        ({"warmup": 3, "end": 2}, "`warmup` and `end` should satisfy"),
+        ({"start": -1}, "`start` should be a whole number of at least 0"),
+        ({"start": 3, "end": 2}, "`end` should not be less than `start`"),
     ],
     ids=str,
 )
@@ -139,7 +139,7 @@ def test_repr_shows_the_options():
 
 
 def test_a_recorder_hears_ratio_and_drop_probability():
-    model, modulator = dropping(warmup=2)
+    model, modulator = dropping(start=2)
     with bo.Recorder(modulator) as recorder:
         for number in range(4):
             step(model, number)

@@ -143,7 +143,7 @@ def test_encoders_statistics_are_those_of_training_without_it():
     assert all(torch.equal(a, b) for a, b in buffers)
 
 
-@pytest.mark.parametrize("options", [{"q_base": 0}, {"p_exe": 0}, {"warmup": 99}, {"end": 0}], ids=str)
+@pytest.mark.parametrize("options", [{"q_base": 0}, {"p_exe": 0}, {"start": 99}, {"end": 0}], ids=str)
 def test_limits_are_plain_training_bit_for_bit(options):
     plain, model = small_model(encoder=with_dropout), small_model(encoder=with_dropout)
     modulator = bo.OPM(watch(model), seed=0, **options)
@@ -175,17 +175,28 @@ def test_masks_are_a_function_of_seed_and_forward_alone():
     assert not torch.equal(first[0], first[1])
 
 
-def test_the_window_counts_forwards_then_epochs():
-    model, modulator = dropping(q_base=1, warmup=2, end=3)
+def test_the_window_counts_forwards():
+    model, modulator = dropping(q_base=1, start=2, end=3)
+    modulator.set_epoch(7)  # is counted, and changes no unit
     dropped = []
     for number in range(6):
         dropped.append(not kept(fused(model, number)).all())
         step(model)  # a forward too
     assert dropped == [False, True, False, False, False, False]
-    modulator.set_epoch(2)
-    assert not kept(fused(model)).all()
-    modulator.set_epoch(4)
-    assert kept(fused(model)).all()
+
+
+def test_the_window_counts_epochs():
+    model, modulator = dropping(q_base=1, start=2, end=3, unit="epoch")
+    with pytest.raises(
+        RuntimeError, match=r"none was set yet\. Call set_epoch\(epoch\) when an epoch begins"
+    ):
+        fused(model)
+    dropped = []
+    for epoch in range(6):
+        modulator.set_epoch(epoch)
+        step(model)
+        dropped.append(not kept(fused(model, epoch)).all())
+    assert dropped == [False, False, True, True, False, False]
 
 
 def test_p_exe_is_the_part_of_batches_that_drop():

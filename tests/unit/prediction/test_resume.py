@@ -71,7 +71,7 @@ OPTIONS: dict[str, Any] = {
     "plain": {},
     "official": {"rescale": "official", "p_exe": 0.7},
     "every batch": {"q_base": 1.0, "lam": 0.0},  # all of a batch may be gone when the run goes on
-    "window": {"warmup": 2, "end": 7},
+    "window": {"start": 2, "end": 7},
 }
 
 
@@ -97,9 +97,9 @@ def test_saving_changes_nothing():
 
 
 def test_the_epoch_is_kept():
-    run = Run(warmup=3)
+    run = Run(start=3, unit="epoch")
     run.modulator.set_epoch(5)
-    resumed = Run(warmup=3).load(run.train(batches(2)).save())
+    resumed = Run(start=3, unit="epoch").load(run.train(batches(2)).save())
     resumed.train(batches(1, 2))
     assert resumed.modulator.stats()["dropping"] == 1
 

@@ -1,0 +1,62 @@
+"""The window in which a method acts: from a first step or epoch to a last one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Literal, get_args
+
+Unit = Literal["step", "epoch"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps or epochs from `start` to `end`, both inclusive and counted from 0.
+
+    Args:
+        start: the first one.
+        end: the last one; None for no end.
+        unit: what is counted, `"step"` or `"epoch"`.
+
+    Raises:
+        ValueError: for an option that is not such a number or unit, or an end before the start.
+    """
+
+    start: int = 0
+    end: int | None = None
+    unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        check_count("start", self.start)
+        if self.end is not None:
+            check_count("end", self.end)
+            if self.end < self.start:
+                raise ValueError(
+                    f"`end` should not be less than `start`. Found start = {self.start} and end = {self.end}."
+                )
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"`unit` should be one of {get_args(Unit)}. Found {self.unit!r}.")
+
+    def is_open(self, step: int, epoch: int | None) -> bool:
+        """Whether a step of an epoch lies in it.
+
+        Raises:
+            RuntimeError: if epochs are counted and none was set.
+        """
+        if self.unit == "epoch" and epoch is None:
+            raise RuntimeError(
+                "unit='epoch' counts epochs, and none was set yet. Call set_epoch(epoch) when an epoch begins, before "
+                "its first step."
+            )
+        now = step if epoch is None or self.unit == "step" else epoch
+        return self.start <= now and (self.end is None or now <= self.end)
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not a whole number of at least 0.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"`{name}` should be a whole number of at least 0. Found {name} = {value!r}.")

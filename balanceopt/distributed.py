@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,13 +36,30 @@ def sum_over_ranks(tensor: Tensor, group: Group) -> Tensor:
 
 def shared_seed(group: Group, seed: int | None = None) -> int:
     """The first rank's `seed`, `torch.initial_seed()` where None, on every rank; below 2**63."""
-    own = (torch.initial_seed() if seed is None else int(seed)) % 2**63
+    return int(of_first_rank((torch.initial_seed() if seed is None else int(seed)) % 2**63, group))
+
+
+def of_first_rank(value: Any, group: Group) -> Any:
+    """The first rank's `value`, on every rank of `group`; what the others pass is ignored."""
     found = active_group(group)
     if found is None:
-        return own
-    box = [own]
+        return value
+    box = [value]
     dist.broadcast_object_list(box, src=dist.get_global_rank(found, 0), group=found)
-    return int(box[0])
+    return box[0]
+
+
+def concatenate_over_ranks(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+    """Every rank's rows in rank order, on every rank of `group`; `counts` says how many each rank holds."""
+    found = active_group(group)
+    if found is None:
+        return rows
+    # A sum over ranks, as every backend has it for tensors of any device, and ranks may hold no row.
+    whole = rows.new_zeros(sum(counts), *rows.shape[1:])
+    first = sum(counts[: dist.get_rank(found)])
+    whole[first : first + len(rows)] = rows
+    dist.all_reduce(whole, group=found)
+    return whole
 
 
 def rank_in(group: Group) -> int:

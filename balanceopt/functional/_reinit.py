@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from balanceopt.functional._rows import wide
+from balanceopt.functional._scaling import wide
 
 
 @torch.no_grad()

@@ -1,17 +1,20 @@
-"""Features on a common scale before clustering."""
+"""Features on a common scale before clustering, and their rows in blocks of bounded size."""
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from balanceopt.functional._rows import Ranks, check_features, column_range, row_blocks
-from balanceopt.functional._together import Steps, run_together, to_host
+# Entries of the largest temporary, features or distances of a block of rows: in cache on a CPU, a small part
+# of the memory elsewhere.
+BLOCK_ENTRIES_CPU = 2**20
+BLOCK_ENTRIES = 2**26
 
 
 @torch.no_grad()
-def minmax_scale(features: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+def minmax_scale(features: Tensor) -> Tensor:
     r"""Scale each feature to the range from -1 to 1, as the published code does before clustering.
 
     $$x' = 2 (x - \min x) / (\max x - \min x) - 1$$
@@ -20,8 +23,6 @@ def minmax_scale(features: Tensor, *, group: dist.ProcessGroup | None = None) ->
 
     Args:
         features: `(N, D)`.
-        group: process group whose ranks hold a part of the rows each; the extrema are shared. None: this
-            process holds all rows.
 
     Returns:
         `(N, D)`, in the dtype of `features` (computed in float32 or wider).
@@ -40,16 +41,10 @@ def minmax_scale(features: Tensor, *, group: dist.ProcessGroup | None = None) ->
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024: the authors'
         published code (`code/ours.py`).
     """
-    (scaled,) = run_together([minmax_scale_steps(features, group)], group)
-    return scaled
-
-
-def minmax_scale_steps(features: Tensor, group: dist.ProcessGroup | None) -> Steps[Tensor]:
-    """`minmax_scale` as a computation beside others."""
     check_features(features)
-    low, high = yield from column_range(features, Ranks(group))
+    low, high = column_range(features)
     spread = high - low
-    if not (yield from to_host(torch.isfinite(spread).all())):
+    if not torch.isfinite(spread).all():
         raise ValueError(
             "`features` should be finite with at least one row. Found an entry or range that is not."
         )
@@ -61,3 +56,34 @@ def minmax_scale_steps(features: Tensor, group: dist.ProcessGroup | None) -> Ste
         else:
             target.copy_((block - low).mul_(factor).sub_(1))
     return scaled
+
+
+def check_features(features: Tensor) -> None:
+    if features.dim() != 2 or features.shape[1] == 0 or not features.is_floating_point():
+        raise ValueError(
+            "`features` should be a floating tensor of shape (N, D) with D > 0. "
+            f"Found shape {tuple(features.shape)}, dtype {features.dtype}."
+        )
+
+
+def wide(features: Tensor) -> Tensor:
+    return features if features.dtype == torch.float64 else features.float()
+
+
+def row_blocks(features: Tensor, width: int = 0) -> list[Tensor]:
+    """Views of consecutive rows, so that rows times the larger of D and `width` stays bounded."""
+    entries = BLOCK_ENTRIES_CPU if features.device.type == "cpu" else BLOCK_ENTRIES
+    step = max(1, entries // max(features.shape[1], width))
+    return list(features.split(step))
+
+
+def column_range(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest value of each column, in float32 or wider; NaN where a column holds one."""
+    # `aminmax` over the rows is an order of magnitude slower than these two.
+    low = torch.full_like(features[:0].sum(0), math.inf, dtype=wide(features[:0]).dtype)
+    high = -low
+    for block in row_blocks(features):
+        if len(block):
+            low = torch.minimum(low, block.amin(0))
+            high = torch.maximum(high, block.amax(0))
+    return low, high

@@ -8,16 +8,17 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from balanceopt._pooling import Pool, check_pool
 from balanceopt._warnings import warn_user
-from balanceopt.distributed import Group, active_group, shared_seed
-from balanceopt.functional import reinit_strength
-from balanceopt.functional._kmeans import full_precision, kmeans_steps
-from balanceopt.functional._purity import purity_steps
-from balanceopt.functional._scaling import minmax_scale_steps
-from balanceopt.functional._together import Steps, run_together, to_host
+from balanceopt.distributed import (
+    Group,
+    active_group,
+    concatenate_over_ranks,
+    of_first_rank,
+    shared_seed,
+)
+from balanceopt.functional import kmeans, minmax_scale, purity, reinit_strength
 from balanceopt.relearn._diagnosis import Diagnosis, assemble
 from balanceopt.relearn._samples import Samples, random_rows
 
@@ -75,13 +76,14 @@ def options(seed: int | None, group: Group, **given: Any) -> Options:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What one rank holds of one modality, or all ranks together."""
+class _Held:
+    """What one rank holds of one modality."""
 
     train: int = 0
     val: int = 0
     width: int = 0
     usable: bool = True
+    double: bool = False
 
 
 def diagnose_samples(
@@ -92,114 +94,103 @@ def diagnose_samples(
     Raises:
         ValueError: if there are no training or no validation samples, or only one class.
     """
-    ranks = active_group(chosen.group)
     if chosen.equal_counts:
         train = {
             name: random_rows(s, len(val[name]), chosen.seed) for name, s in train.items() if name in val
         }
-    found, classes = _survey(modalities, train, val, ranks)
-    _check(found, classes)
+    held, classes = _survey(modalities, train, val, chosen.group)
+    counts = {name: (sum(h.train for h in held[name]), sum(h.val for h in held[name])) for name in modalities}
+    _check(counts, classes)
     clusters = chosen.num_classes or len(classes)
-    skipped = {name: why for name in modalities if (why := _why_skipped(found[name], clusters))}
+    skipped = {name: why for name in modalities if (why := _why_skipped(held[name], counts[name], clusters))}
     for name, why in skipped.items():
         warn_user(f"modality {name!r} was left out of the diagnosis: {why}.")
-    known = [name for name in modalities if name not in skipped]
-    computations = []
-    for name in known:
-        both = (train.get(name), val.get(name))
-        for own, total in zip(both, (found[name].train, found[name].val), strict=True):
-            part = _on_this_rank(own, found[name].width, both)
-            computations.append(_purity_steps(part, total, clusters, chosen, ranks))
-    devices = {s.features.device.type for part in (train, val) for s in part.values()}
-    with full_precision(devices):
-        values = run_together(computations, ranks)
-    purities = dict(zip(known, zip(values[::2], values[1::2], strict=True), strict=True))
-    counts = {name: (f.train, f.val) for name, f in found.items()}
+    ranks = active_group(chosen.group)
+    first = ranks is None or dist.get_rank(ranks) == 0
+    purities = {}
+    for name in modalities:
+        if name not in skipped:
+            parts = (train.get(name), val.get(name))
+            both = [_of_all_ranks(parts, side, held[name], chosen.group) for side in (0, 1)]
+            # Bounded features, clustered once: the other ranks wait for the answer.
+            if first:
+                purities[name] = (_purity(both[0], clusters, chosen), _purity(both[1], clusters, chosen))
+    purities = of_first_rank(purities, chosen.group)
     return assemble(modalities, purities, counts, skipped, lambda gap: _strength(gap, chosen), clusters)
 
 
 def _survey(
-    modalities: Sequence[str],
-    train: Mapping[str, Samples],
-    val: Mapping[str, Samples],
-    ranks: dist.ProcessGroup | None,
-) -> tuple[dict[str, _Found], set[int]]:
-    """What all ranks hold together, and the classes among it; only counts and labels' values are exchanged."""
-    own = {name: _found(train.get(name), val.get(name)) for name in modalities}
+    modalities: Sequence[str], train: Mapping[str, Samples], val: Mapping[str, Samples], group: Group
+) -> tuple[dict[str, list[_Held]], set[int]]:
+    """What each rank holds of each modality, and the classes that all hold together."""
+    here = {name: _held(train.get(name), val.get(name)) for name in modalities}
     labels = {int(c) for part in (train, val) for s in part.values() for c in s.labels.unique()}
-    everyone: list[Any] = [(own, labels)]
+    everyone: list[Any] = [(here, labels)]
+    ranks = active_group(group)
     if ranks is not None:
         everyone = [None] * dist.get_world_size(ranks)
-        dist.all_gather_object(everyone, (own, labels), group=ranks)
-    together = {}
-    for name in modalities:
-        parts = [found[name] for found, _ in everyone]
-        widths = {part.width for part in parts if part.width}
-        together[name] = _Found(
-            sum(part.train for part in parts),
-            sum(part.val for part in parts),
-            max(widths, default=0),
-            all(part.usable for part in parts) and len(widths) < 2,
-        )
-    return together, set().union(*(classes for _, classes in everyone))
+        dist.all_gather_object(everyone, (here, labels), group=ranks)
+    held = {name: [part[name] for part, _ in everyone] for name in modalities}
+    return held, set().union(*(classes for _, classes in everyone))
 
 
-def _found(train: Samples | None, val: Samples | None) -> _Found:
-    held = [s for s in (train, val) if s is not None and len(s)]
-    widths = {s.features.shape[1] for s in held}
-    finite = all(s.features.is_floating_point() and bool(torch.isfinite(s.features).all()) for s in held)
-    usable = finite and len(widths) < 2 and 0 not in widths
-    return _Found(len(train or ()), len(val or ()), max(widths, default=0), usable)
+def _held(train: Samples | None, val: Samples | None) -> _Held:
+    features = [s.features for s in (train, val) if s is not None and len(s)]
+    widths = {z.shape[1] for z in features}
+    finite = all(z.is_floating_point() and bool(torch.isfinite(z).all()) for z in features)
+    return _Held(
+        len(train or ()),
+        len(val or ()),
+        max(widths, default=0),
+        finite and len(widths) < 2 and 0 not in widths,
+        any(z.dtype == torch.float64 for z in features),
+    )
 
 
-def _check(found: Mapping[str, _Found], classes: set[int]) -> None:
-    for part, hint in (("train", "training"), ("val", "validation")):
-        if not any(getattr(f, part) for f in found.values()):
+def _check(counts: Mapping[str, tuple[int, int]], classes: set[int]) -> None:
+    for side, hint in enumerate(("training", "validation")):
+        if not any(both[side] for both in counts.values()):
             raise ValueError(
                 f"there are no {hint} features: the {hint} data yielded no sample, or the passes over it called none "
-                f"of the encoders {list(found)}."
+                f"of the encoders {list(counts)}."
             )
     if len(classes) < 2:
         raise ValueError(f"labels should be of two classes or more. Found only {sorted(classes)}.")
 
 
-def _why_skipped(found: _Found, clusters: int) -> str | None:
-    if not found.usable:
+def _why_skipped(held: Sequence[_Held], counts: tuple[int, int], clusters: int) -> str | None:
+    if not all(h.usable for h in held) or len({h.width for h in held if h.width}) > 1:
         return "its features are not finite floating numbers, or of more than one width"
-    if min(found.train, found.val) < clusters:
+    if min(counts) < clusters:
         return (
-            f"it has {found.train} training and {found.val} validation samples, fewer than the {clusters} clusters "
+            f"it has {counts[0]} training and {counts[1]} validation samples, fewer than the {clusters} clusters "
             "in one of them"
         )
     return None
 
 
-def _on_this_rank(own: Samples | None, width: int, both: Sequence[Samples | None]) -> Samples:
-    """This rank's samples, perhaps none: it takes part in the sums all the same."""
-    if own is not None:
-        return own
-    like = next((s.features for s in both if s is not None), torch.empty(0))
-    return Samples(like.new_empty(0, width), torch.empty(0, dtype=torch.int64))
+def _of_all_ranks(
+    parts: tuple[Samples | None, Samples | None], side: int, held: Sequence[_Held], group: Group
+) -> Samples:
+    """The training (side 0) or validation samples of all ranks, in float32 or wider; this rank's may be missing."""
+    own = parts[side]
+    if own is None:
+        like = next((s.features for s in parts if s is not None), torch.empty(0))
+        own = Samples(like.new_empty(0, max(h.width for h in held)), torch.empty(0, dtype=torch.int64))
+    # Half precision would be too coarse for the scaling too.
+    features = own.features.to(torch.float64 if any(h.double for h in held) else torch.float32)
+    rows = [h.val if side else h.train for h in held]
+    labels = own.labels.to(features.device)
+    return Samples(concatenate_over_ranks(features, rows, group), concatenate_over_ranks(labels, rows, group))
 
 
-def _purity_steps(
-    samples: Samples, total: int, clusters: int, chosen: Options, ranks: dist.ProcessGroup | None
-) -> Steps[float]:
-    features: Tensor = samples.features
-    if features.dtype != torch.float64:
-        features = features.float()  # half precision would be too coarse for the scaling too
-    if chosen.normalize == "minmax":
-        features = yield from minmax_scale_steps(features, ranks)
+def _purity(samples: Samples, clusters: int, chosen: Options) -> float:
+    features = minmax_scale(samples.features) if chosen.normalize == "minmax" else samples.features
     # The same start for every modality and split: equal features then have no gap.
     generator = torch.Generator().manual_seed(chosen.seed)
-    steps = kmeans_steps(features, clusters, generator=generator, n_init=chosen.n_init, group=ranks)
-    device = features.device
-    del features  # the scaled copy goes as soon as k-means has its own
-    result = yield from steps
-    share = yield from purity_steps(result.assignments, samples.labels.to(device), ranks)
-    return (
-        round(float((yield from to_host(share))) * total) / total
-    )  # of integers: without float32's rounding
+    found = kmeans(features, clusters, generator=generator, n_init=chosen.n_init)
+    share = float(purity(found.assignments, samples.labels))
+    return round(share * len(samples)) / len(samples)  # of integers: without float32's rounding
 
 
 def _strength(gap: float, chosen: Options) -> float:

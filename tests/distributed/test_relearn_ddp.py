@@ -1,4 +1,4 @@
-"""Re-learning over ranks: each clusters its own shard, the result is that of one process on all samples."""
+"""Re-learning over ranks: the result is that of one process on the samples of all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Subset
 
 import balanceopt as bo
 from tests.models import Concat, batch_norm, watch
-from tests.parallel import counting_collectives
 from tests.ranks import on_ranks
 from tests.relearning import move_away, samples, train_epoch
 
@@ -185,21 +184,38 @@ def test_sharded_parameters_go_back(tmp_path):
                 assert owner is None or torch.equal(whole[name], initial[name])
 
 
-def with_more_modalities(rank):
-    """Collectives of a diagnosis of one modality, and of four that are alike."""
-    labels = torch.arange(40) % 4
-    torch.manual_seed(rank)
-    z = torch.randn(40, 5) + labels[:, None]
-    found = []
-    for count in (1, 4):
-        features = {f"m{i}": z for i in range(count)}
-        with counting_collectives() as calls:
-            diagnosis = bo.diagnose((features, labels), (features, labels), seed=0)
-        found.append((len(calls), set(diagnosis.train_purity.values())))
-    return found
+def of_doubles(rank):
+    """The second rank alone has a modality, in float64 and of few rows; the classes are those of both."""
+    labels = torch.arange(24) % (4 if rank else 2)
+    draw = torch.Generator().manual_seed(rank)
+    features = {"a": torch.randn(24, 3, generator=draw) + labels[:, None]}
+    if rank:
+        features["b"] = torch.randn(24, 2, generator=draw, dtype=torch.float64) + labels[:, None]
+    return bo.diagnose((features, labels), (features, labels), monitor=watch_two(), seed=0)
 
 
-def test_modalities_are_clustered_side_by_side(tmp_path):
-    for (alone, purity), (together, purities) in on_ranks(with_more_modalities, tmp_path):
-        assert together == alone > 0
-        assert purity == purities
+def watch_two():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3) for name in ("a", "b")})
+    return bo.ModalityMonitor(model, {"a": "a", "b": "b"})
+
+
+def alone(rank):
+    """Without a group each rank has its own diagnosis."""
+    labels = torch.arange(30) % 3
+    draw = torch.Generator().manual_seed(rank)
+    features = {"a": labels[:, None] + (9.0 if rank else 0.0) * torch.rand(30, 2, generator=draw)}
+    return bo.diagnose((features, labels), (features, labels), seed=0, group=False)
+
+
+def test_a_modality_of_one_rank_alone(tmp_path):
+    first, second = on_ranks(of_doubles, tmp_path)
+    assert first == second
+    assert first.train_count == {"a": 48, "b": 24}
+    assert first.train_purity["b"] > 0.5
+
+
+def test_without_a_group_ranks_diagnose_by_themselves(tmp_path):
+    first, second = on_ranks(alone, tmp_path)
+    assert first.train_purity == {"a": 1.0}
+    assert second.train_purity["a"] < 1
+    assert second.train_count == {"a": 30}

@@ -83,6 +83,27 @@ def test_kmeans_ends_where_no_row_would_move(x, data, seed):
     assert result.inertia / unit**2 <= total + 1e-9
 
 
+@given(
+    st.integers(1, 12),
+    st.integers(1, 70),
+    st.integers(1, 40),
+    st.sampled_from([1, 2, 5]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.data(),
+)
+def test_equal_rows_are_in_one_cluster(different, width, repeats, grid, dtype, data):
+    draw = generator(data.draw(SEEDS))
+    x = torch.randint(-grid, grid + 1, (different, width), generator=draw).to(dtype) / 3
+    order = torch.randint(different, (different * repeats,), generator=draw)
+    clusters = data.draw(st.integers(1, min(different, len(order))))
+    found = kmeans(
+        x[order], clusters, generator=draw, max_iterations=data.draw(st.integers(1, 20))
+    ).assignments
+    same = torch.unique(x[order], dim=0, return_inverse=True)[1]
+    of_each = torch.empty(int(same.max()) + 1, dtype=torch.int64).index_copy_(0, same, found)
+    assert torch.equal(of_each[same], found)
+
+
 @given(features(), st.data(), SEEDS, st.integers(-40, 40))
 def test_kmeans_does_not_depend_on_the_scale(x, data, seed, exponent):
     clusters = data.draw(st.integers(1, len(x)))

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
 from balanceopt.functional import (
     KMeansResult,
     _kmeans,
-    _kmeans_start,
     _purity,
-    _rows,
+    _scaling,
     kmeans,
     minmax_scale,
     purity,
     reinit_strength,
     soft_reinit_,
 )
-from tests.ranks import on_ranks
 
 MFEAT = Path(__file__).parents[4] / "shared" / "data" / "mfeat.npz"
 
@@ -86,8 +86,8 @@ class TestKMeans:
     def test_many_rows_start_from_a_subset(self, monkeypatch):
         x, labels = blobs(3000, 20, width=16)
         whole = kmeans(x, 20, generator=generator(), n_init=3)
-        monkeypatch.setattr(_kmeans_start, "START_ROWS", 300)
-        monkeypatch.setattr(_kmeans_start, "START_ROWS_PER_CLUSTER", 2)
+        monkeypatch.setattr(_kmeans, "START_ROWS", 300)
+        monkeypatch.setattr(_kmeans, "START_ROWS_PER_CLUSTER", 2)
         subset = kmeans(x, 20, generator=generator(), n_init=3)
         assert not torch.equal(whole.assignments, subset.assignments)
         assert float(purity(whole.assignments, labels)) > 0.95
@@ -115,7 +115,7 @@ class TestKMeans:
     def test_blocks_change_nothing(self, rows, monkeypatch):
         x, _ = blobs(150, 5, spread=3.0)
         expected = kmeans(x, 5, generator=generator())
-        monkeypatch.setattr(_rows, "BLOCK_ENTRIES_CPU", 5 * rows)
+        monkeypatch.setattr(_scaling, "BLOCK_ENTRIES_CPU", 5 * rows)
         found = kmeans(x, 5, generator=generator())
         assert torch.equal(found.assignments, expected.assignments)
         torch.testing.assert_close(found.centroids, expected.centroids)
@@ -235,6 +235,54 @@ class TestKMeans:
         assert torch.equal(x, copy)
         assert torch.equal(start, copy[:3])
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("width", [1, 5, 17, 300])
+    @pytest.mark.parametrize("clusters", [3, 9, 20])
+    def test_a_row_has_the_same_centroid_wherever_it_stands(self, width, clusters, dtype):
+        # A row of one number is exactly as near to all orders of the same coordinates: rounding alone would decide.
+        draw = generator()
+        base = torch.rand(width, generator=draw, dtype=dtype)
+        centroids = torch.stack([base[torch.randperm(width, generator=draw)] for _ in range(clusters)])
+        different = torch.cat([torch.linspace(-1, 1, 7)[:, None].expand(-1, width), torch.rand(7, width)])
+        nearest = torch.full((14,), -1)
+        order = torch.randint(14, (1000,), generator=draw)
+        for rows in (order, order[:1], order[:2], order[:3], order[:33], order.flip(0)):
+            x = different.to(dtype)[rows]
+            norms = torch.linalg.vector_norm(x, dim=1)
+            points = _kmeans._Points(x, norms, centroids[0].double(), 1.0, 1.0)
+            found = _kmeans._assign(points, centroids)
+            nearest[rows] = torch.where(nearest[rows] < 0, found, nearest[rows])
+            assert torch.equal(nearest[rows], found)
+            distances = (x.double()[:, None] - centroids.double()).square().sum(2)
+            chosen = distances.gather(1, found[:, None])[:, 0]
+            torch.testing.assert_close(chosen, distances.amin(1), rtol=1e-12, atol=1e-12)
+
+    def test_of_centroids_at_one_place_the_first_counts(self):
+        x = torch.randn(50, 7)
+        points = _kmeans._Points(x, torch.linalg.vector_norm(x, dim=1), x[0].double(), 1.0, 1.0)
+        one = torch.randn(1, 7)
+        assert _kmeans._assign(points, one.expand(5, -1).contiguous()).tolist() == [0] * 50
+
+    def test_a_tight_clump_beside_a_far_row(self):
+        # Products of float32 lose all digits of the clump; differences in float64 keep them.
+        clump = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64) * 2.0**-24
+        x = torch.cat([clump.repeat(10, 1), torch.tensor([[1.0, 1.0]], dtype=torch.float64)]).float()
+        result = kmeans(x, 5, generator=generator(), tolerance=0.0)
+        assert same_partition(result.assignments, torch.cat([torch.arange(4).repeat(10), torch.tensor([4])]))
+
+    def test_the_user_s_precision_of_products_changes_nothing(self):
+        x = torch.randn(300, 16) + 5
+        expected = kmeans(x, 6, generator=generator())
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            found = kmeans(x, 6, generator=generator())
+            assert torch.get_float32_matmul_precision() == "medium"
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert torch.equal(found.assignments, expected.assignments)
+        assert torch.equal(found.centroids, expected.centroids)
+
     def test_sums_by_sorting_are_those_of_index_add(self):
         rows, labels = torch.randn(100, 5, dtype=torch.float64), torch.randint(1, 9, (100,))
         expected = torch.zeros(12, 5, dtype=torch.float64).index_add_(0, labels, rows)
@@ -263,6 +311,34 @@ class TestKMeans:
     def test_errors(self, features, options, match):
         with pytest.raises(ValueError, match=match):
             kmeans(features, **{"num_clusters": 2, **options})
+
+
+BITS = """
+import hashlib, sys, torch
+from balanceopt.functional import kmeans, minmax_scale
+torch.set_num_threads(int(sys.argv[1]))
+draw = torch.Generator().manual_seed(0)
+digest = hashlib.sha256()
+for rows, width, clusters in ((5000, 37, 20), (700, 515, 6)):
+    # Whole numbers are drawn alike everywhere, unlike Gaussian ones.
+    x = torch.randint(-2000, 2000, (rows, width), generator=draw) + 500 * (torch.arange(rows) % clusters)[:, None]
+    for features in (x.float() / 1024, x.double() / 1000):
+        found = kmeans(minmax_scale(features), clusters, generator=torch.Generator().manual_seed(1), n_init=2)
+        for part in (found.assignments, found.centroids, found.inertia):
+            digest.update(part.numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.timeout(120)
+def test_kmeans_has_the_same_bits_on_every_processor_and_with_any_number_of_threads():
+    found = set()
+    for capability, threads in (("default", 1), ("avx2", 1), ("avx2", 4)):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-c", BITS, str(threads)]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found.add(run.stdout)
+    assert len(found) == 1
 
 
 class TestMinmaxScale:
@@ -440,63 +516,3 @@ class TestSoftReinit:
         weight = torch.ones(2)
         with pytest.raises(ValueError, match="`params` should hold each tensor once"):
             soft_reinit_([weight, weight], [torch.zeros(2)] * 2, 0.5)
-
-
-CUTS = [[0, 70, 200], [0, 0, 200], [0, 200, 200]]  # with each rank once without rows
-
-
-def _sharded(rank: int) -> list[tuple]:
-    group = dist.group.WORLD
-    _kmeans_start.START_ROWS = 60
-    _kmeans_start.START_ROWS_PER_CLUSTER = 1
-    x, labels = blobs(200, 6, width=5, spread=6.0)
-    results: list[tuple] = []
-    for cuts in CUTS:
-        rows = slice(cuts[rank], cuts[rank + 1])
-        scaled = minmax_scale(x[rows], group=group)
-        # Ranks whose generators differ follow the first.
-        found = kmeans(scaled, 6, generator=generator(rank), group=group)
-        results.append((found.assignments, found.centroids, found.inertia, found.iterations))
-        results.append((purity(found.assignments, labels[rows], group=group),))
-        far = torch.full((6, 5), 50.0)
-        far[0] = 0
-        found = kmeans(scaled, 6, init=far, group=group)
-        results.append((found.assignments, found.centroids, found.inertia, found.iterations))
-        bad = scaled.clone()
-        if rank == 1:
-            bad[:1] = math.nan
-        if cuts[1] < 200:
-            with pytest.raises(ValueError, match="`features` should be finite"):
-                kmeans(bad, 6, group=group)
-        with pytest.raises(ValueError, match="at least `num_clusters = 201` rows"):
-            kmeans(scaled, 201, group=group)
-        with pytest.raises(ValueError, match="should span at most"):
-            purity(found.assignments, labels[rows] * 10**9, group=group)
-    return results
-
-
-@pytest.mark.distributed
-def test_features_spread_over_ranks_give_the_result_of_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(_kmeans_start, "START_ROWS", 60)
-    monkeypatch.setattr(_kmeans_start, "START_ROWS_PER_CLUSTER", 1)
-    ranks = on_ranks(_sharded, tmp_path)
-    x, labels = blobs(200, 6, width=5, spread=6.0)
-    scaled = minmax_scale(x)
-    far = torch.full((6, 5), 50.0)
-    far[0] = 0
-    expected: list[tuple] = []
-    for _ in CUTS:
-        found = kmeans(scaled, 6, generator=generator(0))
-        expected.append((found.assignments, found.centroids, found.inertia, found.iterations))
-        expected.append((purity(found.assignments, labels),))
-        found = kmeans(scaled, 6, init=far)
-        expected.append((found.assignments, found.centroids, found.inertia, found.iterations))
-    for parts, whole in zip(zip(*ranks, strict=True), expected, strict=True):
-        if len(whole) == 1:
-            assert all(torch.equal(part[0], whole[0]) for part in parts)
-            continue
-        assert torch.equal(torch.cat([part[0] for part in parts]), whole[0])
-        assert all(torch.equal(part[1], parts[0][1]) for part in parts)
-        torch.testing.assert_close(parts[0][1], whole[1])
-        torch.testing.assert_close(parts[0][2], whole[2])
-        assert {part[3] for part in parts} == {whole[3]}

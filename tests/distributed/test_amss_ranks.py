@@ -78,7 +78,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def train(wrap: str, options: dict[str, Any], rows: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters after some steps, and which elements of each gradient the steps left non-zero."""
+    """Parameters after some steps, and which elements of each gradient that is masked the steps left non-zero."""
     torch.manual_seed(1)
     model = Net()
     caller: nn.Module = model
@@ -101,15 +101,17 @@ def train(wrap: str, options: dict[str, Any], rows: slice) -> tuple[dict[str, Te
         optimizer = bo.ModulatedOptimizer(base, monitor, bo.AMSS(**options), seed=7)
     else:
         optimizer = bo.MaskedSubnetworkSGD(groups, monitor, **settings, seed=7, **options)
-    masks: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    # Biases are not masked; the gradient of attention's key bias is zero but for rounding, which differs by processor.
+    masks: dict[str, list[Tensor]] = {name: [] for name, p in model.named_parameters() if p.dim() > 1}
     for step in range(STEPS):
         audio, visual, labels = (x[rows] for x in batch(step))
         optimizer.zero_grad()
         F.cross_entropy(caller(audio, visual), labels).backward()
         optimizer.step()
-        for name, p in model.named_parameters():
-            assert p.grad is not None
-            masks[name].append(whole(p.grad) != 0)
+        for name, masked in masks.items():
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            masked.append(whole(gradient) != 0)
     assert optimizer.stats()["modulated"] == STEPS
     parameters = {name: whole(p) for name, p in model.named_parameters()}
     return parameters, {name: torch.stack(found) for name, found in masks.items()}
@@ -134,8 +136,9 @@ def test_masks_and_parameters_are_those_of_one_process(two_ranks, wrap, name):
     assert any(not bool(mask.all()) for mask in masks.values())
     for own in two_ranks:
         found, drawn = own[wrap, name]
-        for key in parameters:
+        for key in masks:
             assert torch.equal(drawn[key], masks[key]), key
+        for key in parameters:
             torch.testing.assert_close(found[key], parameters[key], rtol=1e-4, atol=2e-6, msg=key)
 
 

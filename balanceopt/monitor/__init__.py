@@ -1,12 +1,12 @@
 """From hooks to scores: what each modality alone would have answered."""
 
-from balanceopt.monitor._accumulator import Accumulator
+from balanceopt.monitor._columns import as_rows
+from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._hooks import WeakHook
+from balanceopt.monitor._labels import two_classes
 from balanceopt.monitor._monitor import ModalityMonitor
 from balanceopt.monitor._outputs import logits_of, map_tensors, tensors_in
-from balanceopt.monitor._pass import Pass
-from balanceopt.monitor._recovery import two_classes
-from balanceopt.monitor._rows import as_rows
+from balanceopt.monitor._scores import Accumulator
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._supported import in_backward, is_batched
 

@@ -1,15 +1,24 @@
-"""Hooks on modules that go with their owner: none outlives it, and none acts in a copy of its module."""
+"""Hooks on a model, its encoders and heads: they go with their owner, and none acts in a copy of its module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from inspect import ismethod
 from typing import Any, Generic, TypeVar
 from weakref import WeakMethod, ref
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from balanceopt.monitor._supported import outside_graphs
+from balanceopt.distributed import Group
+from balanceopt.monitor._columns import logit_rows
+from balanceopt.monitor._forward import Pass, Passes, answers_of
+from balanceopt.monitor._labels import Labels
+from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors, tensors_in
+from balanceopt.monitor._scores import Scorer
+from balanceopt.monitor._supported import in_backward, is_batched, next_node, outside_graphs, refuse_join
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -88,3 +97,228 @@ class Listeners(Generic[Function]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+Head = nn.Module | Mapping[str, nn.Module] | None
+Select = Mapping[str, Callable[[Any], Tensor]]
+Transform = Callable[[str, Pass, Any], Any]
+Tap = Callable[[str, Any, Pass | None], None]
+GradientListener = Callable[[Pass, Tensor], None]
+
+
+class Capture:
+    """What the hooks see, sorted into passes.
+
+    Attributes:
+        transforms: change encoders' outputs on their way into the fusion.
+        taps: are shown every encoder output.
+        gradient_listeners: are told the gradient at the joint logits.
+        passes: the passes under way.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        head: Head,
+        *,
+        labels: Labels,
+        scorer: Scorer,
+        train_only: bool,
+        select: Select,
+        group: Group,
+    ) -> None:
+        """Give passes their labels by `labels` and hand them to `scorer`."""
+        self.model = model
+        self.encoders = dict(encoders)
+        self.head = head
+        self.passes = Passes(labels, scorer, train_only=train_only, answers=answers_of(head))
+        self.transforms: Listeners[Transform] = Listeners()
+        self.taps: Listeners[Tap] = Listeners()
+        self.gradient_listeners: Listeners[GradientListener] = Listeners()
+        self._labels = labels
+        self._scorer = scorer
+        self._select = dict(select)
+        self._group = group
+        self.hooks: list[Hook] = []
+
+    def watch(self) -> None:
+        """Put the hooks on."""
+        self._hook(self.model, self._on_start).before()
+        self._hook(self.model, self._on_end).after(always_call=True)
+        for name, encoder in self.encoders.items():
+            # The first hook of an encoder: what it sees is what the encoder made, before any other hook changes it.
+            self._hook(encoder, self._on_encoder, name).after(prepend=True)
+        if isinstance(self.head, Mapping):
+            for name, head in self.head.items():
+                self._hook(head, self._on_head, name).after()
+        elif self.head is not None and self.head is not self.model:
+            self._hook(self.head, self._on_head, None).after()
+
+    def watch_loss(self, module: nn.Module, reduce: str | None) -> Hook:
+        """Take labels from the calls of a loss module."""
+        hook = self._hook(module, self._on_loss, reduce)
+        hook.after()
+        return hook
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        remove_hooks(self.hooks)
+        self.hooks.clear()
+        self.passes.forget()
+
+    def features(self, name: str, output: Any) -> Tensor:
+        """The feature tensor of an encoder's output, attached to its graph.
+
+        Raises:
+            TypeError: if the output holds no tensor.
+        """
+        select = self._select.get(name)
+        features = features_of(output) if select is None else select(output)
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"the encoder of {name!r} should return a tensor, or something that holds one. Found "
+                f"{type(output).__name__}; pass `select={{{name!r}: function}}` to pick its features."
+            )
+        return features
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _hook(self, module: nn.Module, method: Callable[..., Any], *args: Any) -> Hook:
+        hook = Hook(module, method, *args)
+        self.hooks.append(hook)  # before it is put on: an interrupt leaves none behind that is not listed
+        return hook
+
+    def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if in_backward():
+            self._scorer.seen.note("reruns")
+            return
+        if self._scorer.accumulators:
+            refuse_join(self._group)
+        current = self.passes.begin(module)
+        if current is not None:
+            if current.scored and self._scorer.needs_outputs:
+                current.inputs = map_tensors(Tensor.detach, (args, kwargs))
+            self._labels.from_call(current, args, kwargs)
+
+    def _on_encoder(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        again = in_backward()
+        current = self.passes.recomputed() if again else self.passes.of_encoder(name, module)
+        for tap in self.taps:
+            tap(name, output, current)
+        if current is None:
+            return None
+        if not again:
+            self._keep(name, current, output)
+        sent = output
+        for transform in self.transforms:
+            sent = transform(name, current, sent)
+        if current.scored and not again and sent is not output:
+            current.sent_features[name] = _copied(self.features(name, sent))
+        return None if sent is output else sent
+
+    def _on_head(
+        self, name: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The joint head answered, or (by `name`) a modality's own."""
+        logits = logits_of(output)
+        if logits is None:
+            return
+        if in_backward():
+            self._refuse_reentrant_head(logits)
+            return
+        current = self.passes.of_head()
+        if current is None:
+            return
+        self._take_logits(name, current, module, logits, first_tensor((args, kwargs)))
+
+    def _on_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if in_backward():
+            return
+        current = self.passes.end()
+        broke_off = output is None and sys.exc_info()[0] is not None
+        if current is None or broke_off:
+            return
+        logits = logits_of(output)
+        if logits is not None and self.head is self.model:
+            self._take_logits(None, current, module, logits)
+        current.end_node = next_node()
+        self._scorer.end_forward(current)
+
+    def _on_loss(
+        self,
+        reduce: str | None,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        # A pass in eval mode between a forward and its backward calls the loss too: its result has no graph.
+        if any(term.requires_grad for term in tensors_in(output)):
+            self._labels.from_loss(self.passes.latest, module, args, kwargs, reduce)
+
+    @outside_graphs
+    def _on_gradient(self, current: Pass, head: nn.Module, call: int, gradient: Tensor) -> None:
+        if call != current.listening or not self.hooks or is_batched(gradient):
+            return
+        self.passes.backward_reached(current)
+        if not current.ended:  # the loop called parts of the model: only now is it known that none is left
+            self._scorer.end_forward(current)
+        rows = logit_rows(head, gradient.detach())
+        self._scorer.backward_reached(current, rows)
+        for listener in self.gradient_listeners:
+            listener(current, rows)
+
+    # -- steps of a pass -----------------------------------------------------------------------------------------
+
+    def _keep(self, name: str, current: Pass, output: Any) -> None:
+        """Keep copies: the fusion may go on to change features in place (an in-place ReLU)."""
+        current.calls[name] += 1
+        if not current.scored:
+            return
+        if self._scorer.needs_outputs:
+            output = map_tensors(_copied, output)
+            current.outputs.setdefault(name, []).append(output)
+            features = self.features(name, output)
+        else:
+            features = _copied(self.features(name, output))
+        current.features[name] = current.sent_features[name] = features
+
+    def _take_logits(
+        self, name: str | None, current: Pass, head: nn.Module, logits: Tensor, x: Tensor | None = None
+    ) -> None:
+        """Keep the joint logits, or add a modality's own to them, and listen for their gradient."""
+        self._scorer.seen.note("heads")
+        current.head_calls += 1
+        if name is None and current.listening and not logits.requires_grad:
+            return  # an answer on the side, which nothing is trained by
+        current.head_inputs[name] = torch.empty(0, 0) if x is None else x.detach()
+        if name is None or not current.head_outputs:
+            self._listen(current, head, logits)
+        own = logit_rows(head, _copied(logits))
+        if name is None:
+            current.logits, current.answering_call = own, current.head_calls
+        else:
+            current.head_outputs[name] = own
+            current.logits = torch.stack(list(current.head_outputs.values())).sum(0)
+
+    def _listen(self, current: Pass, head: nn.Module, logits: Tensor) -> None:
+        """Note when backward reaches the logits."""
+        if logits.requires_grad:
+            current.listening += 1
+            logits.register_hook(partial(self._on_gradient, current, head, current.listening))
+
+    def _refuse_reentrant_head(self, logits: Tensor) -> None:
+        """Raise where only the second run of a head, in backward, is part of a graph."""
+        current = self.passes.recomputed()
+        if current is not None and not current.listening and logits.requires_grad:
+            raise NotImplementedError(
+                "the head runs under reentrant activation checkpointing, which keeps its first run out of the graph. "
+                "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+            )
+
+
+def _copied(x: Tensor) -> Tensor:
+    return x.detach().clone()

@@ -12,18 +12,25 @@ from torch import Tensor, nn
 
 from balanceopt.distributed import Group
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
-from balanceopt.monitor._capture import Capture, Select
-from balanceopt.monitor._hooks import Hook, remove_hooks
+from balanceopt.monitor._columns import Projection
+from balanceopt.monitor._forward import Pass
+from balanceopt.monitor._hooks import (
+    Capture,
+    Hook,
+    Select,
+    remove_hooks,
+)
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._labels import LabelSource as LabelSource
-from balanceopt.monitor._scorer import Scorer
-from balanceopt.monitor._seen import is_compiled
-from balanceopt.monitor._services import Services
+from balanceopt.monitor._logits import UnimodalLogits, UserScores, choose_scores, lay_out, layout_of
+from balanceopt.monitor._per_head import PerHead
+from balanceopt.monitor._scores import Accumulator, Scorer, is_compiled, why_silent
+from balanceopt.monitor._split import SplitHead
+from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._supported import refuse_model
-from balanceopt.monitor._unimodal import UserScores, choose_scores
 
 
-class ModalityMonitor(Services):
+class ModalityMonitor:
     r"""Watch a model in training: each modality's features, uni-modal logits and the labels, by hooks alone.
 
     For each training pass whose backward reaches the head it adds up, over samples,
@@ -50,6 +57,18 @@ class ModalityMonitor(Services):
         slices: each modality's columns of the head's input, where they can't be found by comparing numbers.
         ignore_index: label of samples that do not count.
         strict: raise, not warn, where labels recovered from the gradient are doubtful.
+
+    Attributes:
+        model: the user's own module, without wrappers.
+        encoders: each modality's, as a module.
+        modalities: names, in the order of all sums.
+        head: module, modules by modality, the model itself, or None.
+        group: process group over which scores are summed.
+        transforms: functions `(modality, pass, output)` that change encoders' outputs on their way into the fusion.
+        taps: functions `(modality, output, pass)` that see every clean output of an encoder, attached to its graph, in
+            every mode; `pass` is None outside training. They and transforms are called again, with the same pass, when
+            activation checkpointing runs an encoder a second time.
+        gradient_listeners: functions `(pass, gradient)` that see the gradient `(N, C)` at the joint logits.
 
     Raises:
         ValueError: for encoders, a head, slices or options that do not fit the model.
@@ -141,6 +160,9 @@ class ModalityMonitor(Services):
             select=select,
             group=self.group,
         )
+        self.transforms = self._capture.transforms
+        self.taps = self._capture.taps
+        self.gradient_listeners = self._capture.gradient_listeners
 
     def observe(self, labels: Any, *, present: Mapping[str, Tensor] | None = None) -> None:
         """Give the labels of a batch to the latest training pass without any, else to the next one.
@@ -199,6 +221,116 @@ class ModalityMonitor(Services):
             "recovered_labels": {"rows": 0, "ambiguous": 0} if recovery is None else recovery.counts(),
             "missing": {name: seen[f"missing:{name}"] for name in self.modalities},
         }
+
+    # -- what methods ask -------------------------------------------------------------------------------------------
+
+    def accumulator(self, *, needs_entropy: bool = False, steps: bool = True) -> Accumulator:
+        """A new consumer's own sums over passes, which are made as long as it is alive and not removed.
+
+        Args:
+            needs_entropy: sum the entropies of the features too.
+            steps: the consumer takes the sums once an optimizer step; `reset()` discards them.
+        """
+        return self._scorer.accumulator(needs_entropy=needs_entropy, steps=steps)
+
+    @property
+    def latest(self) -> Pass | None:
+        """The latest forward in training."""
+        return self._capture.passes.latest
+
+    def features(self, name: str, output: Any) -> Tensor:
+        """The feature tensor of an encoder's output, attached to its graph.
+
+        Raises:
+            TypeError: if the output holds no tensor.
+        """
+        return self._capture.features(name, output)
+
+    def projection(self, name: str) -> Projection | None:
+        """How the encoder's features become what the head gets, once a pass has shown it."""
+        found: Projection | None = getattr(self._chosen, "projections", {}).get(name)
+        return found
+
+    def live_logits(self, name: str, features: Tensor) -> Tensor:
+        """The shared head's uni-modal logits `(B, C)` of clean features, attached to the graphs of both.
+
+        Raises:
+            ValueError: if the uni-modal logits are neither "split" nor "per-head".
+            RuntimeError: if no pass has shown how the features become the head's input.
+        """
+        chosen = self._chosen
+        if not isinstance(chosen, (SplitHead, PerHead)):
+            found = "no head" if chosen is None else repr(chosen.name)
+            raise ValueError(
+                "the shared head's own answer to one modality needs a linear head on concatenated features "
+                f"(scores='split') or a head for each modality ('per-head'). Found {found}."
+            )
+        return chosen.live(name, features)
+
+    def expect_scores(self, who: str) -> None:
+        """Refuse to serve a method that needs scores when there is no head.
+
+        Raises:
+            ValueError: naming what is missing.
+        """
+        if self._scorer.unimodal is None:
+            raise ValueError(
+                f"{who} needs uni-modal scores. Build the monitor with `head=`: the module that makes the logits, a "
+                "mapping from modality to its own head, or the model itself."
+            )
+
+    @property
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Each modality's own parameters, as they are now (`fully_shard` and lazy modules replace them)."""
+        return modality_parameters(self.model, self.encoders)
+
+    @property
+    def head_columns(self) -> dict[str, slice]:
+        """Each modality's columns of a linear head's weight, once a pass showed them; empty for other heads."""
+        chosen = self._chosen
+        return dict(chosen.columns) if isinstance(chosen, SplitHead) else {}
+
+    @property
+    def active(self) -> bool:
+        """Whether its hooks are on."""
+        return bool(self._capture.hooks)
+
+    @property
+    def ignore_index(self) -> int:
+        """Label of samples that do not count."""
+        return self._scorer.ignore_index
+
+    @property
+    def recovers_labels(self) -> bool:
+        """Whether labels may be read from the gradient at the joint logits."""
+        return self._scorer.recovery is not None
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What passes have shown of the way from encoders to head, as plain numbers; may be set after a resume."""
+        return layout_of(self._scorer.unimodal)
+
+    @layout.setter
+    def layout(self, layout: dict[str, Any]) -> None:
+        lay_out(self._scorer.unimodal, layout)
+
+    def empty_sums(self, device: torch.device) -> ModalitySums:
+        """Sums over no sample, of the shape that other ranks have."""
+        head = unwrap(self.head) if isinstance(self.head, nn.Module) else None
+        outputs = self._scorer.classes or getattr(head, "out_features", None) or 1
+        return ModalitySums.zeros(len(self.modalities), max(outputs, 2), device)
+
+    def silence(self) -> str:
+        """Why no score may have come, in words for the user."""
+        if not self.active:
+            return "the monitor's hooks were removed"
+        return why_silent(self._scorer.seen, compiled=self._was_compiled or is_compiled(self.model))
+
+    @property
+    def _chosen(self) -> UnimodalLogits | None:
+        unimodal = self._scorer.unimodal
+        chosen: UnimodalLogits | None = getattr(unimodal, "chosen", unimodal)
+        return chosen
 
     @property
     def _scores(self) -> str | None:

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from balanceopt.monitor._matching import Projection, projected, projection_onto
+from balanceopt.monitor._columns import Projection, as_rows, logit_rows, projected, projection_onto
+from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._outputs import logits_of
-from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._replay import quiet
-from balanceopt.monitor._rows import as_rows, logit_rows
 
 
 class PerHead:

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from balanceopt.monitor._matching import (
+from balanceopt.monitor._columns import (
     AmbiguousMatchError,
     NoMatchError,
     Projection,
+    as_rows,
     find_match,
     projected,
     projection_onto,
 )
-from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._replay import in_eval_mode
-from balanceopt.monitor._rows import as_rows
 
 # How many roundings of the largest term a matrix product may be off; and the precision of TF32 and bfloat16 products.
 _ROUNDINGS = 16

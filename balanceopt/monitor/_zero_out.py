@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt.modality import modules_outside
+from balanceopt.monitor._columns import logit_rows
+from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._outputs import logits_of, map_tensors, tensors_in
-from balanceopt.monitor._pass import Pass
 from balanceopt.monitor._replay import forwards, quiet
-from balanceopt.monitor._rows import logit_rows
 
 
 class ZeroOut:

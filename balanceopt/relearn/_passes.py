@@ -13,7 +13,7 @@ from torch import Tensor
 from balanceopt._pooling import pool_features
 from balanceopt.distributed import active_group
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._supported import in_backward
 from balanceopt.relearn._purities import Options
 from balanceopt.relearn._samples import Collector, Samples

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import balanceopt as bo
 from balanceopt.monitor import ModalitySums
-from balanceopt.monitor._pass import Pass
+from balanceopt.monitor._forward import Pass
 from tests.models import Multimodal, train_step, watch
 
 

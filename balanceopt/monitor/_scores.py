@@ -1,0 +1,334 @@
+"""From a forward in training to its scores: how they are made, who collects them, and why there may be none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from balanceopt.functional import feature_entropy
+from balanceopt.functional._labels import INVALID
+from balanceopt.functional._targets import Targets, as_targets
+from balanceopt.monitor._forward import Pass
+from balanceopt.monitor._labels import Recovery, two_classes
+from balanceopt.monitor._logits import UnimodalLogits
+from balanceopt.monitor._sums import ModalitySums
+
+
+class Accumulator:
+    """Passes that backward has reached since the consumer last took them.
+
+    Several consumers of one monitor have one each, so that none takes the other's scores; each pass is scored once.
+    """
+
+    def __init__(
+        self,
+        settle: Callable[[Pass], ModalitySums | None],
+        leave: Callable[[Accumulator], None],
+        *,
+        needs_entropy: bool,
+        steps: bool,
+    ) -> None:
+        """Sum passes by `settle`; `needs_entropy` asks the monitor for the features' entropies too."""
+        self.needs_entropy = needs_entropy
+        self.steps = steps
+        self._settle = settle
+        self._leave = leave
+        self._sums: ModalitySums | None = None
+        self._latest: Pass | None = None
+
+    def add(self, done: Pass) -> None:
+        """Note a pass. It is scored when the next one comes or the sums are taken: labels may still arrive."""
+        self._fold()
+        self._latest = done
+
+    def take(self) -> ModalitySums | None:
+        """The sums over the passes since the last take or discard, and start anew; None where no pass had any."""
+        self._fold()
+        sums = self._sums
+        self.discard()
+        return sums
+
+    def peek(self) -> ModalitySums | None:
+        """The sums that the next take would give, as far as they are of passes since the last one; they stay."""
+        self._fold()
+        return self._sums
+
+    def discard(self) -> None:
+        """Forget what was not taken."""
+        if self._latest is not None:
+            self._latest.closed = True
+        self._sums, self._latest = None, None
+
+    def remove(self) -> None:
+        """Take no pass any more. May be called twice."""
+        self.discard()
+        self._leave(self)
+
+    def _fold(self) -> None:
+        done, self._latest = self._latest, None
+        if done is None:
+            return
+        sums = self._settle(done)
+        if sums is not None:
+            self._sums = sums if self._sums is None else self._sums + sums
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has a monitor that watches nothing, and a pass holds a graph, which can't be copied.
+        return _inert, (self.needs_entropy, self.steps)
+
+
+def _inert(needs_entropy: bool, steps: bool) -> Accumulator:
+    return Accumulator(lambda done: None, lambda one: None, needs_entropy=needs_entropy, steps=steps)
+
+
+class Scorer:
+    """Score passes, each once, and hand the sums to the accumulators.
+
+    Attributes:
+        unimodal: how uni-modal logits are made; None for features only.
+        classes: C, once a pass was seen.
+        seen: how often what happened.
+        recovery: reads labels from gradients; None where that is not wanted.
+        accumulators: one for each consumer.
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        unimodal: UnimodalLogits | None,
+        *,
+        ignore_index: int,
+        strict: bool,
+        recovers: bool,
+    ) -> None:
+        """Score by `unimodal`; `recovers` allows labels read from gradients."""
+        self.modalities = tuple(modalities)
+        self.unimodal = unimodal
+        self.ignore_index = ignore_index
+        self.recovery = Recovery(strict=strict) if recovers else None
+        self.classes: int | None = None
+        self.seen = Seen()
+        self.accumulators: WeakSet[Accumulator] = WeakSet()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether uni-modal logits of the next pass are: somebody collects scores, or it can still show the layout."""
+        return self.unimodal is not None and (bool(self.accumulators) or not self.unimodal.knows_layout)
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether passes must keep the encoders' whole outputs and the model's inputs."""
+        return self.unimodal is not None and self.unimodal.needs_outputs
+
+    def accumulator(self, *, needs_entropy: bool, steps: bool) -> Accumulator:
+        """A new consumer's view of the passes."""
+        leave = self.accumulators.discard
+        accumulator = Accumulator(self.settled, leave, needs_entropy=needs_entropy, steps=steps)
+        self.accumulators.add(accumulator)
+        return accumulator
+
+    def end_forward(self, current: Pass) -> None:
+        """Make the uni-modal logits while the features are at hand, then let the features go."""
+        for name in self.modalities:
+            if not current.calls[name]:
+                self.seen.note(f"missing:{name}")
+        if current.logits is not None and self.unimodal is not None:
+            self.classes = current.logits.shape[-1]
+            current.unimodal = {}
+            if current.scored and current.logits.shape[0] == 0:
+                self.unimodal.join(current)
+            elif current.scored:
+                logits = self.unimodal(current)
+                current.unimodal = {name: value.detach() for name, value in logits.items()}
+                if any(accumulator.needs_entropy for accumulator in self.accumulators):
+                    with torch.no_grad():
+                        current.entropies = {
+                            name: feature_entropy(current.vectors.get(name, z))
+                            for name, z in current.features.items()
+                        }
+        current.end_forward()
+
+    def backward_reached(self, current: Pass, gradient: Tensor) -> None:
+        """Take the gradient `(N, C)` at the joint logits; the first one makes the pass count."""
+        if not current.gradients:
+            self.seen.note("passes")
+            current.closed = not self.accumulators  # nobody waits for its labels
+            for accumulator in self.accumulators:
+                accumulator.add(current)
+        current.gradients.append(gradient)
+
+    def settled(self, done: Pass) -> ModalitySums | None:
+        """The pass's sums, made once for all consumers."""
+        done.closed = True
+        self._settle(done)
+        done.unimodal, done.logits = None, None
+        done.gradients.clear()
+        return done.sums
+
+    def _settle(self, done: Pass) -> None:
+        if done.settled:
+            return
+        done.settled = True
+        self._refuse_misfit(done)
+        ignore = self.ignore_index if done.ignore_index is None else done.ignore_index
+        done.sums = settle(done, self.modalities, ignore, self.recovery)
+        if done.sums is not None:
+            self.seen.note(f"labels:{done.label_source}")
+            self.seen.note_score()
+        else:
+            self.seen.note("unscored")
+
+    def _refuse_misfit(self, done: Pass) -> None:
+        """What the model was given as `labels=` may be no class indices: then read them from the gradient."""
+        rows = None if done.logits is None else done.logits.shape[0]
+        misfit = done.label_source == "model" and done.labels is not None and done.labels.numel() != rows
+        if misfit and self.recovery is not None:
+            done.labels, done.label_source = None, "gradient"
+
+    def clear(self) -> None:
+        """Forget all scores."""
+        for accumulator in self.accumulators:
+            accumulator.discard()
+
+
+@torch.no_grad()
+def settle(
+    done: Pass, modalities: Sequence[str], ignore_index: int, recovery: Recovery | None = None
+) -> ModalitySums | None:
+    """The sums of a pass that backward has reached; None where it has no uni-modal logits or no labels.
+
+    Raises:
+        ValueError: if the labels given don't fit the logits.
+        RuntimeError: if those read from gradients are too doubtful.
+    """
+    if not done.unimodal or done.logits is None:
+        return None
+    if done.labels is not None:
+        targets = _given(done, ignore_index)
+    elif done.gradients and recovery is not None:
+        labels = recovery.labels(done.gradients, done.logits)
+        targets = as_targets(labels, max(done.logits.shape[-1], 2), INVALID)
+    else:
+        return None
+    return _sums(done, targets, modalities)
+
+
+def _given(done: Pass, ignore_index: int) -> Targets:
+    assert done.labels is not None and done.logits is not None
+    rows, classes = done.logits.shape
+    labels = done.labels.to(done.logits.device)
+    if classes == 1:
+        labels, classes = _binary(labels), 2
+    soft = labels.is_floating_point() and labels.dim() > 1
+    per_row = labels.flatten(0, -2) if soft else labels.flatten()
+    if per_row.shape[0] != rows:
+        raise ValueError(
+            f"labels from {done.label_source} should have one entry for each of the {rows} rows of the logits. "
+            f"Found shape {tuple(labels.shape)}."
+        )
+    return as_targets(per_row, classes, ignore_index)
+
+
+def _binary(labels: Tensor) -> Tensor:
+    """Binary labels, often kept as floats for BCEWithLogitsLoss (and then perhaps smoothed), as class indices."""
+    if not labels.is_floating_point():
+        return labels.long()
+    inside = (labels > 0) & (labels < 1)
+    return torch.where(inside, labels.round(), labels).long()
+
+
+def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> ModalitySums:
+    """Scores, cross-entropies, entropies and counts of every modality, in batched operations."""
+    assert done.unimodal is not None
+    absent = torch.zeros_like(next(iter(done.unimodal.values())))
+    logits = two_classes(torch.stack([done.unimodal.get(name, absent) for name in modalities]))
+    rows = logits.shape[1]
+    everyone, nothing = torch.ones_like(targets.valid), logits.new_zeros(rows)
+    present = [
+        _by_row(done.present.get(name, everyone), rows, logits) if name in done.unimodal else ~everyone
+        for name in modalities
+    ]
+    valid = targets.valid & torch.stack(present)
+    entropy = torch.stack([_by_row(done.entropies.get(name, nothing), rows, logits) for name in modalities])
+    log_p = logits.log_softmax(-1)
+    log_score = targets.pick(log_p)
+    score = targets.pick(log_p.exp()) if targets.index is None else log_score.exp()
+    parts = torch.stack([score, torch.ones_like(score), -log_score, entropy])
+    sums = torch.where(valid, parts, 0).sum(-1)
+    return ModalitySums(sums[0], sums[1], sums[2], sums[3], targets.class_counts())
+
+
+def _by_row(per_sample: Tensor, rows: int, like: Tensor) -> Tensor:
+    """A value for each sample spread over that sample's rows (several where logits have positions)."""
+    per_sample = per_sample.to(like.device)
+    if per_sample.shape[0] == rows:
+        return per_sample
+    if per_sample.shape[0] == 0 or rows % per_sample.shape[0]:
+        raise ValueError(
+            f"`present` should have one entry for each sample, a divisor of the {rows} rows. "
+            f"Found {per_sample.shape[0]}."
+        )
+    return per_sample.repeat_interleave(rows // per_sample.shape[0])
+
+
+class Seen:
+    """How often what happened: in all, and since the last score."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.total: Counter[str] = Counter()
+        self.recent: Counter[str] = Counter()
+
+    def note(self, what: str) -> None:
+        """Something happened."""
+        self.total[what] += 1
+        self.recent[what] += 1
+
+    def note_score(self) -> None:
+        """A pass was scored: what was wrong before is over."""
+        self.recent.clear()
+
+
+def why_silent(seen: Seen, *, compiled: bool) -> str:
+    """Why no score may have come since the last one, in words for the user."""
+    recent = seen.recent
+    reasons = []
+    if compiled and not recent["heads"]:
+        reasons.append(
+            "the model was compiled: build the monitor before the first call of the compiled model, or call "
+            "torch._dynamo.reset()"
+        )
+    if recent["forwards"] and not recent["heads"]:
+        reasons.append("the head's hook did not fire: the head was replaced, or only its weights are used")
+    elif not recent["forwards"] and recent["reruns"]:
+        reasons.append(
+            "the whole model is inside reentrant activation checkpointing, whose first run has no gradients: use "
+            "checkpoint(..., use_reentrant=False)"
+        )
+    elif not recent["forwards"]:
+        reasons.append(
+            "no forward of the model in training mode was seen (fine-tuning in eval mode: train_only=False; "
+            "torch.func transforms are not watched: call loss.backward())"
+        )
+    elif not recent["passes"]:
+        reasons.append("no backward reached the head's output (frozen model, or no loss on it)")
+    elif recent["unscored"]:
+        reasons.append("no labels or no features came with the pass: call monitor.observe(labels)")
+    reasons.append(
+        "otherwise: model compiled before the monitor was built, wrong or replaced head, head used functionally, "
+        "frozen model"
+    )
+    return "; ".join(reasons)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was used on the model or on a part of it."""
+    return any(
+        "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
+        for module in model.modules()
+    )

@@ -59,8 +59,13 @@ class Engine:
         self._owners.refresh()
         for modulation in chosen:
             modulation.check(optimizer)
-        # Nothing was changed until here, and nothing raises from here on.
         warn_of_known_defects(optimizer)
+        if len(monitor.modalities) == 1:
+            warn_user(
+                f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: "
+                "every step is the base optimizer's."
+            )
+        # Nothing was changed until here, and nothing raises from here on, not even a warning that is an error.
         self._has_own_groups = steps_others(optimizer)
         self.accumulator = monitor.accumulator(needs_entropy=any(m.needs_entropy for m in chosen))
         self._kept = Kept(optimizer, monitor, seed)
@@ -72,11 +77,6 @@ class Engine:
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
         self._oddities = DeferredCounts(tuple(_ODDITIES), self._warn_of_oddities)
         self._odd: dict[str, Tensor] = {}
-        if len(monitor.modalities) == 1:
-            warn_user(
-                f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: "
-                "every step is the base optimizer's."
-            )
 
     # -- around a step -------------------------------------------------------------------------------------------
 

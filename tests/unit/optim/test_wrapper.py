@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +153,18 @@ def test_an_optimizer_around_the_wrapper():
     outer = legacy(inner)
     train(model, outer, batches(model, 2))
     assert inner.stats()["modulated"] == 2
+
+
+def test_a_warning_that_is_an_error_leaves_nothing_behind():
+    model = small_model(1)
+    optimizer = sgd(groups_of(model))
+    monitor, before = watch(model), [dict(group) for group in optimizer.param_groups]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="nothing to balance"):
+            bo.ModulatedOptimizer(optimizer, monitor, bo.OGM(0.5))
+    assert [dict(group) for group in optimizer.param_groups] == before
+    assert not monitor._scorer.accumulators
 
 
 # -- copies ------------------------------------------------------------------------------------------------------

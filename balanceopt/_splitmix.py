@@ -1,7 +1,12 @@
-"""The mixing function of the generator splitmix64, on Python's integers and on tensors of them."""
+"""Hashes of integers and uniform numbers by counting, both with the mixing function of the generator splitmix64.
+
+Number j of a stream is a function of (seed, step, stream) and of j alone, in integer arithmetic: the same on every
+device, rank and processor, and after a resume. The numbers of many streams are made in the same few operations.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -9,10 +14,12 @@ _WORD = 2**64 - 1
 # Shifts and factors, round by round, and the last shift.
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
+# Bits of a word that a float64 holds.
+_BITS = 53
 
 
 def mixed(*words: int) -> int:
-    """64 well-mixed bits of several integers, chained."""
+    """Hash several integers into one of 64 bits."""
     state = 0
     for word in words:
         state = mixed_in(state, word)
@@ -20,7 +27,7 @@ def mixed(*words: int) -> int:
 
 
 def mixed_in(state: int, word: int) -> int:
-    """One integer more."""
+    """Hash one integer more into a state."""
     state = (state ^ (word & _WORD)) + GOLDEN & _WORD
     for shift, factor in _ROUNDS:
         state = (state ^ (state >> shift)) * factor & _WORD
@@ -28,20 +35,38 @@ def mixed_in(state: int, word: int) -> int:
 
 
 def each_mixed_in(state: int | Tensor, words: int | Tensor) -> Tensor:
-    """The same for many at once: int64 tensors, signed as torch's are; one of the two may be an integer."""
-    own, other = (int64(x) if isinstance(x, int) else x for x in (state, words))
-    return output((own ^ other) + int64(GOLDEN))  # type: ignore[arg-type]
+    """Apply `mixed_in` to each of many: int64 tensors, signed as torch's are; one of the two may be an integer."""
+    left, right = (int64(x) if isinstance(x, int) else x for x in (state, words))
+    return output((left ^ right) + int64(GOLDEN))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def uniforms(seed: int, step: int, streams: Tensor, count: int) -> Tensor:
+    """Make the first `count` uniform numbers of each stream.
+
+    Args:
+        seed: of all randomness.
+        step: number of the step.
+        streams: int64 `(n,)`.
+        count: how many numbers of each.
+
+    Returns:
+        float64 `(n, count)` in [0, 1), multiples of 2^-53.
+    """
+    states = each_mixed_in(mixed(seed, step), streams)
+    steps = torch.arange(1, count + 1, device=streams.device) * int64(GOLDEN)
+    return shifted(output(states[:, None] + steps), 64 - _BITS).double() * 2.0**-_BITS
 
 
 def output(states: Tensor) -> Tensor:
-    """What the generator returns in these states."""
+    """Output of the generator in these states."""
     for shift, factor in _ROUNDS:
         states = (states ^ shifted(states, shift)) * int64(factor)
     return states ^ shifted(states, _LAST_SHIFT)
 
 
 def shifted(words: Tensor, shift: int) -> Tensor:
-    """To the right, with zeros from the left: torch's own shift copies the sign."""
+    """Shift to the right with zeros from the left, where torch's own shift copies the sign."""
     return (words >> shift) & ((1 << (64 - shift)) - 1)
 
 

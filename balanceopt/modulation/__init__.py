@@ -2,11 +2,13 @@
 
 from balanceopt.modulation._amss import AMSS
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step
+from balanceopt.modulation._masks import MaskScale
 from balanceopt.modulation._ogm import OGM
 from balanceopt.modulation._units import MaskUnits, attention_heads
 
 __all__ = [
     "AMSS",
+    "MaskScale",
     "MaskUnits",
     "Modulation",
     "OGM",

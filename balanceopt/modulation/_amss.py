@@ -14,7 +14,7 @@ from balanceopt._window import Unit
 from balanceopt.functional import keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step
 from balanceopt.modulation._bases import cancels_constant_factor
-from balanceopt.modulation._masks import Masks, Scale, part_of
+from balanceopt.modulation._masks import Masks, MaskScale, part_of
 from balanceopt.modulation._ogm import scores_usable
 from balanceopt.modulation._units import UnitRule, find_units
 
@@ -69,7 +69,7 @@ class AMSS(Modulation):
         self,
         temperature: float = 0.2,
         *,
-        scale: Scale = "none",
+        scale: MaskScale = "none",
         clamp: tuple[float, float] = (0.1, 0.9),
         offset: float = 0.5,
         units: UnitRule | None = None,
@@ -80,7 +80,7 @@ class AMSS(Modulation):
     ) -> None:
         super().__init__(start=start, end=end, unit=unit)
         self.temperature = temperature
-        self.scale: Scale = scale
+        self.scale: MaskScale = scale
         self.clamp = clamp
         self.offset = offset
         self.units = units
@@ -162,8 +162,8 @@ class AMSS(Modulation):
         return Masks([part_of(slot, index, view) for slot, index, view in masked])
 
     def _check_options(self) -> None:
-        if self.scale not in get_args(Scale):
-            raise ValueError(f"`scale` should be one of {get_args(Scale)}. Found {self.scale!r}.")
+        if self.scale not in get_args(MaskScale):
+            raise ValueError(f"`scale` should be one of {get_args(MaskScale)}. Found {self.scale!r}.")
         if not math.isfinite(self.offset):
             raise ValueError(f"`offset` should be finite. Found offset = {self.offset}.")
         if self.min_ndim < 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._uniform import uniforms
+from balanceopt._splitmix import uniforms
 from balanceopt.functional import (
     inclusion_probabilities_padded,
     kept_units,
@@ -22,7 +22,7 @@ from balanceopt.modulation._base import Slot
 from balanceopt.modulation._shards import is_sharded, local_part, summed_over_shards
 from balanceopt.modulation._units import UnitView
 
-Scale = Literal["none", "unbiased", "official"]
+MaskScale = Literal["none", "unbiased", "official"]
 
 # Mixed into the seed, so that masks have nothing to do with other numbers of the same seed, step and parameter.
 _SALT = 0x5851F42D4C957F2D
@@ -107,7 +107,7 @@ class Masks:
         self._batches = _batches_of(self.parts)
         self._alike = _alike(self.parts)
 
-    def apply_(self, ratio: Tensor, active: Tensor, scale: Scale, seed: int, step: int) -> Tensor:
+    def apply_(self, ratio: Tensor, active: Tensor, scale: MaskScale, seed: int, step: int) -> Tensor:
         """Draw the step's masks and multiply the gradients by them.
 
         Args:
@@ -153,7 +153,7 @@ class Masks:
         importances: Sequence[Tensor],
         ratio: Tensor,
         active: Tensor,
-        scale: Scale,
+        scale: MaskScale,
         seed: int,
         step: int,
     ) -> tuple[list[Tensor], Tensor]:
@@ -177,7 +177,7 @@ class Masks:
         return weights, nonfinite
 
 
-def _weights(s: Tensor, batch: _Batch, ratio: Tensor, scale: Scale, seed: int, step: int) -> Tensor:
+def _weights(s: Tensor, batch: _Batch, ratio: Tensor, scale: MaskScale, seed: int, step: int) -> Tensor:
     """Draw units by their importances s `(U, n_max)`; returns every unit's weight of the same shape."""
     n = s.shape[1]
     if scale == "unbiased":

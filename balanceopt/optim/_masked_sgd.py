@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanceopt.modulation import AMSS
-from balanceopt.modulation._masks import Scale
+from balanceopt.modulation import AMSS, MaskScale
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._wrapper import WrappedOptimizer
 
@@ -69,7 +68,7 @@ class MaskedSubnetworkSGD(WrappedOptimizer):
         nesterov: bool = False,
         *,
         temperature: float = 0.2,
-        scale: Scale = "none",
+        scale: MaskScale = "none",
         seed: int | None = None,
         maximize: bool = False,
         foreach: bool | None = None,

@@ -172,7 +172,7 @@ def test_it_can_be_copied_and_pickled_after_steps():
         ),
         ({"offset": NAN}, "`offset` should be finite"),
         ({"min_ndim": -1}, "`min_ndim` should be non-negative"),
-        ({"start": 3, "end": 2}, "`start` and `end`"),
+        ({"start": 3, "end": 2}, "`end` should not be less than `start`"),
     ],
 )
 def test_options_are_checked(options, message):

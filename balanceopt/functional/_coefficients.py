@@ -7,6 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from balanceopt._options import check_choice, check_number, check_tensor
+from balanceopt.functional._dtypes import narrowed, wide
+
 CoefficientForm = Literal["cvpr", "cvpr_v0", "tpami"]
 
 
@@ -29,7 +32,8 @@ def modulation_coefficient(ratio: Tensor, alpha: float, form: CoefficientForm = 
         `(M,)` in [0, 1].
 
     Raises:
-        ValueError: if `alpha` is negative or `form` unknown.
+        ValueError: if `alpha` is negative or not finite, or `form` unknown.
+        TypeError: if `ratio` is no tensor.
 
     Example:
         >>> modulation_coefficient(torch.tensor([2.0, 0.5]), alpha=0.5)
@@ -38,17 +42,17 @@ def modulation_coefficient(ratio: Tensor, alpha: float, form: CoefficientForm = 
     Reference:
         CVPR 2022, Eq. 10 and the official code ("cvpr"), its first release ("cvpr_v0"); TPAMI 2024, Eq. 11 ("tpami").
     """
-    if not alpha >= 0:
-        raise ValueError(f"`alpha` should be non-negative. Found alpha = {alpha}.")
+    check_tensor("ratio", ratio, "(M,)")
+    check_number("alpha", alpha, at_least=0)
+    check_choice("form", form, get_args(CoefficientForm))
+    rho = wide(ratio)
     if form == "cvpr":
-        k = 1 - torch.tanh(alpha * ratio)
+        k = 1 - torch.tanh(alpha * rho)
     elif form == "cvpr_v0":
-        k = 1 - torch.tanh(alpha * (ratio - 1))
-    elif form == "tpami":
-        k = 1 - alpha * torch.tanh(ratio - 1)
+        k = 1 - torch.tanh(alpha * (rho - 1))
     else:
-        raise ValueError(f"`form` should be one of {get_args(CoefficientForm)}. Found {form!r}.")
-    return torch.where(ratio > 1, k.clamp(0, 1), 1)
+        k = 1 - alpha * torch.tanh(rho - 1)
+    return narrowed(torch.where(rho > 1, k.clamp(0, 1), 1), ratio)
 
 
 @torch.no_grad()
@@ -68,7 +72,8 @@ def drop_probability(ratio: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Te
         `(M,)` in [0, 1].
 
     Raises:
-        ValueError: if `q_base` lies outside [0, 1] or `lam` is negative.
+        ValueError: if `q_base` lies outside [0, 1], or `lam` is negative or not finite.
+        TypeError: if `ratio` is no tensor.
 
     Example:
         >>> drop_probability(torch.tensor([2.0, 0.5]))
@@ -77,9 +82,11 @@ def drop_probability(ratio: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Te
     Reference:
         Wei et al., On-the-fly Modulation for Balanced Multimodal Learning, TPAMI 2024, Eq. 8.
     """
-    if not 0 <= q_base <= 1:
-        raise ValueError(f"`q_base` should lie in [0, 1]. Found q_base = {q_base}.")
-    if not lam >= 0:
-        raise ValueError(f"`lam` should be non-negative. Found lam = {lam}.")
-    q = q_base * (1 + lam * torch.tanh(ratio - 1))
-    return torch.where(ratio > 1, q.clamp(0, 1), 0)
+    check_tensor("ratio", ratio, "(M,)")
+    check_number("q_base", q_base, at_least=0, at_most=1)
+    check_number("lam", lam, at_least=0)
+    rho = wide(ratio)
+    # Clamped, because an infinite growth times a base of 0 is not a number.
+    growth = (lam * torch.tanh(rho - 1)).clamp(max=torch.finfo(rho.dtype).max)
+    q = q_base * (1 + growth)
+    return narrowed(torch.where(rho > 1, q.clamp(0, 1), 0), ratio)

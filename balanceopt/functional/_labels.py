@@ -7,6 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from balanceopt._options import check_tensor
+from balanceopt.functional._dtypes import wide
+from balanceopt.functional._targets import as_targets
+
 INVALID = -100
 
 # Entries this much smaller than a row's largest are rounding, not a sign.
@@ -64,7 +68,8 @@ def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
         `RecoveredLabels(labels, ambiguous)`.
 
     Raises:
-        ValueError: if the shapes differ or are not `(B, C)` with C >= 2.
+        ValueError: if the shapes differ or are not `(B, C)` with C >= 2, or the numbers are complex.
+        TypeError: if one is no tensor.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
@@ -75,11 +80,8 @@ def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
     Reference:
         ours (docs/concepts.md); the papers' code needs the labels in the loop.
     """
-    if grad.shape != logits.shape or grad.dim() != 2 or grad.shape[1] < 2:
-        raise ValueError(
-            "`grad` and `logits` should have the same shape (B, C), C >= 2. "
-            f"Found {tuple(grad.shape)} and {tuple(logits.shape)}."
-        )
+    _check_pair(grad, logits)
+    grad = grad if grad.is_floating_point() else wide(grad)
     where = _with_float64(grad.device)
     found = _read(grad.to(where).double(), logits.to(where).double(), torch.finfo(grad.dtype).eps)
     return RecoveredLabels(*(x.to(grad.device) for x in found))
@@ -104,6 +106,11 @@ def recover_scale(grad: Tensor, logits: Tensor, labels: Tensor) -> RecoveredScal
         `RecoveredScale(scale, doubtful, vanished)`, on the device of `logits`; the scale in float32 where the device
         has no float64.
 
+    Raises:
+        ValueError: if `grad` and `logits` are not both `(B, C)` with C >= 2, `labels` are no integers `(B,)`, or lie
+            outside [0, C) (told where looking does not wait for a device).
+        TypeError: if one is no tensor.
+
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
         >>> (0.5 * torch.nn.functional.cross_entropy(logits, torch.tensor([1]))).backward()
@@ -113,6 +120,16 @@ def recover_scale(grad: Tensor, logits: Tensor, labels: Tensor) -> RecoveredScal
     Reference:
         ours (docs/methods/unimodal.md).
     """
+    _check_pair(grad, logits)
+    check_tensor("labels", labels, f"({len(grad)},)", dims=(1,), kind="integer")
+    if len(labels) != len(grad):
+        raise ValueError(
+            f"`labels` should have one entry for each of the {len(grad)} rows. Found {len(labels)}."
+        )
+    targets = as_targets(labels, grad.shape[1], INVALID)
+    assert targets.index is not None
+    labels = torch.where(targets.valid, targets.index, INVALID)
+    grad = grad if grad.is_floating_point() else wide(grad)
     where = _with_float64(logits.device)
     info = torch.finfo(grad.dtype)
     finite = torch.isfinite(grad).all(1).to(where)
@@ -137,6 +154,16 @@ def recover_scale(grad: Tensor, logits: Tensor, labels: Tensor) -> RecoveredScal
     vanished = (labels == INVALID) & finite & zero & (shared > 0) & vanishing
     scale = scale.to(torch.float32 if where != logits.device else scale.dtype)
     return RecoveredScale(*(x.to(logits.device) for x in (scale, doubtful, vanished)))
+
+
+def _check_pair(grad: Tensor, logits: Tensor) -> None:
+    for name, values in (("grad", grad), ("logits", logits)):
+        check_tensor(name, values, "(B, C)")
+    if grad.shape != logits.shape or grad.dim() != 2 or grad.shape[1] < 2:
+        raise ValueError(
+            "`grad` and `logits` should have the same shape (B, C), C >= 2. "
+            f"Found {tuple(grad.shape)} and {tuple(logits.shape)}."
+        )
 
 
 def _with_float64(device: torch.device) -> torch.device:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+from balanceopt._options import check_kind, check_tensor
+from balanceopt.functional._dtypes import wide
 
 
 @torch.no_grad()
@@ -17,15 +21,17 @@ def linear_logits(features: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
     so that the uni-modal logits add up to the joint logits.
 
     Args:
-        features: M tensors `(B, D_m)`, in the order in which they were concatenated.
+        features: M tensors `(B, D_m)`, in the order in which they were concatenated; dimensions between the two are
+            kept.
         weight: `(C, D_1 + ... + D_M)`, the head's weight.
         bias: `(C,)`, the head's bias, or None.
 
     Returns:
-        `(M, B, C)`, in the dtype of the features.
+        `(M, B, C)`, in the widest dtype of the features.
 
     Raises:
-        ValueError: if the widths of the features do not add up to the width of `weight`.
+        ValueError: if the features have other shapes, or their widths do not add up to the width of `weight`.
+        TypeError: if `features` is no sequence of tensors, or `weight` or `bias` no tensor.
 
     Example:
         >>> z = [torch.ones(1, 2), torch.ones(1, 1)]
@@ -37,16 +43,30 @@ def linear_logits(features: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
     Reference:
         Peng et al., Balanced Multimodal Learning via On-the-fly Gradient Modulation, CVPR 2022, Eq. 8.
     """
+    check_kind("`features`", features, (list, tuple), "a list of tensors (B, D_m), one for each modality")
     if len(features) == 0:
         raise ValueError("`features` should hold one tensor per modality. Found none.")
+    for index, z in enumerate(features):
+        check_tensor(f"features[{index}]", z, "(B, D_m)")
+    check_tensor("weight", weight, "(C, D_1 + ... + D_M)", dims=(2,))
+    if bias is not None:
+        check_tensor("bias", bias, f"({len(weight)},)")
+    shapes = {tuple(z.shape[:-1]) for z in features}
+    if len(shapes) > 1 or () in shapes or not (bias is None or bias.shape == weight.shape[:1]):
+        raise ValueError(
+            "`features` should have shapes (B, D_m) and `bias` one entry for each row of `weight`. Found features of "
+            f"shapes {[tuple(z.shape) for z in features]}, weight {tuple(weight.shape)}"
+            f"{'' if bias is None else f', bias {tuple(bias.shape)}'}."
+        )
     widths = [z.shape[-1] for z in features]
     if sum(widths) != weight.shape[1]:
         raise ValueError(
             f"`features` should have widths that add up to the {weight.shape[1]} columns of `weight`. "
             f"Found widths {widths}."
         )
-    share = None if bias is None else (bias / len(features)).to(features[0].dtype)
-    blocks = weight.to(features[0].dtype).split(widths, dim=1)
+    dtype = reduce(torch.promote_types, ((z if z.is_floating_point() else wide(z)).dtype for z in features))
+    share = None if bias is None else (bias / len(features)).to(dtype)
+    blocks = weight.to(dtype).split(widths, dim=1)
     return torch.stack(
-        [torch.nn.functional.linear(z, w, share) for z, w in zip(features, blocks, strict=True)]
+        [torch.nn.functional.linear(z.to(dtype), w, share) for z, w in zip(features, blocks, strict=True)]
     )

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-
-def _wide(values: Tensor) -> Tensor:
-    """At least float32, for arithmetic that half precision would spoil."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def check_vector(name: str, values: Tensor) -> None:
-    """Raise for anything but a real vector."""
-    if values.dim() != 1 or values.is_complex():
-        raise ValueError(
-            f"`{name}` should be a real vector. Found shape {tuple(values.shape)}, dtype {values.dtype}."
-        )
+from balanceopt._options import check_count, check_number, check_tensor, is_number, shown
+from balanceopt.functional._dtypes import narrowed, wide
+from balanceopt.functional._scores import present_or_all
 
 
 @torch.no_grad()
@@ -47,8 +38,9 @@ def keep_ratio(
         `(M,)`, in the dtype of `significance`; 1 for a single modality and for those left out.
 
     Raises:
-        ValueError: if `significance` is not a vector with an entry, `temperature` is not positive, or `clamp`
-            is not a pair `0 <= low <= high <= 1`.
+        ValueError: if `significance` is not a vector with an entry, `present` not of its shape, `temperature` not
+            positive, or `clamp` is not a pair `0 <= low <= high <= 1`.
+        TypeError: if `significance` or `present` is no tensor.
 
     Example:
         >>> keep_ratio(torch.tensor([0.34, 0.08]))
@@ -60,16 +52,14 @@ def keep_ratio(
         AMSS, adaptive mask subnetworks considering modal significance: the authors' published code
         (`AMSS/train_test.py`), with (M - 1) / M in place of its 0.5 for M > 2.
     """
-    check_vector("significance", significance)
-    if significance.numel() == 0:
-        raise ValueError("`significance` should hold one value per modality. Found none.")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"`temperature` should be positive. Found {temperature}.")
+    check_tensor("significance", significance, "(M,)", dims=(1,), empty=False)
+    check_number("temperature", temperature, above=0)
+    check_clamp(clamp)
     low, high = clamp
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"`clamp` should be a pair (low, high) with 0 <= low <= high <= 1. Found {clamp}.")
-    u = _wide(significance)
-    here = torch.ones_like(u, dtype=torch.bool) if present is None else present
+    u = wide(significance)
+    here = present_or_all(present, u)
+    # A number that float32 would take for 0 is as sharp as can be.
+    temperature = max(temperature, torch.finfo(u.dtype).tiny)
     modalities = here.sum().to(u.dtype)
     others = torch.where(here, u, -math.inf)
     # Shifted before the division: a large significance over a small temperature stays finite.
@@ -77,7 +67,21 @@ def keep_ratio(
     usable = (torch.isfinite(u) & (u > 0) | ~here).all()
     ratio = torch.where(usable, ratio, (modalities - 1) / modalities)
     ratio = torch.where(here & (modalities > 1), ratio, 1)
-    return ratio.to(significance.dtype) if significance.is_floating_point() else ratio
+    return narrowed(ratio, significance)
+
+
+def check_clamp(clamp: object) -> None:
+    """Refuse anything but two numbers in order between 0 and 1.
+
+    Raises:
+        ValueError: naming what was found.
+    """
+    if isinstance(clamp, (tuple, list)) and len(clamp) == 2 and all(map(is_number, clamp)):  # noqa: SIM102
+        if 0 <= clamp[0] <= clamp[1] <= 1:
+            return
+    raise ValueError(
+        f"`clamp` should be a pair (low, high) with 0 <= low <= high <= 1. Found clamp = {shown(clamp)}."
+    )
 
 
 @overload
@@ -99,19 +103,30 @@ def kept_units(n: int | Tensor, ratio: float | Tensor) -> int | Tensor:
     Returns:
         An int, or an int64 tensor.
 
+    Raises:
+        ValueError: if `n` is no whole number of at least 0, or `ratio` not finite.
+        TypeError: if `n` is a tensor and `ratio` is none.
+
     Example:
         >>> kept_units(100, 0.07)
         7
         >>> kept_units(10, torch.tensor([0.0, 0.1, 0.31]))
         tensor([1, 1, 4])
     """
-    if isinstance(ratio, Tensor):
-        product = ratio.double() * n
-        rounding = torch.finfo(ratio.dtype).eps if ratio.dtype != torch.float64 else 0.0
-        count = (product * (1 - rounding) - 1e-9).ceil().long().clamp(min=1)
-        return count.minimum(torch.as_tensor(n, device=count.device))
     if isinstance(n, Tensor):
-        raise TypeError("`ratio` should be a tensor when `n` is one. Found a float.")
+        check_tensor("n", n, "(...)", kind="integer")
+    else:
+        check_count("n", n)
+    if isinstance(ratio, Tensor):
+        check_tensor("ratio", ratio, "(...)")
+        product = ratio.double() * n
+        rounded = ratio.is_floating_point() and ratio.dtype != torch.float64
+        rounding = torch.finfo(ratio.dtype).eps if rounded else 0.0
+        count = (product * (1 - rounding) - 1e-9).ceil().long().clamp(min=1)
+        return count.minimum(n) if isinstance(n, Tensor) else count.clamp(max=n)
+    if isinstance(n, Tensor):
+        raise TypeError(f"`ratio` should be a tensor when `n` is one. Found {shown(ratio)}.")
+    check_number("ratio", ratio)
     return min(n, max(1, math.ceil(n * ratio - 1e-9)))
 
 
@@ -130,7 +145,8 @@ def unit_importance(grad: Tensor, unit_dim: int | Sequence[int] = 0) -> Tensor:
         number of threads: relative error 1e-6 up to 2^16 elements a unit, 2e-5 at 2^20.
 
     Raises:
-        ValueError: if `grad` has no dimension, or has no dimension `unit_dim`.
+        ValueError: if `grad` is sparse or has no dimension, or has no dimension `unit_dim`.
+        TypeError: if `grad` is no tensor.
 
     Example:
         >>> unit_importance(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -141,12 +157,15 @@ def unit_importance(grad: Tensor, unit_dim: int | Sequence[int] = 0) -> Tensor:
     Reference:
         AMSS, adaptive mask subnetworks considering modal significance: the authors' published code, `gn` mode.
     """
+    check_tensor("grad", grad, "(n, ...)", kind="any")
     if grad.dim() == 0:
         raise ValueError("`grad` should have at least one dimension. Found a single number.")
     rank = grad.dim()
-    dims = [unit_dim] if isinstance(unit_dim, int) else list(unit_dim)
-    if min(dims, default=0) < -rank or max(dims, default=0) >= rank:
-        raise ValueError(f"`unit_dim` should be a dimension of `grad` ({rank}-D). Found {unit_dim}.")
+    dims: list[Any] = list(unit_dim) if isinstance(unit_dim, (list, tuple)) else [unit_dim]
+    if not all(type(dim) is int and -rank <= dim < rank for dim in dims):
+        raise ValueError(
+            f"`unit_dim` should be a dimension of `grad` ({rank}-D), or several. Found unit_dim = {shown(unit_dim)}."
+        )
     grad = grad.detach()
     if grad.dtype.itemsize < 2 or not (grad.is_floating_point() or grad.is_complex()):
         grad = grad.float()  # integers, and 8-bit floats, which torch does not reduce
@@ -158,6 +177,6 @@ def unit_importance(grad: Tensor, unit_dim: int | Sequence[int] = 0) -> Tensor:
         dims = [dim % rank for dim in dims]
         values, others = grad.unsqueeze(-1), [dim for dim in range(rank + 1) if dim not in dims]
     # The norm runs on all threads and makes no copy; a product and its sum do neither.
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    squares: Tensor = torch.linalg.vector_norm(values, dim=others, dtype=wide).square_()
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    squares: Tensor = torch.linalg.vector_norm(values, dim=others, dtype=dtype).square_()
     return squares if squares.dim() == 1 else squares.flatten()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from balanceopt.functional._scaling import wide
+from balanceopt._options import check_kind, check_number, check_tensor, is_number, shown
+from balanceopt.functional._dtypes import narrowed, wide
 
 
 @torch.no_grad()
@@ -26,7 +27,8 @@ def reinit_strength(gap: Tensor | float, lam: float) -> Tensor:
         Tensor of the gap's shape and dtype (the default dtype for a float).
 
     Raises:
-        ValueError: if `lam` is negative or not finite.
+        ValueError: if `lam` is negative or not finite, or `gap` complex.
+        TypeError: if `gap` is neither a tensor nor a number.
 
     Example:
         >>> reinit_strength(torch.tensor([0.0, 0.1]), lam=3.0)
@@ -35,10 +37,15 @@ def reinit_strength(gap: Tensor | float, lam: float) -> Tensor:
     Reference:
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 4-5.
     """
-    if not (math.isfinite(lam) and lam >= 0):
-        raise ValueError(f"`lam` should be non-negative and finite. Found {lam}.")
-    values = torch.as_tensor(gap)
-    return torch.tanh(lam * wide(values)).to(values.dtype)
+    check_number("lam", lam, at_least=0)
+    if isinstance(gap, Tensor):
+        check_tensor("gap", gap, "(...)")
+        values = gap
+    elif is_number(gap):
+        values = torch.tensor(float(gap), dtype=torch.get_default_dtype(), device="cpu")
+    else:
+        raise TypeError(f"`gap` should be a tensor or a finite number. Found gap = {shown(gap)}.")
+    return narrowed(torch.tanh(lam * wide(values)), values)
 
 
 @torch.no_grad()
@@ -56,8 +63,9 @@ def soft_reinit_(
             (also over NaN). A tensor is read on the host.
 
     Raises:
-        ValueError: if the lengths or shapes differ, a parameter is not floating or comes twice, or a strength
-            is outside [0, 1].
+        ValueError: if the lengths or shapes differ, a parameter is not floating or comes twice, a complex initial
+            value is given for a real parameter, or a strength is outside [0, 1]. Nothing is changed then.
+        TypeError: if something else than tensors is given.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 3.0]))
@@ -68,7 +76,12 @@ def soft_reinit_(
     Reference:
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 6.
     """
+    for role, given in (("`params`", params), ("`initial`", initial)):
+        check_kind(role, given, Iterable, "an iterable of tensors")
     params, initial = list(params), list(initial)
+    for role, tensors in (("params", params), ("initial", initial)):
+        for index, x in enumerate(tensors):
+            check_tensor(f"{role}[{index}]", x, "(...)", kind="any")
     strengths = _strengths(strength, len(params))
     _check_pairs(params, initial)
     groups: dict[tuple[torch.device, torch.dtype, float], tuple[list[Tensor], list[Tensor]]]
@@ -96,19 +109,15 @@ def _move_(params: list[Tensor], initial: list[Tensor], alpha: float) -> None:
 
 
 def _strengths(strength: float | Tensor | Sequence[float | Tensor], count: int) -> list[float]:
-    if isinstance(strength, Tensor):
-        values = strength.tolist() if strength.dim() else [float(strength)] * count
-    elif isinstance(strength, Sequence):
-        values = [float(a) for a in strength]
-    else:
-        values = [float(strength)] * count
+    several = isinstance(strength, (list, tuple)) or (isinstance(strength, Tensor) and strength.dim() == 1)
+    given = list(strength) if several else [strength] * count  # type: ignore[arg-type]
+    values: list[Any] = [a.item() if isinstance(a, Tensor) and a.numel() == 1 else a for a in given]
     if len(values) != count:
         raise ValueError(
             f"`strength` should be one value, or one per parameter ({count}). Found {len(values)}."
         )
-    for alpha in set(values):
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"`strength` should lie in [0, 1]. Found {alpha}.")
+    for alpha in values:
+        check_number("strength", alpha, at_least=0, at_most=1)
     return values
 
 
@@ -123,6 +132,8 @@ def _check_pairs(params: Sequence[Tensor], initial: Sequence[Tensor]) -> None:
         if not (dtype.is_floating_point or dtype.is_complex):
             raise ValueError(f"`params` should be floating tensors. Found dtype {dtype}.")
     for current, start in zip(params, initial, strict=True):
+        if start.is_complex() and not current.is_complex():
+            raise ValueError("`initial` should be real for a real parameter. Found complex numbers.")
         if current.shape != start.shape:
             raise ValueError(
                 f"`initial` should have the shapes of `params`. Found {tuple(start.shape)} for {tuple(current.shape)}."

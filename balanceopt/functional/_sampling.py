@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from balanceopt.functional._masks import check_vector
+from balanceopt._options import check_count, check_kind, check_number, check_tensor
 
 # Log importance of a unit without importance: below every float64 logarithm, so that it comes last, yet
 # finite, so that such units are still drawn at random among themselves.
@@ -23,13 +23,23 @@ _INTEGER_SUM_TOLERANCE = 1e-5
 
 
 def _check_non_negative(name: str, values: Tensor) -> None:
-    check_vector(name, values)
+    check_tensor(name, values, "(n,)", dims=(1,))
     if not bool((torch.isfinite(values) & (values >= 0)).all()):
         raise ValueError(f"`{name}` should be finite and non-negative. Found {values}.")
 
 
+def check_generator(generator: object) -> None:
+    """Refuse anything but a source of random numbers, or None.
+
+    Raises:
+        TypeError: saying what was found.
+    """
+    check_kind("`generator`", generator, (torch.Generator, type(None)), "a torch.Generator or None")
+
+
 def _uniforms(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
     """`count` float64 numbers in [0, 1) from one draw, on the generator's device first."""
+    check_generator(generator)
     source = device if generator is None else generator.device
     return torch.rand(count, generator=generator, dtype=torch.float64, device=source).to(device)
 
@@ -51,7 +61,9 @@ def sample_units(importance: Tensor, k: int, generator: torch.Generator | None =
         bool `(n,)` with exactly min(k, n) units; units of importance 0 come last, at random.
 
     Raises:
-        ValueError: if `importance` is not a vector, is negative or not finite somewhere, or `k` is negative.
+        ValueError: if `importance` is not a vector, is negative or not finite somewhere, or `k` is no whole number
+            of at least 0.
+        TypeError: if `importance` is no tensor, or `generator` no `torch.Generator`.
 
     Example:
         >>> sample_units(torch.tensor([0.0, 1.0, 0.0, 5.0]), 2)
@@ -63,12 +75,11 @@ def sample_units(importance: Tensor, k: int, generator: torch.Generator | None =
         sampling with a reservoir, 2006.
     """
     _check_non_negative("importance", importance)
-    if k < 0:
-        raise ValueError(f"`k` should be non-negative. Found {k}.")
+    check_count("k", k)
     n, device = importance.numel(), importance.device
     uniforms = _uniforms(n, device, generator)
-    size = torch.full((1,), n, device=device)
-    count = torch.full((1,), k, device=device)
+    size = torch.full((1,), n, dtype=torch.int64, device=device)
+    count = torch.full((1,), min(k, n), dtype=torch.int64, device=device)
     return sample_units_padded(importance[None], size, count, uniforms[None])[0]
 
 
@@ -86,6 +97,10 @@ def sample_units_padded(importance: Tensor, sizes: Tensor, k: Tensor, uniforms: 
         bool `(U, n_max)`, min(k, size) units in each row, none in the padding. A row with negative or
         non-finite importance still gets a mask of that size; the caller decides what such a row means.
 
+    Raises:
+        ValueError: if an argument has another shape or kind.
+        TypeError: if one is no tensor.
+
     Example:
         >>> importance = torch.tensor([[0.0, 1.0, 5.0], [2.0, 0.0, 0.0]])
         >>> uniforms = torch.rand(2, 3, dtype=torch.float64)
@@ -96,7 +111,9 @@ def sample_units_padded(importance: Tensor, sizes: Tensor, k: Tensor, uniforms: 
     Reference:
         As `sample_units`.
     """
-    places = torch.arange(importance.shape[1], device=importance.device)
+    _check_rows("importance", importance, sizes=sizes, k=k)
+    _check_same_shape("uniforms", uniforms, importance)
+    places = torch.arange(importance.shape[1], dtype=torch.int64, device=importance.device)
     log_importance = torch.where(importance > 0, importance.double().log(), _LOG_OF_NOTHING)
     # A uniform number of 0 would finish at time 0 whatever the importance: as late as the smallest other.
     times = (-torch.log1p(-uniforms.double())).clamp_min(2.0**-54).log() - log_importance
@@ -126,6 +143,7 @@ def inclusion_probabilities(importance: Tensor, budget: float) -> Tensor:
     Raises:
         ValueError: if `importance` is not a vector, is negative or not finite somewhere, or `budget` is
             negative or not finite.
+        TypeError: if `importance` is no tensor.
 
     Example:
         >>> inclusion_probabilities(torch.tensor([6.0, 1.0, 1.0, 0.0]), 2.0)
@@ -135,8 +153,7 @@ def inclusion_probabilities(importance: Tensor, budget: float) -> Tensor:
         Horvitz and Thompson, A generalization of sampling without replacement from a finite universe, 1952.
     """
     _check_non_negative("importance", importance)
-    if not (math.isfinite(budget) and budget >= 0):
-        raise ValueError(f"`budget` should be non-negative and finite. Found {budget}.")
+    check_number("budget", budget, at_least=0)
     row_budget = torch.full((1,), float(budget), dtype=torch.float64, device=importance.device)
     probabilities = inclusion_probabilities_padded(importance[None], row_budget)[0]
     return probabilities.to(importance.dtype) if importance.is_floating_point() else probabilities.float()
@@ -153,6 +170,10 @@ def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor
     Returns:
         float64 `(U, n_max)`, 0 in the padding. Rows with negative or non-finite importance are meaningless.
 
+    Raises:
+        ValueError: if an argument has another shape or kind.
+        TypeError: if one is no tensor.
+
     Example:
         >>> importance = torch.tensor([[6.0, 1.0, 1.0], [3.0, 1.0, 0.0]])
         >>> inclusion_probabilities_padded(importance, torch.tensor([2.0, 1.0]))
@@ -162,6 +183,7 @@ def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor
     Reference:
         As `inclusion_probabilities`.
     """
+    _check_rows("importance", importance, budget=budget)
     s = importance.double()
     if s.shape[1] == 0:
         return s
@@ -169,7 +191,7 @@ def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor
     # Sums stay finite at any scale; the smallest normal number stands in for the largest of an all-zero row.
     s = s / s.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     ranked, order = s.sort(dim=1, descending=True, stable=True)
-    places = torch.arange(s.shape[1], device=s.device)
+    places = torch.arange(s.shape[1], dtype=torch.int64, device=s.device)
     # With the a largest capped, c = (b - a) / (sum of the others); unit a + 1 is capped too while c s >= 1.
     # Once false it stays false, so the capped units are a prefix.
     tails = _suffix_sums(ranked)
@@ -213,6 +235,7 @@ def systematic_sample(probabilities: Tensor, generator: torch.Generator | None =
 
     Raises:
         ValueError: if `probabilities` is not a vector, or is negative or not finite somewhere.
+        TypeError: if `probabilities` is no tensor, or `generator` no `torch.Generator`.
 
     Example:
         >>> int(systematic_sample(torch.tensor([1.0, 0.25, 0.25, 0.5])).sum())
@@ -238,6 +261,10 @@ def systematic_sample_padded(probabilities: Tensor, start: Tensor, uniforms: Ten
     Returns:
         bool `(U, n_max)`, False in the padding.
 
+    Raises:
+        ValueError: if an argument has another shape or kind.
+        TypeError: if one is no tensor.
+
     Example:
         >>> probabilities = torch.tensor([[1.0, 0.5, 0.5], [0.25, 0.75, 0.0]])
         >>> start, uniforms = torch.rand(2, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
@@ -247,6 +274,8 @@ def systematic_sample_padded(probabilities: Tensor, start: Tensor, uniforms: Ten
     Reference:
         As `systematic_sample`.
     """
+    _check_rows("probabilities", probabilities, start=start)
+    _check_same_shape("uniforms", uniforms, probabilities)
     certain = probabilities >= 1
     # On a line of 2^bits steps per unit every sum is exact: the same on each device and with any padding.
     bits = min(40, 61 - probabilities.shape[1].bit_length())
@@ -264,3 +293,20 @@ def systematic_sample_padded(probabilities: Tensor, start: Tensor, uniforms: Ten
     points = (ends - first + one - 1).div(one, rounding_mode="floor")
     before = torch.nn.functional.pad(points[:, :-1], (1, 0))
     return certain | torch.zeros_like(certain).scatter(1, order, points > before)
+
+
+def _check_rows(name: str, values: Tensor, **by_row: Tensor) -> None:
+    """Refuse anything but a real matrix, and one number for each of its rows."""
+    check_tensor(name, values, "(U, n_max)", dims=(2,))
+    for other, numbers in by_row.items():
+        check_tensor(other, numbers, f"({len(values)},)", dims=(1,))
+        if len(numbers) != len(values):
+            raise ValueError(
+                f"`{other}` should have one entry for each of the {len(values)} rows of `{name}`. Found {len(numbers)}."
+            )
+
+
+def _check_same_shape(name: str, values: Tensor, like: Tensor) -> None:
+    check_tensor(name, values, "(U, n_max)", dims=(2,))
+    if values.shape != like.shape:
+        raise ValueError(f"`{name}` should have shape {tuple(like.shape)}. Found {tuple(values.shape)}.")

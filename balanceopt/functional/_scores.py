@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from balanceopt._options import check_choice, check_kind, check_number, check_tensor
+from balanceopt.functional._dtypes import narrowed, wide
 from balanceopt.functional._targets import as_targets
 
 RatioReduction = Literal["mean_of_ratios", "ratio_of_means"]
@@ -32,7 +34,9 @@ def true_class_score(logits: Tensor, labels: Tensor, ignore_index: int = -100) -
         `(...)`, the summed scores, in [0, B].
 
     Raises:
-        ValueError: if `labels` have another shape, another kind, or lie outside [0, C).
+        ValueError: if `logits` or `labels` have another shape or kind, labels lie outside [0, C), or soft ones are no
+            probabilities.
+        TypeError: if one is no tensor.
 
     Example:
         >>> true_class_score(torch.zeros(2, 3, 4), torch.tensor([0, 3, -100]))
@@ -42,9 +46,9 @@ def true_class_score(logits: Tensor, labels: Tensor, ignore_index: int = -100) -
         Peng et al., CVPR 2022, Eq. 8; the sums are those of Eq. 9.
     """
     _expect_rows(logits, labels)
-    probabilities = logits.to(_wide(logits)).softmax(-1)
+    probabilities = wide(logits).softmax(-1)
     score = as_targets(labels, logits.shape[-1], ignore_index).pick(probabilities).sum(-1)
-    return score.to(logits.dtype)
+    return narrowed(score, logits)
 
 
 @torch.no_grad()
@@ -67,7 +71,8 @@ def discrepancy_ratio(
         `(M,)`; above 1 means dominant. The weakest modality is never above 1 (up to rounding).
 
     Raises:
-        ValueError: if `scores` is not one-dimensional or `reduction` is unknown.
+        ValueError: if `scores` or `present` is not of this shape and kind, or `reduction` is unknown.
+        TypeError: if one is no tensor.
 
     Example:
         >>> discrepancy_ratio(torch.tensor([4.0, 2.0]))
@@ -76,15 +81,13 @@ def discrepancy_ratio(
     Reference:
         CVPR 2022, Eq. 9 (M = 2); Wei et al., TPAMI 2024, Eq. 7 (any M).
     """
-    if scores.dim() != 1 or scores.numel() == 0:
-        raise ValueError(f"`scores` should have shape (M,), M >= 1. Found {tuple(scores.shape)}.")
-    if reduction not in ("mean_of_ratios", "ratio_of_means"):
-        raise ValueError(f"`reduction` should be 'mean_of_ratios' or 'ratio_of_means'. Found {reduction!r}.")
+    check_tensor("scores", scores, "(M,)", dims=(1,), empty=False)
+    check_choice("reduction", reduction, get_args(RatioReduction))
     size = scores.shape[0]
+    s = wide(scores).clamp(min=SMALLEST_SCORE)
+    here = present_or_all(present, s)
     if size == 1:
-        return torch.ones_like(scores)
-    s = scores.to(_wide(scores)).clamp(min=SMALLEST_SCORE)
-    here = torch.ones(size, dtype=torch.bool, device=s.device) if present is None else present
+        return narrowed(torch.ones_like(s), scores)
     # Sums over j != m are taken as such: subtracting the m-th term from a total would cancel digits.
     counted = here & ~torch.eye(size, dtype=torch.bool, device=s.device)
     others = counted.sum(1)
@@ -92,7 +95,7 @@ def discrepancy_ratio(
         ratio = torch.where(counted, s.unsqueeze(1) / s.unsqueeze(0), 0).sum(1) / others
     else:
         ratio = s / (torch.where(counted, s, 0).sum(1) / others)
-    return torch.where(here & (others > 0), ratio, 1).to(scores.dtype)
+    return narrowed(torch.where(here & (others > 0), ratio, 1), scores)
 
 
 @torch.no_grad()
@@ -121,7 +124,8 @@ def modal_significance(
         `(M,)`. Not finite where the batch has no valid row or a feature has a single dimension.
 
     Raises:
-        ValueError: if shapes disagree or labels lie outside [0, C).
+        ValueError: if shapes disagree, labels lie outside [0, C), or `offset` is not finite.
+        TypeError: if something else than tensors is given for them.
 
     Example:
         >>> modal_significance(torch.zeros(1, 2, 2), [torch.zeros(2, 2)], torch.tensor([0, 1]))
@@ -131,19 +135,29 @@ def modal_significance(
         Yang et al., AMSS (TPAMI 2024), as in the published code, with its entropies mended (docs/methods/amss.md).
     """
     _expect_rows(logits, labels)
+    check_number("offset", offset)
+    check_kind("`features`", features, (list, tuple), "a list of tensors (B, D_m), one for each modality")
     if logits.dim() != 3 or len(features) != logits.shape[0]:
         raise ValueError(
             f"`logits` should have shape (M, B, C) with M = {len(features)} features. Found {tuple(logits.shape)}."
         )
     targets = as_targets(labels, logits.shape[-1], ignore_index)
+    for index, z in enumerate(features):
+        check_tensor(f"features[{index}]", z, "(B, D_m)")
+        if z.shape[:1] != logits.shape[1:2]:
+            raise ValueError(
+                f"`features[{index}]` should have one row for each of the {logits.shape[1]} samples. "
+                f"Found shape {tuple(z.shape)}."
+            )
     entropy = torch.stack([feature_entropy(z) for z in features])
-    return significance_from_sums(
-        cross_entropy=-targets.pick(logits.to(_wide(logits)).log_softmax(-1)).sum(-1),
+    significance = significance_from_sums(
+        cross_entropy=-targets.pick(wide(logits).log_softmax(-1)).sum(-1),
         feature_entropy=torch.where(targets.valid, entropy, 0).sum(-1),
         label_counts=targets.class_counts(),
         count=targets.valid.sum().to(entropy.dtype).expand(len(features)),
         offset=offset,
-    ).to(logits.dtype)
+    )
+    return narrowed(significance, logits)
 
 
 @torch.no_grad()
@@ -160,7 +174,11 @@ def significance_from_sums(
         offset: \(c_0\), in nats.
 
     Returns:
-        `(M,)`, the significance u.
+        `(M,)`, the significance u, in the dtype of `cross_entropy`.
+
+    Raises:
+        ValueError: if a sum has another shape or kind, or `offset` is not finite.
+        TypeError: if a sum is no tensor.
 
     Example:
         >>> two = torch.tensor([2.0])
@@ -170,26 +188,58 @@ def significance_from_sums(
     Reference:
         As `modal_significance`.
     """
-    frequency = label_counts / label_counts.sum()
+    sums = {"cross_entropy": cross_entropy, "feature_entropy": feature_entropy, "count": count}
+    for name, values in sums.items():
+        check_tensor(name, values, "(M,)", dims=(1,))
+    if len({values.shape for values in sums.values()}) > 1:
+        raise ValueError(
+            "`cross_entropy`, `feature_entropy` and `count` should have one entry for each modality. Found shapes "
+            f"{[tuple(values.shape) for values in sums.values()]}."
+        )
+    check_tensor("label_counts", label_counts, "(C,)", dims=(1,))
+    check_number("offset", offset)
+    frequency = wide(label_counts) / wide(label_counts).sum()
     label_entropy: Tensor = torch.special.entr(frequency).sum()
-    information = label_entropy - cross_entropy / count + offset
-    return information / (feature_entropy / count)
+    information = label_entropy - wide(cross_entropy) / wide(count) + offset
+    return narrowed(information / (wide(feature_entropy) / wide(count)), cross_entropy)
 
 
 @torch.no_grad()
 def feature_entropy(features: Tensor) -> Tensor:
-    """Entropy in nats of softmax over each sample's features, `(B, ...)` to `(B,)`."""
+    """Entropy in nats of softmax over each sample's features, `(B, ...)` to `(B,)` in float32 or wider.
+
+    Raises:
+        ValueError: if `features` are complex, or have no samples' dimension.
+        TypeError: if they are no tensor.
+    """
+    check_tensor("features", features, "(B, ...)")
+    if features.dim() == 0:
+        raise ValueError("`features` should have shape (B, ...). Found a single number.")
     flat = features.flatten(1) if features.dim() > 1 else features.unsqueeze(1)
-    entropy: Tensor = torch.special.entr(flat.to(_wide(flat)).softmax(-1)).sum(-1)
+    entropy: Tensor = torch.special.entr(wide(flat).softmax(-1)).sum(-1)
     return entropy
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """The dtype to reduce in: float32, or float64 if the input is."""
-    return torch.promote_types(x.dtype, torch.float32)
+def present_or_all(present: Tensor | None, values: Tensor) -> Tensor:
+    """bool `(M,)`, all True for None.
+
+    Raises:
+        ValueError: if `present` has another shape or kind than one flag for each of the `values`.
+        TypeError: if it is no tensor.
+    """
+    if present is None:
+        return torch.ones(values.shape, dtype=torch.bool, device=values.device)
+    check_tensor("present", present, f"({len(values)},)", dims=(1,), kind="bool")
+    if len(present) != len(values):
+        raise ValueError(
+            f"`present` should have one flag for each of the {len(values)} modalities. Found {len(present)}."
+        )
+    return present
 
 
 def _expect_rows(logits: Tensor, labels: Tensor) -> None:
+    check_tensor("logits", logits, "(..., B, C)")
+    check_tensor("labels", labels, "(B,) or (B, C)")
     if logits.dim() < 2 or labels.shape[:1] != logits.shape[-2:-1]:
         raise ValueError(
             "`logits` should have shape (..., B, C) and `labels` (B,). "

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from balanceopt._deferred import on_host
+from balanceopt._options import check_count, check_tensor
+
+# How far the sum of a row of probabilities may be from 1; in half precision each is rounded.
+_SUM_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Targets:
         if self.index is None:
             assert self.probabilities is not None
             return torch.where(self.valid.unsqueeze(-1), self.probabilities, 0).sum(0)
-        counts = torch.zeros(self.num_classes, device=self.index.device)
+        counts = torch.zeros(self.num_classes, dtype=torch.float32, device=self.index.device)
         return counts.index_add_(0, self.index, self.valid.to(counts.dtype))
 
     def restricted_to(self, rows: Tensor) -> Targets:
@@ -51,28 +58,51 @@ class Targets:
 def as_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> Targets:
     """Check labels `(B,)` (class indices) or `(B, C)` (class probabilities).
 
+    Integers of any dtype are indices; a row of probabilities that are all 0 does not count.
+
     Raises:
-        ValueError: if they have another shape or kind, or (on the CPU, where looking is free) lie outside [0, C).
+        TypeError: if they are no tensor.
+        ValueError: if they have another shape or kind, or (on the CPU, where looking is free) lie outside [0, C), or
+            are no probabilities.
     """
+    check_tensor("labels", labels, "(B,) or (B, C)")
+    check_count("ignore_index", ignore_index, at_least=None)
     if labels.dim() == 2 and labels.is_floating_point():
         if labels.shape[1] != num_classes:
             raise ValueError(
                 f"soft `labels` should have one column for each of the {num_classes} classes. "
                 f"Found shape {tuple(labels.shape)}."
             )
-        return Targets(labels.sum(1) > 0, None, labels.float(), num_classes)
+        probabilities = labels.detach().float()
+        _refuse_improbable(probabilities, labels.dtype)
+        return Targets(probabilities.sum(1) > 0, None, probabilities, num_classes)
     if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             "`labels` should be class indices of shape (B,) or class probabilities of shape (B, C). "
             f"Found shape {tuple(labels.shape)} and dtype {labels.dtype}."
         )
-    valid = labels != ignore_index
-    index = torch.where(valid, labels, 0).long()
-    if index.device.type == "cpu" and index.numel() > 0:
-        seen = index.numpy()
-        if seen.min() < 0 or seen.max() >= num_classes:
-            raise ValueError(
-                f"`labels` should lie in [0, {num_classes}) or equal ignore_index={ignore_index}. "
-                f"Found labels from {seen.min()} to {seen.max()}."
-            )
+    index = labels.long()  # before the comparison, in which -100 would be 156 among 8-bit labels
+    valid = index != ignore_index
+    index = torch.where(valid, index, 0)
+    seen = on_host(index)
+    if seen is not None and seen.size and not (seen.min() >= 0 and seen.max() < num_classes):
+        raise ValueError(
+            f"`labels` should lie in [0, {num_classes}) or equal ignore_index={ignore_index}. "
+            f"Found labels from {seen.min()} to {seen.max()}."
+        )
     return Targets(valid, index, None, num_classes)
+
+
+def _refuse_improbable(probabilities: Tensor, given: torch.dtype) -> None:
+    seen = on_host(probabilities)
+    if seen is None or not seen.size:
+        return
+    sums = seen.sum(1)
+    tolerance = max(_SUM_TOLERANCE, 2 * torch.finfo(given).eps)
+    # Written such that NaN is refused.
+    if not (seen.min() >= 0 and (np.minimum(abs(sums - 1), sums) <= tolerance).all()):
+        raise ValueError(
+            "soft `labels` should be probabilities, none negative, with a sum of 1 in each row (or 0, for rows that do "
+            f"not count). Found entries from {seen.min():g} to {seen.max():g}, and sums from {sums.min():g} to "
+            f"{sums.max():g}."
+        )

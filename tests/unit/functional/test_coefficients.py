@@ -51,12 +51,12 @@ def test_a_ratio_that_is_not_a_number_modulates_nothing(form):
 
 @pytest.mark.parametrize("alpha", [-0.1, math.nan])
 def test_bad_alpha(alpha):
-    with pytest.raises(ValueError, match="`alpha` should be non-negative"):
+    with pytest.raises(ValueError, match="`alpha` should be a finite number of at least 0"):
         modulation_coefficient(torch.ones(2), alpha)
 
 
 def test_unknown_form():
-    with pytest.raises(ValueError, match=r"`form` should be one of .*'tpami'.*Found 'b'"):
+    with pytest.raises(ValueError, match=r"`form` should be one of .*'tpami'.*Found form = 'b'"):
         modulation_coefficient(torch.ones(2), 0.1, "b")  # type: ignore[arg-type]
 
 
@@ -81,10 +81,10 @@ def test_drop_probability_stays_a_probability():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"q_base": -0.1}, "`q_base` should lie"),
-        ({"q_base": 1.1}, "`q_base` should lie"),
-        ({"q_base": math.nan}, "`q_base` should lie"),
-        ({"lam": -1.0}, "`lam` should be non-negative"),
+        ({"q_base": -0.1}, "`q_base` should be a finite number from 0 to 1"),
+        ({"q_base": 1.1}, "`q_base` should be a finite number from 0 to 1"),
+        ({"q_base": math.nan}, "`q_base` should be a finite number from 0 to 1"),
+        ({"lam": -1.0}, "`lam` should be a finite number of at least 0"),
     ],
 )
 def test_bad_drop_options(options, message):

@@ -63,9 +63,12 @@ class TestKeepRatio:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            ({"significance": torch.ones(2, 2)}, "`significance` should be a real vector"),
-            ({"significance": torch.ones(0)}, "one value per modality"),
-            ({"temperature": 0.0}, "`temperature` should be positive. Found 0.0"),
+            ({"significance": torch.ones(2, 2)}, "`significance` should be a dense real tensor"),
+            ({"significance": torch.ones(0)}, r"shape \(M,\), not empty"),
+            (
+                {"temperature": 0.0},
+                "`temperature` should be a finite number above 0. Found temperature = 0.0",
+            ),
             ({"temperature": math.nan}, "`temperature`"),
             ({"clamp": (0.9, 0.1)}, "`clamp` should be"),
             ({"clamp": (-0.1, 0.1)}, "`clamp` should be"),
@@ -215,9 +218,9 @@ class TestSampleUnits:
             sample_units(torch.tensor([1.0, bad]), 1)
 
     def test_other_errors(self):
-        with pytest.raises(ValueError, match="`k` should be non-negative"):
+        with pytest.raises(ValueError, match="`k` should be a whole number of at least 0"):
             sample_units(torch.ones(2), -1)
-        with pytest.raises(ValueError, match="`importance` should be a real vector"):
+        with pytest.raises(ValueError, match=r"`importance` should be a dense real tensor of shape \(n,\)"):
             sample_units(torch.ones(2, 2), 1)
 
 
@@ -260,7 +263,7 @@ class TestInclusionProbabilities:
     def test_errors(self, bad):
         with pytest.raises(ValueError, match="`importance` should be finite"):
             inclusion_probabilities(torch.tensor([1.0, bad]), 1.0)
-        with pytest.raises(ValueError, match="`budget` should be non-negative and finite"):
+        with pytest.raises(ValueError, match="`budget` should be a finite number of at least 0"):
             inclusion_probabilities(torch.ones(2), bad)
 
 

@@ -117,18 +117,6 @@ def check_flag(name: str, value: object, *, or_none: bool = False) -> None:
         raise ValueError(f"`{name}` should be {choices}. Found {name} = {shown(value)}.")
 
 
-def check_window(start: object, end: object) -> None:
-    """Refuse a first and a last step that are no whole numbers in order; the last one may be None.
-
-    Raises:
-        ValueError: naming both.
-    """
-    check_count("start", start)
-    check_count("end", end, or_none=True)
-    if is_whole(start) and is_whole(end) and end < start:
-        raise ValueError(f"`end` should not be before `start`. Found start = {start} and end = {end}.")
-
-
 def check_kind(role: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
     """Refuse an object of another kind, and a class in the place of an object.
 
@@ -149,6 +137,15 @@ def check_function(name: str, value: object, of: str, *, or_none: bool = True) -
         raise TypeError(f"`{name}` should be a function of {of}. Found {shown(value)}.")
 
 
+def check_generator(generator: object) -> None:
+    """Refuse anything but a source of random numbers, or None.
+
+    Raises:
+        TypeError: saying what was found.
+    """
+    check_kind("`generator`", generator, (torch.Generator, type(None)), "a torch.Generator or None")
+
+
 def check_tensor(
     name: str, value: Any, shape: str, *, dims: Collection[int] = (), kind: Kind = "real", empty: bool = True
 ) -> None:
@@ -159,7 +156,7 @@ def check_tensor(
         value: what was given.
         shape: what the message says of its shape.
         dims: allowed numbers of dimensions; all where empty.
-        kind: `"real"` numbers of any dtype, `"any"` (complex ones too), `"bool"` or `"integer"`.
+        kind: `"real"` numbers of any dtype, `"any"` (complex ones too), `"bool"` or `"integer"` (bools too).
         empty: whether it may be without an element.
 
     Raises:
@@ -172,7 +169,7 @@ def check_tensor(
         "any": True,
         "real": not value.is_complex(),
         "bool": value.dtype is torch.bool,
-        "integer": not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool),
+        "integer": not (value.is_floating_point() or value.is_complex()),
     }[kind]
     dense = value.layout is torch.strided
     if not (fits and dense and (not dims or value.dim() in dims) and (empty or value.numel())):

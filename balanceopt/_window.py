@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal, get_args
+
+from balanceopt._options import check_choice, check_count
 
 Unit = Literal["step", "epoch"]
 
@@ -28,14 +29,12 @@ class Window:
 
     def __post_init__(self) -> None:
         check_count("start", self.start)
-        if self.end is not None:
-            check_count("end", self.end)
-            if self.end < self.start:
-                raise ValueError(
-                    f"`end` should not be less than `start`. Found start = {self.start} and end = {self.end}."
-                )
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"`unit` should be one of {get_args(Unit)}. Found {self.unit!r}.")
+        check_count("end", self.end, or_none=True)
+        if self.end is not None and self.end < self.start:
+            raise ValueError(
+                f"`end` should not be less than `start`. Found start = {self.start} and end = {self.end}."
+            )
+        check_choice("unit", self.unit, get_args(Unit))
 
     def is_open(self, step: int, epoch: int | None) -> bool:
         """Whether a step of an epoch lies in it.
@@ -50,13 +49,3 @@ class Window:
             )
         now = step if epoch is None or self.unit == "step" else epoch
         return self.start <= now and (self.end is None or now <= self.end)
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse what is not a whole number of at least 0.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"`{name}` should be a whole number of at least 0. Found {name} = {value!r}.")

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from balanceopt._options import check_seed
+
 Group = dist.ProcessGroup | None | Literal[False]
 
 
@@ -35,7 +37,12 @@ def sum_over_ranks(tensor: Tensor, group: Group) -> Tensor:
 
 
 def shared_seed(group: Group, seed: int | None = None) -> int:
-    """The first rank's `seed`, `torch.initial_seed()` where None, on every rank; below 2**63."""
+    """The first rank's `seed`, `torch.initial_seed()` where None, on every rank; below 2**63.
+
+    Raises:
+        ValueError: if `seed` is no whole number.
+    """
+    check_seed(seed)
     return int(of_first_rank((torch.initial_seed() if seed is None else int(seed)) % 2**63, group))
 
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanceopt.functional._scaling import check_features, column_range, row_blocks, wide
+from balanceopt._options import check_count, check_generator, check_number, check_tensor
+from balanceopt.functional._dtypes import wide
+from balanceopt.functional._scaling import column_range, floating_features, row_blocks
 
 # k-means++ reads all its rows once per cluster, so from twice as many rows on it works on a random subset: of this
 # many rows, and of so many per cluster. Over 15 to 30 seeds inertia and purity were within chance of those of all rows.
@@ -66,7 +68,7 @@ def kmeans(
     them by the rounding of float32.
 
     Args:
-        features: `(N, D)`, finite; half precision is computed in float32. Temporaries are one copy of the
+        features: `(N, D)`, finite; half precision and integers are computed in float32. Temporaries are one copy of the
             features and a bounded block.
         num_clusters: K, from 1 to N.
         generator: source of the start; torch's own for None. On another device than `features` it gives the
@@ -80,8 +82,9 @@ def kmeans(
         `KMeansResult`: assignments `(N,)`, centroids `(K, D)`, inertia, iterations.
 
     Raises:
-        ValueError: if `features` is not a finite, floating `(N, D)` tensor with `N >= num_clusters`, or
-            another argument is outside its range.
+        ValueError: if `features` is not a finite real `(N, D)` tensor with `N >= num_clusters`, or another argument
+            is outside its range.
+        TypeError: if `features` or `init` is no tensor, or `generator` no `torch.Generator`.
 
     Example:
         >>> x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [8.0, 8.0], [8.0, 9.0]])
@@ -93,17 +96,19 @@ def kmeans(
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 1-2; start:
         Arthur and Vassilvitskii, k-means++, 2007, greedy as in scikit-learn.
     """
-    check_features(features)
+    features = floating_features(features)
     counts = {"num_clusters": num_clusters, "max_iterations": max_iterations, "n_init": n_init}
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"`{name}` should be at least 1. Found {value}.")
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"`tolerance` should be non-negative. Found {tolerance}.")
-    if init is not None and init.shape != (num_clusters, features.shape[1]):
-        raise ValueError(
-            f"`init` should have shape {(num_clusters, features.shape[1])}. Found {tuple(init.shape)}."
-        )
+        check_count(name, value, at_least=1)
+    check_number("tolerance", tolerance, at_least=0)
+    check_generator(generator)
+    if init is not None:
+        check_tensor("init", init, f"{(num_clusters, features.shape[1])}")
+        if init.shape != (num_clusters, features.shape[1]) or not bool(torch.isfinite(init).all()):
+            raise ValueError(
+                f"`init` should have shape {(num_clusters, features.shape[1])}, and finite numbers. "
+                f"Found shape {tuple(init.shape)}{'' if init.isfinite().all() else ', not all finite'}."
+            )
     points = _normalise(features)
     if len(features) < num_clusters:
         raise ValueError(

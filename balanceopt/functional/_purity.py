@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from balanceopt._options import check_tensor
+
 # Cells up to which purity counts in a dense table of clusters by classes.
 TABLE_CELLS = 2**22
 
@@ -20,10 +22,11 @@ def purity(assignments: Tensor, labels: Tensor) -> Tensor:
         labels: `(N,)`, any integers: each row's class. Every value is a class, -100 as well.
 
     Returns:
-        Scalar in (0, 1], in the default dtype.
+        Scalar in (0, 1], float32.
 
     Raises:
         ValueError: if the arguments are not integer vectors of one length, or are empty.
+        TypeError: if one is no tensor.
 
     Example:
         >>> purity(torch.tensor([5, 5, 5, 9]), torch.tensor([0, 0, 1, 1]))
@@ -32,11 +35,8 @@ def purity(assignments: Tensor, labels: Tensor) -> Tensor:
     Reference:
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 3.
     """
-    for name, values in (("assignments", assignments), ("labels", labels)):
-        if values.dim() != 1 or values.is_floating_point() or values.is_complex():
-            raise ValueError(
-                f"`{name}` should be a vector of integers. Found shape {tuple(values.shape)}, dtype {values.dtype}."
-            )
+    check_tensor("assignments", assignments, "(N,)", dims=(1,), kind="integer")
+    check_tensor("labels", labels, "(N,)", dims=(1,), kind="integer")
     if len(assignments) != len(labels):
         raise ValueError(
             f"`labels` should have one entry per assignment ({len(assignments)}). Found {len(labels)}."
@@ -50,12 +50,16 @@ def purity(assignments: Tensor, labels: Tensor) -> Tensor:
     if cluster_count * class_count <= TABLE_CELLS:
         cells = (clusters - first_cluster) * class_count + (classes - first_class)
         table = torch.bincount(cells, minlength=cluster_count * class_count)
-        return table.view(cluster_count, class_count).amax(1).sum() / total
+        return _share(table.view(cluster_count, class_count).amax(1).sum(), total)
     # Widespread values: count the pairs that occur.
     clusters = torch.unique(clusters, return_inverse=True)[1]
     pairs, counts = torch.unique(torch.stack([clusters, classes]), dim=1, return_counts=True)
     largest = torch.zeros_like(counts).scatter_reduce_(0, pairs[0], counts, "amax")
-    return largest.sum() / total
+    return _share(largest.sum(), total)
+
+
+def _share(count: Tensor, total: int) -> Tensor:
+    return count.float() / total  # a quotient of integers would be of the user's default dtype
 
 
 def _value_range(values: Tensor) -> tuple[int, int]:

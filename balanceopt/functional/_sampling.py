@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from balanceopt._options import check_count, check_kind, check_number, check_tensor
+from balanceopt._options import check_count, check_generator, check_number, check_tensor
 
 # Log importance of a unit without importance: below every float64 logarithm, so that it comes last, yet
 # finite, so that such units are still drawn at random among themselves.
@@ -26,15 +26,6 @@ def _check_non_negative(name: str, values: Tensor) -> None:
     check_tensor(name, values, "(n,)", dims=(1,))
     if not bool((torch.isfinite(values) & (values >= 0)).all()):
         raise ValueError(f"`{name}` should be finite and non-negative. Found {values}.")
-
-
-def check_generator(generator: object) -> None:
-    """Refuse anything but a source of random numbers, or None.
-
-    Raises:
-        TypeError: saying what was found.
-    """
-    check_kind("`generator`", generator, (torch.Generator, type(None)), "a torch.Generator or None")
 
 
 def _uniforms(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from balanceopt._options import check_tensor
+from balanceopt.functional._dtypes import wide
+
 # Entries of the largest temporary, features or distances of a block of rows: in cache on a CPU, a small part
 # of the memory elsewhere.
 BLOCK_ENTRIES_CPU = 2**20
@@ -25,11 +28,11 @@ def minmax_scale(features: Tensor) -> Tensor:
         features: `(N, D)`.
 
     Returns:
-        `(N, D)`, in the dtype of `features` (computed in float32 or wider).
+        `(N, D)`, in the dtype of `features` (computed in float32 or wider); float32 for integers.
 
     Raises:
-        ValueError: if `features` is not a floating `(N, D)` tensor, is empty, or a feature's range is not
-            finite.
+        ValueError: if `features` is not a real `(N, D)` tensor, is empty, or a feature's range is not finite.
+        TypeError: if `features` is no tensor.
 
     Example:
         >>> minmax_scale(torch.tensor([[0.0, 7.0], [1.0, 7.0], [4.0, 7.0]]))
@@ -41,7 +44,7 @@ def minmax_scale(features: Tensor) -> Tensor:
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024: the authors'
         published code (`code/ours.py`).
     """
-    check_features(features)
+    features = floating_features(features)
     low, high = column_range(features)
     spread = high - low
     if not torch.isfinite(spread).all():
@@ -58,16 +61,17 @@ def minmax_scale(features: Tensor) -> Tensor:
     return scaled
 
 
-def check_features(features: Tensor) -> None:
-    if features.dim() != 2 or features.shape[1] == 0 or not features.is_floating_point():
-        raise ValueError(
-            "`features` should be a floating tensor of shape (N, D) with D > 0. "
-            f"Found shape {tuple(features.shape)}, dtype {features.dtype}."
-        )
+def floating_features(features: Tensor) -> Tensor:
+    """Features `(N, D)`, integers as numbers.
 
-
-def wide(features: Tensor) -> Tensor:
-    return features if features.dtype == torch.float64 else features.float()
+    Raises:
+        TypeError: if they are no tensor.
+        ValueError: if they are complex, of another shape or without a column.
+    """
+    check_tensor("features", features, "(N, D)", dims=(2,))
+    if features.shape[1] == 0:
+        raise ValueError(f"`features` should have shape (N, D) with D > 0. Found {tuple(features.shape)}.")
+    return features if features.is_floating_point() else wide(features)
 
 
 def row_blocks(features: Tensor, width: int = 0) -> list[Tensor]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
+from balanceopt._options import check_choice, check_count, check_number
 from balanceopt._warnings import warn_user
 from balanceopt._window import Unit
 from balanceopt.functional import keep_ratio
+from balanceopt.functional._masks import check_clamp
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._masks import Masks, MaskScale, part_of
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.modulation._units import UnitRule, find_units
+from balanceopt.modulation._units import UnitRule, check_units, find_units
 
 # How many sets of parameters with a gradient are remembered: alternating losses bring a few.
 _REMEMBERED = 4
@@ -54,6 +55,7 @@ class AMSS(Modulation):
 
     Raises:
         ValueError: for an option outside its range.
+        TypeError: for `units` of another kind.
 
     Example:
         >>> modulation = AMSS(temperature=0.5, scale="unbiased", units={torch.nn.Embedding: "whole"})
@@ -79,6 +81,12 @@ class AMSS(Modulation):
         unit: Unit = "step",
     ) -> None:
         super().__init__(start=start, end=end, unit=unit)
+        check_number("temperature", temperature, above=0)
+        check_choice("scale", scale, get_args(MaskScale))
+        check_clamp(clamp)
+        check_number("offset", offset)
+        check_units(units)
+        check_count("min_ndim", min_ndim)
         self.temperature = temperature
         self.scale: MaskScale = scale
         self.clamp = clamp
@@ -86,7 +94,6 @@ class AMSS(Modulation):
         self.units = units
         self.min_ndim = min_ndim
         self._masks: dict[Any, Masks] = {}
-        self._check_options()
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Warn where the base optimizer undoes the masks or their weights."""
@@ -160,15 +167,6 @@ class AMSS(Modulation):
                 "it whole: AMSS(units={embedding: 'whole'})."
             )
         return Masks([part_of(slot, index, view) for slot, index, view in masked])
-
-    def _check_options(self) -> None:
-        if self.scale not in get_args(MaskScale):
-            raise ValueError(f"`scale` should be one of {get_args(MaskScale)}. Found {self.scale!r}.")
-        if not math.isfinite(self.offset):
-            raise ValueError(f"`offset` should be finite. Found offset = {self.offset}.")
-        if self.min_ndim < 0:
-            raise ValueError(f"`min_ndim` should be non-negative. Found min_ndim = {self.min_ndim}.")
-        keep_ratio(torch.ones(2), self.temperature, self.clamp)  # raises where one of the two is out of range
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_masks": {}}

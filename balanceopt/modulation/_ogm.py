@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
+from balanceopt._options import check_choice, check_count, check_number
 from balanceopt._warnings import warn_user
 from balanceopt._window import Unit
 from balanceopt.functional import discrepancy_ratio, modulation_coefficient
@@ -71,20 +72,14 @@ class OGM(Modulation):
         unit: Unit = "step",
     ) -> None:
         super().__init__(start=start, end=end, unit=unit)
-        if not alpha >= 0:
-            raise ValueError(f"`alpha` should be non-negative. Found alpha = {alpha}.")
-        if not noise_scale >= 0:
-            raise ValueError(f"`noise_scale` should be non-negative. Found noise_scale = {noise_scale}.")
-        if not isinstance(noise, bool) and noise not in get_args(Noise):
-            raise ValueError(f"`noise` should be a bool or one of {get_args(Noise)}. Found {noise!r}.")
-        if form not in get_args(CoefficientForm):
-            raise ValueError(f"`form` should be one of {get_args(CoefficientForm)}. Found {form!r}.")
-        if apply_to not in ("grad", "update"):
-            raise ValueError(f"`apply_to` should be 'grad' or 'update'. Found {apply_to!r}.")
-        if ratio not in get_args(RatioReduction):
-            raise ValueError(f"`ratio` should be one of {get_args(RatioReduction)}. Found {ratio!r}.")
-        if min_ndim < 0:
-            raise ValueError(f"`min_ndim` should be non-negative. Found min_ndim = {min_ndim}.")
+        check_number("alpha", alpha, at_least=0)
+        check_choice("form", form, get_args(CoefficientForm))
+        if not isinstance(noise, bool):
+            check_choice("noise", noise, get_args(Noise), other=", True or False")
+        check_number("noise_scale", noise_scale, at_least=0)
+        check_choice("apply_to", apply_to, ("grad", "update"))
+        check_count("min_ndim", min_ndim)
+        check_choice("ratio", ratio, get_args(RatioReduction))
         self.alpha = alpha
         self.form: CoefficientForm = form
         self.noise: bool | Noise = noise

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from balanceopt._options import check_count, check_kind, shown
+
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -45,7 +47,7 @@ class MaskUnits:
         parts: how often all units occur in it, one set after the other: 3 for query, key and value in one matrix.
 
     Raises:
-        ValueError: if `count` or `parts` is below 1.
+        ValueError: if `count` or `parts` is no whole number of at least 1, or `dim` no whole number.
 
     Example:
         >>> heads_of_query, heads_of_output = MaskUnits(12), MaskUnits(12, dim=1)
@@ -61,10 +63,9 @@ class MaskUnits:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        if self.parts < 1 or (self.count is not None and self.count < 1):
-            raise ValueError(
-                f"`count` and `parts` should be at least 1. Found count = {self.count}, parts = {self.parts}."
-            )
+        check_count("count", self.count, at_least=1, or_none=True)
+        check_count("dim", self.dim, at_least=None)
+        check_count("parts", self.parts, at_least=1)
 
     def on(self, shape: torch.Size) -> UnitView:
         """Apply the units to a tensor of `shape`.
@@ -148,6 +149,34 @@ class UnitView:
         return self.spread(torch.arange(self.count, device=device)).expand(sizes).reshape(shape)
 
 
+def check_units(rule: object) -> None:
+    """Refuse what can be no rule for units; whether it fits a model is seen when it is used.
+
+    Raises:
+        TypeError: saying what was expected.
+    """
+    if isinstance(rule, Mapping):
+        for key, spec in rule.items():
+            if not (
+                isinstance(key, (Tensor, nn.Module)) or (isinstance(key, type) and issubclass(key, nn.Module))
+            ):
+                raise TypeError(
+                    "`units` should map parameters, modules or classes of modules to their units. Found the key "
+                    f"{shown(key)}."
+                )
+            _check_spec(spec)
+    elif rule is not None and (not callable(rule) or isinstance(rule, (type, nn.Module))):
+        raise TypeError(
+            "`units` should be a mapping from parameters, modules or classes of modules to MaskUnits, 'whole' or "
+            f"'element', or a function of (module, name, parameter). Found {shown(rule)}."
+        )
+
+
+def _check_spec(spec: object) -> None:
+    if not isinstance(spec, MaskUnits) and not (isinstance(spec, str) and spec in ("whole", "element")):
+        raise TypeError(f"`units` should give MaskUnits, 'whole', 'element' or None. Found {shown(spec)}.")
+
+
 def find_units(
     parameters: Sequence[nn.Parameter], model: nn.Module, rule: UnitRule | None, min_ndim: int
 ) -> list[UnitView | None]:
@@ -215,10 +244,9 @@ def _refuse_strangers(rule: Mapping[Any, UnitSpec], model: nn.Module) -> None:
 
 
 def _view_of(spec: UnitSpec, p: nn.Parameter, module: nn.Module, name: str) -> UnitView:
-    if spec == "element":
-        return UnitView(tuple((s,) for s in p.shape), tuple(range(p.dim())))
+    _check_spec(spec)
     if not isinstance(spec, MaskUnits):
-        raise TypeError(f"`units` should give MaskUnits, 'whole', 'element' or None. Found {spec!r}.")
+        return UnitView(tuple((s,) for s in p.shape), tuple(range(p.dim())))
     try:
         return spec.on(p.shape)
     except ValueError as error:
@@ -256,6 +284,7 @@ def attention_heads(model: nn.Module) -> dict[nn.Module, MaskUnits]:
 
     Raises:
         ValueError: if there is no such attention, or one without a number of heads.
+        TypeError: if `model` is no module.
 
     Example:
         >>> class Attention(nn.Module):
@@ -269,6 +298,7 @@ def attention_heads(model: nn.Module) -> dict[nn.Module, MaskUnits]:
     Reference:
         Masks by attention head: Yang et al., AMSS (TPAMI 2024), and its published code for BERT.
     """
+    check_kind("`model`", model, nn.Module, "a module")
     result: dict[nn.Module, MaskUnits] = {}
     for parent in model.modules():
         result.update(_of_attention(parent, parent))

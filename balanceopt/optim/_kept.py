@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from balanceopt._options import check_count
 from balanceopt._warnings import warn_user
-from balanceopt._window import check_count
 from balanceopt.distributed import shared_seed
 from balanceopt.modulation._shards import local_part
 from balanceopt.monitor import ModalityMonitor

@@ -15,8 +15,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from balanceopt._deferred import DeferredCounts, on_host
+from balanceopt._options import check_choice, check_count, check_kind, check_number
 from balanceopt._warnings import warn_user
-from balanceopt._window import Unit, Window, check_count
+from balanceopt._window import Unit, Window
 from balanceopt.distributed import active_group, rank_in, shared_seed, sum_over_ranks
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
@@ -400,8 +401,7 @@ def _warn_once(warned: set[str], kind: str, message: str) -> None:
 
 
 def _check_monitor(monitor: ModalityMonitor) -> None:
-    if not isinstance(monitor, ModalityMonitor):
-        raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
+    check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
     monitor.expect_scores("OPM")
     for name, encoder in monitor.encoders.items():
         if getattr(encoder, "batch_first", True) is False:
@@ -415,12 +415,8 @@ def _check_monitor(monitor: ModalityMonitor) -> None:
 
 
 def _check_options(q_base: float, lam: float, p_exe: float, rescale: str, ratio: str) -> None:
-    for name, value in (("q_base", q_base), ("p_exe", p_exe)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"`{name}` should lie in [0, 1]. Found {name} = {value}.")
-    if not 0 <= lam < float("inf"):
-        raise ValueError(f"`lam` should be non-negative and finite. Found lam = {lam}.")
-    if rescale not in get_args(Rescale):
-        raise ValueError(f"`rescale` should be one of {get_args(Rescale)}. Found {rescale!r}.")
-    if ratio not in get_args(RatioReduction):
-        raise ValueError(f"`ratio` should be one of {get_args(RatioReduction)}. Found {ratio!r}.")
+    check_number("q_base", q_base, at_least=0, at_most=1)
+    check_number("lam", lam, at_least=0)
+    check_number("p_exe", p_exe, at_least=0, at_most=1)
+    check_choice("rescale", rescale, get_args(Rescale))
+    check_choice("ratio", ratio, get_args(RatioReduction))

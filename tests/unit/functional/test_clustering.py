@@ -293,18 +293,26 @@ class TestKMeans:
     @pytest.mark.parametrize(
         ("features", "options", "match"),
         [
-            (torch.ones(5), {}, r"`features` should be a floating tensor of shape \(N, D\)"),
-            (torch.ones(5, 0), {}, "`features` should be a floating tensor"),
-            (torch.ones(5, 2, dtype=torch.int64), {}, "`features` should be a floating tensor"),
+            (torch.ones(5), {}, r"`features` should be a dense real tensor of shape \(N, D\)"),
+            (torch.ones(5, 0), {}, r"`features` should have shape \(N, D\) with D > 0"),
+            (torch.ones(5, 2, dtype=torch.cfloat), {}, "`features` should be a dense real tensor"),
             (torch.ones(0, 2), {}, "`features` should be finite with at least one row. Found 0"),
             (torch.tensor([[1.0], [math.nan], [1.0]]), {}, "`features` should be finite"),
             (torch.tensor([[1.0], [math.inf], [1.0]]), {}, "`features` should be finite"),
             (torch.tensor([[1.0], [-math.inf], [1.0]]), {}, "`features` should be finite"),
             (torch.ones(1, 2), {}, "`features` should have at least `num_clusters = 2` rows. Found 1"),
-            (torch.ones(3, 2), {"num_clusters": 0}, "`num_clusters` should be at least 1. Found 0"),
-            (torch.ones(3, 2), {"max_iterations": 0}, "`max_iterations` should be at least 1"),
-            (torch.ones(3, 2), {"n_init": 0}, "`n_init` should be at least 1"),
-            (torch.ones(3, 2), {"tolerance": -1.0}, "`tolerance` should be non-negative"),
+            (
+                torch.ones(3, 2),
+                {"num_clusters": 0},
+                "whole number of at least 1. Found num_clusters = 0",
+            ),
+            (
+                torch.ones(3, 2),
+                {"max_iterations": 0},
+                "`max_iterations` should be a whole number of at least 1",
+            ),
+            (torch.ones(3, 2), {"n_init": 0}, "`n_init` should be a whole number of at least 1"),
+            (torch.ones(3, 2), {"tolerance": -1.0}, "`tolerance` should be a finite number of at least 0"),
             (torch.ones(3, 2), {"init": torch.ones(3, 2)}, r"`init` should have shape \(2, 2\)"),
         ],
     )
@@ -364,7 +372,7 @@ class TestMinmaxScale:
             minmax_scale(torch.tensor([[1.0, 2.0], [bad, 3.0]]))
         with pytest.raises(ValueError, match="`features` should be finite"):
             minmax_scale(torch.ones(0, 2))
-        with pytest.raises(ValueError, match="`features` should be a floating tensor"):
+        with pytest.raises(ValueError, match=r"`features` should be a dense real tensor of shape \(N, D\)"):
             minmax_scale(torch.ones(3))
 
 
@@ -402,8 +410,8 @@ class TestPurity:
         [
             (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), "at least one entry"),
             (torch.tensor([1, 2]), torch.tensor([1]), r"one entry per assignment \(2\). Found 1"),
-            (torch.tensor([1.0]), torch.tensor([1]), "`assignments` should be a vector of integers"),
-            (torch.tensor([1]), torch.tensor([[1]]), "`labels` should be a vector of integers"),
+            (torch.tensor([1.0]), torch.tensor([1]), "`assignments` should be a dense integer tensor"),
+            (torch.tensor([1]), torch.tensor([[1]]), "`labels` should be a dense integer tensor"),
         ],
     )
     def test_errors(self, assignments, labels, match):

@@ -70,6 +70,11 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         lambda g, x: functional.recover_scale(g, x, torch.tensor([1])),
         [torch.tensor([[1.0, -2, 1]]), torch.zeros(1, 3)],
     ),
+    "kmeans": (
+        lambda x: tuple(vars(functional.kmeans(x, 2, generator=generator())).values())[:3],
+        [torch.tensor([[0.0, 0], [0, 1], [9, 9], [9, 8]])],
+    ),
+    "minmax_scale": (functional.minmax_scale, [LOGITS]),
     "reinit_strength": (lambda g: functional.reinit_strength(g, 3.0), [torch.tensor([0.0, 1])]),
 }
 

@@ -164,14 +164,14 @@ def test_it_can_be_copied_and_pickled_after_steps():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "`temperature` should be positive. Found 0"),
+        ({"temperature": 0}, "`temperature` should be a finite number above 0. Found temperature = 0"),
         ({"clamp": (0.5, 0.2)}, "`clamp` should be a pair"),
         (
             {"scale": "ht"},
-            r"`scale` should be one of \('none', 'unbiased', 'official'\). Found 'ht'",
+            r"`scale` should be one of \('none', 'unbiased', 'official'\). Found scale = 'ht'",
         ),
-        ({"offset": NAN}, "`offset` should be finite"),
-        ({"min_ndim": -1}, "`min_ndim` should be non-negative"),
+        ({"offset": NAN}, "`offset` should be a finite number. Found offset = nan"),
+        ({"min_ndim": -1}, "`min_ndim` should be a whole number of at least 0"),
         ({"start": 3, "end": 2}, "`end` should not be less than `start`"),
     ],
 )

@@ -343,17 +343,17 @@ def test_outside_the_window_no_scores_are_asked_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": -1}, "`alpha` should be non-negative. Found alpha = -1."),
-        ({"alpha": NAN}, "`alpha` should be non-negative"),
-        ({"noise_scale": -0.1}, "`noise_scale` should be non-negative"),
-        ({"noise": "fast"}, "`noise` should be a bool or one of .*'compiled'.* Found 'fast'"),
-        ({"form": "A"}, "`form` should be one of .*'cvpr'.* Found 'A'"),
-        ({"apply_to": "lr"}, "`apply_to` should be 'grad' or 'update'"),
+        ({"alpha": -1}, "`alpha` should be a finite number of at least 0. Found alpha = -1."),
+        ({"alpha": NAN}, "`alpha` should be a finite number of at least 0. Found alpha = nan"),
+        ({"noise_scale": -0.1}, "`noise_scale` should be a finite number of at least 0"),
+        ({"noise": "fast"}, "`noise` should be one of .*'compiled'.*, True or False. Found noise = 'fast'"),
+        ({"form": "A"}, "`form` should be one of .*'cvpr'.* Found form = 'A'"),
+        ({"apply_to": "lr"}, "`apply_to` should be one of"),
         ({"ratio": "sum"}, "`ratio` should be one of"),
-        ({"min_ndim": -1}, "`min_ndim` should be non-negative"),
+        ({"min_ndim": -1}, "`min_ndim` should be a whole number of at least 0"),
         ({"start": -1}, "`start` should be a whole number of at least 0. Found start = -1"),
         ({"start": 3, "end": 2}, "`end` should not be less than `start`. Found start = 3 and end = 2"),
-        ({"unit": "steps"}, "`unit` should be one of .* Found 'steps'"),
+        ({"unit": "steps"}, "`unit` should be one of .* Found unit = 'steps'"),
     ],
 )
 def test_options_are_checked(options: Any, message: str):

@@ -207,7 +207,7 @@ def test_a_rule_that_does_not_fit_is_refused(rule, error, message):
 
 @pytest.mark.parametrize("options", [{"count": 0}, {"parts": 0}])
 def test_units_need_at_least_one(options):
-    with pytest.raises(ValueError, match="`count` and `parts` should be at least 1"):
+    with pytest.raises(ValueError, match="should be a whole number of at least 1"):
         MaskUnits(**options)
 
 

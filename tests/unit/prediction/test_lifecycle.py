@@ -94,11 +94,11 @@ def test_a_second_modulator_on_one_monitor_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"q_base": 1.1}, r"`q_base` should lie in \[0, 1\]"),
-        ({"q_base": float("nan")}, "`q_base` should lie in"),
-        ({"p_exe": -0.1}, "`p_exe` should lie in"),
-        ({"lam": -1}, "`lam` should be non-negative"),
-        ({"lam": math.inf}, "`lam` should be non-negative and finite"),
+        ({"q_base": 1.1}, r"`q_base` should be a finite number from 0 to 1"),
+        ({"q_base": float("nan")}, "`q_base` should be a finite number from 0 to 1"),
+        ({"p_exe": -0.1}, "`p_exe` should be a finite number from 0 to 1"),
+        ({"lam": -1}, "`lam` should be a finite number of at least 0"),
+        ({"lam": math.inf}, "`lam` should be a finite number of at least 0"),
         ({"rescale": "half"}, "`rescale` should be one of"),
         ({"ratio": "max"}, "`ratio` should be one of"),
         ({"start": -1}, "`start` should be a whole number of at least 0"),

@@ -16,7 +16,7 @@ from balanceopt.monitor import ModalityMonitor
 from balanceopt.monitor._labels import LabelSource
 from balanceopt.optim import AttachedModulation, attach
 from balanceopt.optim._engine import Listener
-from balanceopt.optim._kept import SEED
+from balanceopt.optim._state import SEED
 
 Head = nn.Module | str | Mapping[str, nn.Module | str] | None
 WhichEncoders = Encoders | Callable[[Any], Encoders] | ModalityMonitor

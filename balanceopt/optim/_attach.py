@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from balanceopt.modulation import Modulation
+from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.optim._checks import ENGINE, refuse_wrapped
 from balanceopt.optim._engine import Engine, Listener
 
 
 class AttachedModulation:
-    """What `attach` returns: takes the hooks off again."""
+    """What `attach` returns: takes the hooks off again. The optimizer holds it: it may be dropped.
+
+    Attributes:
+        optimizer: the one that is modulated.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
         """Hook `engine` onto `optimizer`."""
@@ -30,33 +33,27 @@ class AttachedModulation:
         ]
         self._zero_grad = optimizer.zero_grad
         # There is no hook for zero_grad, and the scores of gradients that are thrown away must go with them.
-        self._own = {"zero_grad": self._discarding_zero_grad, ENGINE: engine}
-        self._replaced = {name: value for name, value in vars(optimizer).items() if name in self._own}
-        vars(optimizer).update(self._own)
+        self._replaced = {name: value for name, value in vars(optimizer).items() if name == "zero_grad"}
+        vars(optimizer)["zero_grad"] = self._discarding_zero_grad
 
-    def remove(self, *, keep_state: bool = False) -> None:
-        """Leave the optimizer as it was. May be called twice.
+    def remove(self, *, keep_state: bool = False) -> torch.optim.Optimizer:
+        """Take everything off the optimizer and return it. May be called twice.
 
         Args:
-            keep_state: leave the step counter and the seed in its `param_groups`, so that a checkpoint written later
-                still resumes.
+            keep_state: leave the step counter, the seed and the epoch in its `param_groups`, so that a checkpoint
+                written later still resumes.
         """
-        if not self._handles:
-            return
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
-        self._engine.detach(keep_state=keep_state)
         attributes = vars(self.optimizer)
-        for name, value in self._own.items():
-            if attributes.get(name) == value:  # else someone replaced it after us
-                del attributes[name]
-                attributes.update({name: self._replaced[name]} if name in self._replaced else {})
+        if attributes.get("zero_grad") == self._discarding_zero_grad:  # else someone replaced it after us
+            del attributes["zero_grad"]
+            attributes.update(self._replaced)
+        self._engine.remove(keep_state=keep_state)
+        return self.optimizer
 
     def set_epoch(self, epoch: int) -> None:
         """Tell which epoch it is, counted from 0, for windows with `unit="epoch"`."""
-        if not self._handles:
-            raise RuntimeError("this modulation was removed. Call balanceopt.attach again.")
         self._engine.set_epoch(epoch)
 
     def stats(self) -> dict[str, int]:
@@ -100,7 +97,7 @@ class AttachedModulation:
         return self._depth > 0 and self._engine.accumulator.peek() is None
 
     def _discarding_zero_grad(self, set_to_none: bool = True) -> None:
-        if self._handles:
+        if not self._engine.removed:
             self._engine.discard()
             if self._wrapped is None:  # else the closure of a step under way may call it
                 self._depth = 0
@@ -118,20 +115,20 @@ class AttachedModulation:
 def attach(
     optimizer: torch.optim.Optimizer,
     monitor: ModalityMonitor,
-    modulation: Modulation | Sequence[Modulation],
+    modulation: Modulation | Sequence[Modulation] | None = None,
     *,
     seed: int | None = None,
     strict: bool = True,
 ) -> AttachedModulation:
     """Modulate the steps of an optimizer by hooks on it; for frameworks that build or wrap the optimizer themselves.
 
-    Equal to `ModulatedOptimizer`, but hooks are lost in copies and pickles, and under a GradScaler with a fused base
-    they see scaled gradients and overflow steps.
+    Equal to `ModulatedOptimizer`, but under a GradScaler with a fused base hooks see scaled gradients and overflow
+    steps. Copies and pickles of the optimizer are plain.
 
     Args:
         optimizer: the base. Inside Accelerate's wrapper attach to its `.optimizer`.
         monitor: a `ModalityMonitor` on the model that the optimizer trains, built with a head.
-        modulation: the method, or several to act in order.
+        modulation: the method, `OGM()` (that is OGM-GE) by default, or several to act in order.
         seed: of all randomness; None for what a checkpoint left in the groups, else `torch.initial_seed()` of the first
             rank, read now.
         strict: raise after ten steps in a row without any score; False to warn only.
@@ -155,12 +152,11 @@ def attach(
     Reference:
         docs/integrations.md.
     """
-    if isinstance(optimizer, torch.optim.Optimizer):
-        refuse_wrapped(optimizer)
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise TypeError(
-                f"{type(optimizer).__name__} has no step hooks. Use ModulatedOptimizer, or attach to the optimizer "
-                "inside it (`.optimizer`)."
-            )
-    engine = Engine(optimizer, monitor, modulation, seed=seed, strict=strict)
+    if isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} has no step hooks. Use ModulatedOptimizer, or attach to the optimizer "
+            "inside it (`.optimizer`)."
+        )
+    chosen = OGM() if modulation is None else modulation
+    engine = Engine(optimizer, monitor, chosen, seed=seed, strict=strict)
     return AttachedModulation(optimizer, engine)

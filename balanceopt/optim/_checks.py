@@ -13,29 +13,36 @@ from balanceopt.modality import unwrap
 from balanceopt.modulation import Modulation
 from balanceopt.monitor import ModalityMonitor
 
-# Under this name an optimizer, ours or one with our hooks, carries what modulates it.
-ENGINE = "_balanceopt_engine"
-
-_WRAPPER_OF: WeakKeyDictionary[torch.optim.Optimizer, ref[torch.optim.Optimizer]] = WeakKeyDictionary()
+# What modulates the steps of an optimizer, as long as it lives.
+_ENGINE_OF: WeakKeyDictionary[torch.optim.Optimizer, ref[Any]] = WeakKeyDictionary()
 
 
-def note_wrapper(base: torch.optim.Optimizer, wrapper: torch.optim.Optimizer) -> None:
-    """Remember, as long as it lives, that `wrapper` modulates the steps of `base`."""
-    _WRAPPER_OF[base] = ref(wrapper)
+def claim(optimizer: torch.optim.Optimizer, engine: object) -> None:
+    """Remember that `engine` modulates the steps of an optimizer."""
+    _ENGINE_OF[optimizer] = ref(engine)
 
 
-def refuse_wrapped(base: torch.optim.Optimizer) -> None:
-    """Raise where hooks on the base would modulate its wrapper's steps a second time.
+def release(optimizer: torch.optim.Optimizer) -> None:
+    """Forget it: the optimizer may be modulated anew."""
+    _ENGINE_OF.pop(optimizer, None)
+
+
+def refuse_modulated(optimizer: torch.optim.Optimizer) -> None:
+    """Raise where an optimizer, or one inside it, is modulated already: its steps would be modulated twice.
 
     Raises:
         ValueError: saying what to do instead.
     """
-    wrapper = _WRAPPER_OF.get(base)
-    if wrapper is not None and wrapper() is not None:
-        raise ValueError(
-            f"this {type(base).__name__} is inside a ModulatedOptimizer: its steps are modulated already. "
-            "Use the wrapper or attach, not both."
-        )
+    inner: Any = optimizer
+    while isinstance(inner, torch.optim.Optimizer):
+        engine = _ENGINE_OF.get(inner)
+        if engine is not None and engine() is not None:
+            raise ValueError(
+                f"this {type(optimizer).__name__} is modulated already, by a ModulatedOptimizer or by attach. Call "
+                "that one's remove() first. Several methods go into one wrapper: "
+                "ModulatedOptimizer(optimizer, monitor, [OGM(), AMSS()])."
+            )
+        inner = getattr(inner, "optimizer", None)
 
 
 def refuse_groups(groups: Sequence[dict[str, Any]]) -> None:
@@ -99,11 +106,7 @@ def check_arguments(
         raise TypeError(
             f"`modulation` should be a Modulation such as OGM(), or several. Found {modulations!r}."
         )
-    if _is_balanced(optimizer):
-        raise ValueError(
-            f"this {type(optimizer).__name__} is modulated already. Give one wrapper all modulations: "
-            "ModulatedOptimizer(optimizer, monitor, [OGM(), AMSS()])."
-        )
+    refuse_modulated(optimizer)
     monitor.expect_scores(type(modulations[0]).__name__)
     held = {id(p) for p in unwrap(monitor.model).parameters()}
     if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
@@ -111,12 +114,3 @@ def check_arguments(
             "the optimizer holds none of the monitor's model's parameters. Build the monitor on the model that this "
             "optimizer trains, and both after `fully_shard` or a move that replaces parameters."
         )
-
-
-def _is_balanced(optimizer: object) -> bool:
-    """Whether balanceopt already acts on the optimizer, or on one that it wraps."""
-    while optimizer is not None:
-        if getattr(optimizer, ENGINE, None) is not None:
-            return True
-        optimizer = getattr(optimizer, "optimizer", None)
-    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, Step
 from balanceopt.monitor import ModalityMonitor, ModalitySums
-from balanceopt.optim._checks import check_arguments, steps_others, warn_of_known_defects
-from balanceopt.optim._kept import Kept, device_of
+from balanceopt.optim._checks import check_arguments, claim, release, steps_others, warn_of_known_defects
 from balanceopt.optim._owners import Owners
+from balanceopt.optim._state import Counters, device_of
 from balanceopt.optim._update import UpdateScaling
 
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
@@ -30,6 +31,8 @@ _ODDITIES = {
 
 class Engine:
     """Take the monitor's sums before a step, let the modulations change the gradients or scale the step's update.
+
+    Nothing refers back to it: without its wrapper it is gone at once, and the monitor sums no scores for it.
 
     Args:
         optimizer: the base.
@@ -65,17 +68,19 @@ class Engine:
                 f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: "
                 "every step is the base optimizer's."
             )
-        # Nothing was changed until here, and nothing raises from here on, not even a warning that is an error.
-        self._has_own_groups = steps_others(optimizer)
+        self._counters = Counters(optimizer, monitor, seed)
+        # Nothing was changed until here, and nothing raises or warns from here on.
         self.accumulator = monitor.accumulator(needs_entropy=any(m.needs_entropy for m in chosen))
-        self._kept = Kept(optimizer, monitor, seed)
-        self._kept.begin()
-        self._number = self._kept.number
+        claim(optimizer, self)
+        self._counters.begin()
+        self.removed = False
+        self._number = self._counters.number
+        self._has_own_groups = steps_others(optimizer)
         self._updates = UpdateScaling()
         self._silent = 0
         self._warned: set[str] = set()
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
-        self._oddities = DeferredCounts(tuple(_ODDITIES), self._warn_of_oddities)
+        self._oddities = DeferredCounts(tuple(_ODDITIES), partial(_warn_of_oddities, self._warned))
         self._odd: dict[str, Tensor] = {}
 
     # -- around a step -------------------------------------------------------------------------------------------
@@ -122,17 +127,22 @@ class Engine:
 
     def set_epoch(self, epoch: int) -> None:
         """Tell which epoch it is, for windows that count epochs."""
-        self._kept.set_epoch(epoch)
+        self.refuse_removed()
+        self._counters.set_epoch(epoch)
 
     def refresh(self) -> None:
         """Learn who owns which parameter; give new groups the counters."""
+        if self.removed:
+            return
         self._owners.refresh()
-        self._kept.fill()
+        self._counters.fill()
 
     def after_load(self) -> None:
         """Take a checkpoint's state over: tags from this optimizer, counters from the checkpoint."""
+        if self.removed:
+            return
         self._owners.restore_tags()
-        self._kept.load()
+        self._counters.load()
         self._owners.refresh()
         self.discard()
         self._silent = 0
@@ -143,12 +153,32 @@ class Engine:
                 "longer reach the optimizer inside it. Set them in its `.optimizer` too.",
             )
 
-    def detach(self, *, keep_state: bool = False) -> None:
-        """Leave the base optimizer and the monitor as they were, but for the numbers in its groups if they are kept."""
+    def remove(self, *, keep_state: bool = False) -> None:
+        """Leave the base optimizer and the monitor as they were. May be called twice.
+
+        Args:
+            keep_state: leave the step counter, the seed and the epoch in the groups.
+        """
+        if self.removed:
+            return
         self.abandon()
-        if not keep_state:
-            self._kept.clear()
         self.accumulator.remove()
+        if not keep_state:
+            self._counters.clear()
+        release(self.optimizer)
+        self.removed = True
+
+    def refuse_removed(self) -> None:
+        """Raise after `remove`.
+
+        Raises:
+            RuntimeError: saying what to do.
+        """
+        if self.removed:
+            raise RuntimeError(
+                f"balancing was removed from this {type(self.optimizer).__name__}. Use the base optimizer, which "
+                "remove() returned, or build a new ModulatedOptimizer (or attach) on it."
+            )
 
     def stats(self) -> dict[str, int]:
         """Steps modulated, left to the base for want of scores, outside the window; and oddities met."""
@@ -157,11 +187,12 @@ class Engine:
     # -- parts of a step -----------------------------------------------------------------------------------------
 
     def _begin(self, *, has_closure: bool) -> None:
+        self.refuse_removed()
         self._updates.begin(has_closure=has_closure)
         if self._owners.changed():
             self.refresh()
         # However often a closure runs, it is one step with one number.
-        self._number = self._kept.number
+        self._number = self._counters.number
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _act(self) -> None:
@@ -177,7 +208,7 @@ class Engine:
         if (sums is None and not self._any_nonzero(gradients)) or not gradients:
             return
         balances = len(self.monitor.modalities) > 1
-        number, epoch = self._number, self._kept.epoch
+        number, epoch = self._number, self._counters.epoch
         acting = [m for m in self.modulations if balances and m.window.is_open(number, epoch)]
         if not acting:
             self._steps["outside_window"] += 1
@@ -185,7 +216,7 @@ class Engine:
             self._without_scores()
         else:
             self._modulate(acting, sums, slots)
-        self._kept.number = self._number + 1
+        self._counters.number = self._number + 1
 
     def _modulate(
         self, acting: Sequence[Modulation], sums: ModalitySums, slots: dict[str, list[Slot]]
@@ -202,7 +233,7 @@ class Engine:
             modalities=self.monitor.modalities,
             slots=slots,
             optimizer=self.optimizer,
-            seed=self._kept.seed,
+            seed=self._counters.seed,
             number=self._number,
             report=self._report,
             count=self._note,
@@ -254,12 +285,17 @@ class Engine:
         for listener in self.listeners:
             listener(self._number, name, self.monitor.modalities, values)
 
-    def _warn_of_oddities(self, counts: dict[str, int]) -> None:
-        for name, message in _ODDITIES.items():
-            if counts[name]:
-                self._warn(name, message)
-
     def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warn_user(message)
+        _warn_once(self._warned, kind, message)
+
+
+def _warn_once(warned: set[str], kind: str, message: str) -> None:
+    if kind not in warned:
+        warned.add(kind)
+        warn_user(message)
+
+
+def _warn_of_oddities(warned: set[str], counts: dict[str, int]) -> None:
+    for name, message in _ODDITIES.items():
+        if counts[name]:
+            _warn_once(warned, name, message)

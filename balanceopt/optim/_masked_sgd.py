@@ -9,10 +9,10 @@ from torch import Tensor
 
 from balanceopt.modulation import AMSS, MaskScale
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.optim._wrapper import WrappedOptimizer
+from balanceopt.optim._modulated import ModulatedOptimizer
 
 
-class MaskedSubnetworkSGD(WrappedOptimizer):
+class MaskedSubnetworkSGD(ModulatedOptimizer):
     r"""SGD that updates a part of each encoder's units in a step, fewer where the modality dominates (AMSS, AMSS+).
 
     $$b_j \leftarrow \mu b_j + (1 - \tau)(w_j M_j g_j + \lambda \theta_j),

@@ -23,7 +23,6 @@ class Base:
         make: from param groups to the optimizer.
         closure: its step needs one.
         create_graph: its step differentiates the gradients.
-        copies: a deep copy can step.
         keeps_copy: keeps a second copy of its parameters, which it pulls them to.
     """
 
@@ -31,7 +30,6 @@ class Base:
     make: Callable[[Groups], torch.optim.Optimizer]
     closure: bool = False
     create_graph: bool = False
-    copies: bool = True
     keeps_copy: bool = False
 
     def __str__(self) -> str:
@@ -111,9 +109,9 @@ _THIRD_PARTY = [
     _third("DiffGrad"),
     _third("LARS", options={"weight_decay": 1e-4}),  # plain SGD without it
     _third("Lamb"),
-    # Never calls Optimizer.__init__: without the wrapper it has neither hooks nor state_dict nor copies. Loading parts
+    # Never calls Optimizer.__init__: without the wrapper it has neither hooks nor state_dict. Loading parts
     # its groups from those of the optimizer inside it.
-    Base("torch_optimizer.Lookahead", _lookahead, copies=False, keeps_copy=True),
+    Base("torch_optimizer.Lookahead", _lookahead, keeps_copy=True),
     _third("MADGRAD", keeps_copy=True),
     _third("NovoGrad"),
     _third("PID"),

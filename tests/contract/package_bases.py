@@ -36,12 +36,6 @@ LEFT_OUT = {
 UNSAFE_STATE = dict.fromkeys(
     ("AdaShift", "Conda", "SCION", "SCIONLight", "ScalableShampoo"), "objects in its state"
 )
-# What they keep beside `param_groups` the wrapper puts into its copies, but not this.
-NOT_COPIED = {
-    "ADOPT": "keeps a function",
-    "AdaShift": "keeps a function",
-    "Magma": "is around another optimizer",
-}
 # Other gradients for one parameter move others too.
 GLOBAL = {
     "AdaGC": "clips by a norm over all parameters",

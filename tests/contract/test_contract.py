@@ -10,11 +10,10 @@ import torch
 import torch_optimizer
 from torch import nn
 
-import balanceopt as bo
 from tests.contract.bases import BASES, Base, classes_of
 from tests.contract.methods import METHODS, Method
 from tests.contract.runs import advance, build
-from tests.training import distance, groups_of, same_bits, small_model
+from tests.training import groups_of, same_bits, small_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LBFGS evaluates its closure several times"),
@@ -91,31 +90,6 @@ def test_resumes_bit_for_bit(method: Method, base: Base):
     again.load_state_dict(saved["optimizer"])
     advance(resumed, again, base, range(2, 4))
     assert same_bits(model, resumed)
-
-
-@most_pairs
-def test_a_copy_steps_its_own_parameters(method: Method, base: Base):
-    if not base.copies:
-        pytest.skip("copies of an optimizer around another can't step")
-    model, optimizer = build(base, method.make())
-    torch.optim.lr_scheduler.StepLR(optimizer, 2)  # patches `step` on the instance
-    advance(model, optimizer, base, range(2))
-    twin, copied = copy.deepcopy((model, optimizer))
-    start = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="the monitor's hooks were removed"):
-        advance(twin, copied, base, range(2, 4))
-    assert same_bits(model, start)
-    assert distance(model, twin) > 0
-
-
-@pytest.mark.parametrize("base", [base for base in BASES if not base.copies], ids=str)
-def test_what_cannot_be_copied_says_so(base: Base):
-    model, optimizer = build(base, bo.OGM(0.5))
-    advance(model, optimizer, base, range(2))
-    with pytest.warns(UserWarning, match=r"copies of Lookahead can't step"):
-        twin, copied = copy.deepcopy((model, optimizer))
-    with pytest.raises(AttributeError):
-        advance(twin, copied, base, range(2, 4))
 
 
 def test_no_base_is_left_out():

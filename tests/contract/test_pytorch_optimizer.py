@@ -18,7 +18,6 @@ from tests.contract.package_bases import (
     BASES,
     GLOBAL,
     LEFT_OUT,
-    NOT_COPIED,
     UNSAFE_STATE,
     UPDATE_OTHERWISE,
     make,
@@ -117,7 +116,7 @@ def test_these_couple_parameters_by_themselves(base: Base):
     assert not same_bits(model.head, twin.head)
 
 
-# -- schedulers, checkpoints, copies -----------------------------------------------------------------------------------
+# -- schedulers, checkpoints -------------------------------------------------------------------------------------------
 
 
 @but(["A2Grad"])
@@ -164,30 +163,6 @@ def test_these_states_of_their_own_do_not_load_safely(base: Base):
     file.seek(0)
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(file, weights_only=True)
-
-
-@but(NOT_COPIED)
-def test_a_copy_steps_its_own_parameters(base: Base):
-    model, optimizer = build(base, bo.OGM(0.5))
-    if base.name != "A2Grad":
-        torch.optim.lr_scheduler.StepLR(optimizer, 2)  # patches `step` on the instance
-    advance(model, optimizer, base, range(2))
-    twin, copied = copy.deepcopy((model, optimizer))
-    start = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="the monitor's hooks were removed"):
-        advance(twin, copied, base, range(2, LATER))
-    assert same_bits(model, start)
-    assert distance(model, twin) > 0
-
-
-@pytest.mark.filterwarnings("ignore:copies of Magma can't step", "ignore:no scores since the last step")
-@only(NOT_COPIED)
-def test_copies_of_these_cannot_step(base: Base):
-    model, optimizer = build(base, bo.OGM(0.5))
-    advance(model, optimizer, base, range(2))
-    twin, copied = copy.deepcopy((model, optimizer))
-    with pytest.raises(AttributeError):
-        advance(twin, copied, base, range(2, LATER))
 
 
 # -- a constant factor, on gradients and on updates --------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 
 import pytest
@@ -95,17 +94,6 @@ def test_it_resumes_bit_for_bit(options):
     again.load_state_dict(state)
     train(twin, again, batches(twin, 3, first=3))
     assert same_bits(model, twin)
-
-
-def test_a_copy_steps_its_own_parameters():
-    model, optimizer = masked(momentum=0.9)
-    train(model, optimizer, batches(model, 2))
-    twin, copied = copy.deepcopy((model, optimizer))
-    start = copy.deepcopy(model)
-    with pytest.warns(UserWarning, match="the monitor's hooks were removed"):
-        train(twin, copied, batches(twin, 2, first=2))
-    assert same_bits(model, start)
-    assert not same_bits(model, twin)
 
 
 def test_a_closure_is_masked_and_its_loss_returned():

@@ -114,7 +114,7 @@ def test_a_bare_checkpoint_warns_and_starts_anew():
 def test_wrapped_again_it_counts_on_and_a_seed_that_is_given_wins(given: int | None, kept: int):
     model, optimizer = modulated(bo.OGM(0.5))
     train(model, optimizer, batches(model, 2))
-    again = bo.ModulatedOptimizer(optimizer.optimizer, watch(model), bo.OGM(0.5), seed=given)
+    again = bo.ModulatedOptimizer(optimizer.remove(keep_state=True), watch(model), bo.OGM(0.5), seed=given)
     train(model, again, batches(model, 1))
     assert {group["balanceopt_seed"] for group in again.param_groups} == {kept}
     assert {group["balanceopt_step"] for group in again.param_groups} == {3}

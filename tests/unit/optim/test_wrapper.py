@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch_optimizer
 from torch.optim import Optimizer
 
 import balanceopt as bo
 from tests.models import Concat, watch
-from tests.training import batches, groups_of, modulated, same_bits, sgd, small_model, train
+from tests.training import batches, groups_of, modulated, sgd, small_model, train
 
 
 def test_it_is_an_optimizer_that_shows_its_base():
@@ -153,82 +148,6 @@ def test_an_optimizer_around_the_wrapper():
     outer = legacy(inner)
     train(model, outer, batches(model, 2))
     assert inner.stats()["modulated"] == 2
-
-
-def test_a_warning_that_is_an_error_leaves_nothing_behind():
-    model = small_model(1)
-    optimizer = sgd(groups_of(model))
-    monitor, before = watch(model), [dict(group) for group in optimizer.param_groups]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="nothing to balance"):
-            bo.ModulatedOptimizer(optimizer, monitor, bo.OGM(0.5))
-    assert [dict(group) for group in optimizer.param_groups] == before
-    assert not monitor._scorer.accumulators
-
-
-# -- copies ------------------------------------------------------------------------------------------------------
-
-
-def through_pickle(both: Any) -> Any:
-    return pickle.loads(pickle.dumps(both))
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": through_pickle}
-UNWATCHED = "the monitor's hooks were removed"
-
-
-# Lamb keeps options where Optimizer.__getstate__ does not look.
-@pytest.mark.parametrize("make", [sgd, torch.optim.AdamW, torch_optimizer.Lamb], ids=["sgd", "adamw", "lamb"])
-@pytest.mark.parametrize("scheduled", [False, True])
-@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
-def test_a_copy_steps_its_own_parameters_as_the_base_does(
-    make: Any, scheduled: bool, duplicate: Callable[[Any], Any]
-):
-    model, optimizer = modulated(bo.OGM(0.5), make)
-    if scheduled:
-        torch.optim.lr_scheduler.StepLR(optimizer, 1)  # patches `step` on the instance
-    train(model, optimizer, batches(model, 2))
-    twin, copied = duplicate((model, optimizer))
-    start, plain = copy.deepcopy(model), copy.deepcopy(model)
-    bare = make(groups_of(plain))
-    bare.load_state_dict(optimizer.state_dict())
-    with pytest.warns(UserWarning, match=UNWATCHED):
-        train(twin, copied, batches(twin, 2, first=2))
-    assert same_bits(model, start)
-    train(plain, bare, batches(plain, 2, first=2))
-    assert same_bits(plain, twin)
-
-
-def test_a_copy_between_backward_and_step_drops_the_scores():
-    model, optimizer = modulated()
-    train(model, optimizer, batches(model, 1))
-    copy.deepcopy((model, optimizer))
-    with pytest.warns(UserWarning, match="no scores"):
-        optimizer.step()
-
-
-def test_a_scheduler_works_on_a_copy():
-    model, optimizer = modulated()
-    twin, copied = copy.deepcopy((model, optimizer))
-    scheduler = torch.optim.lr_scheduler.StepLR(copied, 1, 0.5)
-    with pytest.warns(UserWarning, match=UNWATCHED):
-        train(twin, copied, batches(twin, 1))
-    scheduler.step()
-    assert copied.param_groups[0]["lr"] == 0.05
-    assert optimizer.param_groups[0]["lr"] == 0.1
-
-
-def test_the_class_is_not_poisoned_by_a_failing_copy():
-    class Stubborn(torch.optim.SGD):
-        def __deepcopy__(self, memo: Any) -> Any:
-            raise ArithmeticError("on purpose")
-
-    _, optimizer = modulated(make=lambda groups: Stubborn(groups, lr=0.1))
-    with pytest.raises(ArithmeticError):
-        copy.deepcopy(optimizer)
-    model, other = modulated()
-    train(model, other, batches(model, 1))
 
 
 # -- on the wrapper or on the base -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is kept in an optimizer's param groups: the only place that every checkpoint format carries."""
+"""The step counter, the seed and the epoch in an optimizer's param groups, which every checkpoint format carries."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ NOT_COUNTED = (
 )
 
 
-class Kept:
-    """The step counter, the seed and the epoch; plain numbers, equal in every group.
+class Counters:
+    """The step counter, the seed and the epoch; plain numbers, equal in every param group.
 
     Args:
         optimizer: the base, whose groups they live in.

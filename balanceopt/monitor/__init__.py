@@ -6,6 +6,7 @@ from balanceopt.monitor._hooks import WeakHook
 from balanceopt.monitor._labels import two_classes
 from balanceopt.monitor._monitor import ModalityMonitor
 from balanceopt.monitor._outputs import logits_of, map_tensors, tensors_in
+from balanceopt.monitor._replay import random_state_kept
 from balanceopt.monitor._scores import Accumulator
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._supported import in_backward, is_batched
@@ -21,6 +22,7 @@ __all__ = [
     "is_batched",
     "logits_of",
     "map_tensors",
+    "random_state_kept",
     "tensors_in",
     "two_classes",
 ]

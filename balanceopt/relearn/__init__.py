@@ -1,7 +1,6 @@
 """Diagnosing & Re-learning: from encoders' features to how far each encoder goes back."""
 
-from balanceopt.relearn._diagnose import diagnose
-from balanceopt.relearn._diagnosis import Diagnosis
+from balanceopt.relearn._diagnosis import Diagnosis, diagnose
 from balanceopt.relearn._scheduler import ReLearnScheduler
 
 __all__ = ["Diagnosis", "ReLearnScheduler", "diagnose"]

@@ -1,9 +1,32 @@
-"""Diagnosis: how well each modality's features separate the classes, on training and validation samples."""
+"""A diagnosis: how well each modality's features separate the classes, on training and on validation samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, TypeGuard, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from balanceopt._pooling import Pool, check_pool, pool_features
+from balanceopt._warnings import warn_user
+from balanceopt.distributed import (
+    Group,
+    active_group,
+    concatenate_over_ranks,
+    of_first_rank,
+    shared_seed,
+)
+from balanceopt.functional import kmeans, minmax_scale, purity, reinit_strength
+from balanceopt.monitor import ModalityMonitor
+from balanceopt.relearn._features import Classes, Collector, Forward, Samples, collect
+
+Normalize = Literal["minmax", "none"]
+Features = tuple[Mapping[str, Tensor], Tensor]
+Source = Iterable[Any] | Features
 
 _COLUMNS = ("modality", "train purity", "val purity", "gap", "strength", "samples (train + val)")
 
@@ -27,12 +50,12 @@ class Diagnosis:
         strength: by modality, in [0, 1); 0 where skipped.
         train_count: samples clustered, over all ranks.
         val_count: the same of the validation samples.
-        num_classes: C, also the number of clusters.
+        num_clusters: as many as there are different labels.
         skipped: why, for modalities without a diagnosis.
         epoch: when it was made, for one that a scheduler made.
 
     Example:
-        >>> print(Diagnosis({"a": 0.9}, {"a": 0.8}, {"a": 0.1}, {"a": 0.29}, {"a": 90}, {"a": 9}, num_classes=3))
+        >>> print(Diagnosis({"a": 0.9}, {"a": 0.8}, {"a": 0.1}, {"a": 0.29}, {"a": 90}, {"a": 9}, num_clusters=3))
         modality  train purity  val purity     gap  strength  samples (train + val)
         a               0.9000      0.8000  0.1000    0.2900                 90 + 9
 
@@ -46,7 +69,7 @@ class Diagnosis:
     strength: dict[str, float]
     train_count: dict[str, int]
     val_count: dict[str, int]
-    num_classes: int
+    num_clusters: int
     skipped: dict[str, str] = field(default_factory=dict)
     epoch: int | None = None
 
@@ -58,8 +81,8 @@ class Diagnosis:
     @property
     def largest_gap(self) -> str | None:
         """The modality whose encoder is furthest ahead of what carries over; None if all were skipped."""
-        known = [name for name in self.gap if name not in self.skipped]
-        return max(known, key=lambda name: self.gap[name]) if known else None
+        names = [name for name in self.gap if name not in self.skipped]
+        return max(names, key=lambda name: self.gap[name]) if names else None
 
     def __str__(self) -> str:
         rows = [_COLUMNS, *(self._row(name) for name in self.gap)]
@@ -83,25 +106,325 @@ class Diagnosis:
         return (name, *(f"{value[name]:.4f}" for value in values), counts)
 
 
-def assemble(
+def diagnose(
+    train: Source,
+    val: Source,
+    *,
+    monitor: ModalityMonitor | None = None,
+    lam: float = 3.0,
+    normalize: Normalize = "minmax",
+    forward: Forward | None = None,
+    classes: Classes | None = None,
+    max_samples: int = 50_000,
+    equal_counts: bool = False,
+    pool: Pool = "auto",
+    n_init: int = 1,
+    seed: int | None = None,
+    group: Group = None,
+    progress: bool | None = None,
+) -> Diagnosis:
+    r"""Compare how well each modality's features separate the classes on training and on held-out samples.
+
+    $$g^m = |P_D^m - P_V^m|$$
+
+    with the purities P of k-means clusters, as many as classes. Nothing is changed: a loader is run through the model
+    in eval mode, and modes, buffers and random streams are as before.
+
+    Args:
+        train: a loader, or `({modality: features (N, D)}, labels (N,))`.
+        val: the same of held-out samples.
+        monitor: watches the model; needed for loaders. `head=None` is enough.
+        lam: of the strength that re-learning would use.
+        normalize: `"minmax"` or `"none"`.
+        forward: function of (model, batch) that runs the model and returns the labels, for other batches.
+        classes: function from a batch's labels to class indices `(B,)`, of which as many different ones make as many
+            clusters; None for labels that are class indices.
+        max_samples: most samples a modality to keep of each split, over all ranks.
+        equal_counts: cluster only as many training samples as there are for validation.
+        pool: makes vectors of features with more dimensions.
+        n_init: starts of k-means, the best of which counts.
+        seed: of k-means; None for `torch.initial_seed()` of the first rank.
+        group: whose ranks hold a part of the samples each; the monitor's where one is given.
+        progress: show a progress bar (tqdm).
+
+    Returns:
+        A `Diagnosis`; `print` it for a table.
+
+    Raises:
+        ValueError: if there are no samples, of one class, or with labels that are not integers.
+        TypeError: for loaders without a monitor.
+
+    Example:
+        >>> import torch
+        >>> labels = torch.arange(40) % 2
+        >>> sharp, blurred = labels[:, None] * 9.0, torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+        >>> train, val = ({"a": sharp, "b": blurred}, labels), ({"a": blurred, "b": blurred}, labels)
+        >>> found = diagnose(train, val, seed=0)
+        >>> found.largest_gap, found.train_purity["a"], found.gap["b"]
+        ('a', 1.0, 0.0)
+
+    Reference:
+        Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 1-5.
+    """
+    chosen = options(
+        seed,
+        group if monitor is None else monitor.group,
+        lam=lam,
+        normalize=normalize,
+        n_init=n_init,
+        classes=classes,
+        max_samples=max_samples,
+        equal_counts=equal_counts,
+        pool=pool,
+    )
+    samples = [
+        collect_samples(source, split, monitor, chosen, forward, progress)
+        for source, split in ((train, "training"), (val, "validation"))
+    ]
+    names = dict.fromkeys(name for source in (train, val) if is_given(source) for name in source[0])
+    modalities = tuple(names) if monitor is None else monitor.modalities
+    return diagnose_samples(modalities, samples[0], samples[1], chosen)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The way to a diagnosis.
+
+    Args:
+        lam: of the strength tanh(lam * gap).
+        normalize: `"minmax"` or `"none"`, before clustering.
+        n_init: starts of k-means, the best of which counts.
+        classes: makes class indices `(B,)` of a batch's labels; None for labels that are class indices.
+        max_samples: most samples of each modality to keep, of training and of validation, over all ranks.
+        equal_counts: cluster a random part of the training samples, as many as there are for validation.
+        pool: makes `(B, D)` of features with more dimensions.
+        seed: of k-means and of any choice of samples.
+        group: whose ranks hold a part of the samples each.
+    """
+
+    lam: float
+    normalize: Normalize
+    n_init: int
+    classes: Classes | None
+    max_samples: int
+    equal_counts: bool
+    pool: Pool
+    seed: int
+    group: Group
+
+    def __post_init__(self) -> None:
+        reinit_strength(0.0, self.lam)  # refuses a lam outside its range
+        if self.normalize not in get_args(Normalize):
+            raise ValueError(f"`normalize` should be one of {get_args(Normalize)}. Found {self.normalize!r}.")
+        if self.n_init < 1:
+            raise ValueError(f"`n_init` should be at least 1. Found {self.n_init}.")
+        if not (self.classes is None or callable(self.classes)):
+            raise ValueError(
+                "`classes` should be a function from a batch's labels to class indices, or None. Found "
+                f"{self.classes!r}."
+            )
+        if self.max_samples < 1:
+            raise ValueError(f"`max_samples` should be at least 1. Found {self.max_samples}.")
+        check_pool(self.pool)
+
+    @property
+    def limit(self) -> int:
+        """Most samples of a modality on this rank."""
+        ranks = active_group(self.group)
+        return self.max_samples if ranks is None else -(-self.max_samples // dist.get_world_size(ranks))
+
+
+def options(seed: int | None, group: Group, **given: Any) -> Options:
+    """Make `Options` with a seed that all ranks share."""
+    return Options(seed=shared_seed(group) if seed is None else seed % 2**63, group=group, **given)
+
+
+def is_given(source: Any) -> TypeGuard[Features]:
+    """Whether these are features by modality with labels, not a loader."""
+    return isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping)
+
+
+def collect_samples(
+    source: Source,
+    split: str,
+    monitor: ModalityMonitor | None,
+    chosen: Options,
+    forward: Forward | None,
+    progress: bool | None,
+) -> dict[str, Samples]:
+    """Collect each modality's samples from a pass over a loader, or from features given.
+
+    Raises:
+        TypeError: for a loader without a monitor.
+        KeyError: for features of a modality that the monitor does not have.
+    """
+    collector_of = partial(Collector, limit=chosen.limit, seed=chosen.seed, classes=chosen.classes)
+    if is_given(source):
+        features, labels = source
+        modalities = tuple(features) if monitor is None else monitor.modalities
+        unknown = sorted(features.keys() - set(modalities))
+        if unknown:
+            raise KeyError(f"{split} features should be given by modality {modalities}. Found {unknown}.")
+        collector = collector_of(
+            modalities,
+            lambda _, z: pool_features(z, chosen.pool),
+            ignore_index=-100,
+            where=f"given with the {split} features",
+        )
+        collector.add({name: torch.as_tensor(z) for name, z in features.items()}, labels)
+        return collector.samples()
+    if monitor is None:
+        raise TypeError(
+            f"the {split} data should be (features by modality, labels) where no monitor is given. Found "
+            f"{type(source).__name__}: pass `monitor=` to take the features from a pass over a loader."
+        )
+    projection = monitor.projection
+    collector = collector_of(
+        monitor.modalities,
+        lambda name, z: pool_features(z, chosen.pool, projection(name)),
+        ignore_index=monitor.ignore_index,
+        where=f"from the {split} loader",
+    )
+    collect(monitor, source, collector, split, forward, progress)
+    return collector.samples()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What one rank holds of one modality."""
+
+    train: int = 0
+    val: int = 0
+    width: int = 0
+    usable: bool = True
+    double: bool = False
+
+
+def diagnose_samples(
+    modalities: Sequence[str], train: Mapping[str, Samples], val: Mapping[str, Samples], chosen: Options
+) -> Diagnosis:
+    """Cluster and compare each modality's samples; the same result on all ranks.
+
+    Raises:
+        ValueError: if there are no training or no validation samples, or only one class.
+    """
+    if chosen.equal_counts:
+        train = {name: s.random_part(len(val[name]), chosen.seed) for name, s in train.items() if name in val}
+    held, classes = _survey(modalities, train, val, chosen.group)
+    counts = {name: (sum(h.train for h in held[name]), sum(h.val for h in held[name])) for name in modalities}
+    _check(counts, classes)
+    clusters = len(classes)
+    skipped = {name: why for name in modalities if (why := _why_skipped(held[name], counts[name], clusters))}
+    for name, why in skipped.items():
+        warn_user(f"modality {name!r} was left out of the diagnosis: {why}.")
+    ranks = active_group(chosen.group)
+    first = ranks is None or dist.get_rank(ranks) == 0
+    purities = {}
+    for name in modalities:
+        if name not in skipped:
+            parts = (train.get(name), val.get(name))
+            both = [_of_all_ranks(parts, side, held[name], chosen.group) for side in (0, 1)]
+            # Bounded features, clustered once: the other ranks wait for the answer.
+            if first:
+                purities[name] = (_purity(both[0], clusters, chosen), _purity(both[1], clusters, chosen))
+    purities = of_first_rank(purities, chosen.group)
+    return _compare(modalities, purities, counts, skipped, clusters, chosen.lam)
+
+
+def _survey(
+    modalities: Sequence[str], train: Mapping[str, Samples], val: Mapping[str, Samples], group: Group
+) -> tuple[dict[str, list[_Held]], set[int]]:
+    """What each rank holds of each modality, and the classes that all hold together."""
+    here = {name: _held(train.get(name), val.get(name)) for name in modalities}
+    labels = {int(c) for part in (train, val) for s in part.values() for c in s.labels.unique()}
+    everyone: list[Any] = [(here, labels)]
+    ranks = active_group(group)
+    if ranks is not None:
+        everyone = [None] * dist.get_world_size(ranks)
+        dist.all_gather_object(everyone, (here, labels), group=ranks)
+    held = {name: [part[name] for part, _ in everyone] for name in modalities}
+    return held, set().union(*(classes for _, classes in everyone))
+
+
+def _held(train: Samples | None, val: Samples | None) -> _Held:
+    features = [s.features for s in (train, val) if s is not None and len(s)]
+    widths = {z.shape[1] for z in features}
+    finite = all(z.is_floating_point() and bool(torch.isfinite(z).all()) for z in features)
+    return _Held(
+        len(train or ()),
+        len(val or ()),
+        max(widths, default=0),
+        finite and len(widths) < 2 and 0 not in widths,
+        any(z.dtype == torch.float64 for z in features),
+    )
+
+
+def _check(counts: Mapping[str, tuple[int, int]], classes: set[int]) -> None:
+    for side, hint in enumerate(("training", "validation")):
+        if not any(both[side] for both in counts.values()):
+            raise ValueError(
+                f"there are no {hint} features: the {hint} data yielded no sample, or the passes over it called none "
+                f"of the encoders {list(counts)}."
+            )
+    if len(classes) < 2:
+        raise ValueError(f"labels should be of two classes or more. Found only {sorted(classes)}.")
+
+
+def _why_skipped(held: Sequence[_Held], counts: tuple[int, int], clusters: int) -> str | None:
+    if not all(h.usable for h in held) or len({h.width for h in held if h.width}) > 1:
+        return "its features are not finite floating numbers, or of more than one width"
+    if min(counts) < clusters:
+        return (
+            f"it has {counts[0]} training and {counts[1]} validation samples, fewer than the {clusters} clusters "
+            "in one of them"
+        )
+    return None
+
+
+def _of_all_ranks(
+    parts: tuple[Samples | None, Samples | None], side: int, held: Sequence[_Held], group: Group
+) -> Samples:
+    """The training (side 0) or validation samples of all ranks, in float32 or wider; this rank's may be missing."""
+    own = parts[side]
+    if own is None:
+        like = next((s.features for s in parts if s is not None), torch.empty(0))
+        own = Samples(like.new_empty(0, max(h.width for h in held)), torch.empty(0, dtype=torch.int64))
+    # Half precision would be too coarse for the scaling too.
+    features = own.features.to(torch.float64 if any(h.double for h in held) else torch.float32)
+    rows = [h.val if side else h.train for h in held]
+    labels = own.labels.to(features.device)
+    return Samples(concatenate_over_ranks(features, rows, group), concatenate_over_ranks(labels, rows, group))
+
+
+def _purity(samples: Samples, clusters: int, chosen: Options) -> float:
+    features = minmax_scale(samples.features) if chosen.normalize == "minmax" else samples.features
+    # The same start for every modality and split: equal features then have no gap.
+    generator = torch.Generator().manual_seed(chosen.seed)
+    found = kmeans(features, clusters, generator=generator, n_init=chosen.n_init)
+    share = float(purity(found.assignments, samples.labels))
+    return round(share * len(samples)) / len(samples)  # of integers: without float32's rounding
+
+
+def _compare(
     modalities: Sequence[str],
     purities: Mapping[str, tuple[float, float]],
     counts: Mapping[str, tuple[int, int]],
-    skipped: Mapping[str, str],
-    strength: Callable[[float], float],
-    num_classes: int,
+    skipped: dict[str, str],
+    clusters: int,
+    lam: float,
 ) -> Diagnosis:
-    """The diagnosis of these purities `(train, validation)`; `strength` is a function of the gap."""
+    """The diagnosis of purities `(training, validation)`."""
     nan = float("nan")
     train, val = ({name: purities.get(name, (nan, nan))[side] for name in modalities} for side in (0, 1))
     gap = {name: abs(train[name] - val[name]) for name in modalities}
+    strengths = reinit_strength(torch.tensor(list(gap.values()), dtype=torch.float64), lam).tolist()
     return Diagnosis(
         train_purity=train,
         val_purity=val,
         gap=gap,
-        strength={name: strength(gap[name]) if name in purities else 0.0 for name in modalities},
+        strength={n: alpha if n in purities else 0.0 for n, alpha in zip(gap, strengths, strict=True)},
         train_count={name: counts[name][0] for name in modalities},
         val_count={name: counts[name][1] for name in modalities},
-        num_classes=num_classes,
-        skipped={name: skipped[name] for name in modalities if name in skipped},
+        num_clusters=clusters,
+        skipped=skipped,
     )

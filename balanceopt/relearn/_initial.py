@@ -1,27 +1,29 @@
-"""The weights that encoders go back to: copied before training, kept on a device of choice, saved with the state."""
+"""The weights that encoders go back to: copied before training, saved with the state; and the way back to them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from balanceopt._warnings import warn_user
+from balanceopt.functional import soft_reinit_
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.relearn._sharded import as_saved, local, local_start
+
+OptimizerState = Literal["keep", "reset"]
 
 # What torch.compile and activation checkpointing put into the names of a module's parameters.
 _INSIDE = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class InitialWeights:
-    """A copy of each encoder's own parameters, by dotted name.
+    """A copy of the parameters that belong to one encoder alone, by dotted name.
 
-    Those that are frozen, or not built yet (lazy modules), are copied when a forward finds them trainable and built:
-    before any step could have changed them.
+    Parameters that are frozen, or not built yet (lazy modules), are copied when a forward finds them trainable and
+    built: before any step could have changed them.
 
     Args:
         monitor: knows the encoders.
@@ -38,7 +40,7 @@ class InitialWeights:
 
     @property
     def waiting(self) -> bool:
-        """Whether some are still to be copied."""
+        """Whether some parameters are still to be copied."""
         return bool(self._waiting)
 
     @property
@@ -49,18 +51,18 @@ class InitialWeights:
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """Each modality's own parameters by dotted name, as they are now."""
         names = {id(p): _clean(n) for n, p in reversed(list(self.monitor.model.named_parameters()))}
-        return {m: {names[id(p)]: p for p in own} for m, own in self.monitor.parameters.items()}
+        return {m: {names[id(p)]: p for p in params} for m, params in self.monitor.parameters.items()}
 
     def take(self) -> None:
-        """Copy what is waited for and is built and trainable by now."""
+        """Copy the parameters that have become built and trainable."""
         for name, tensor in self._by_dotted_name().items():
             if name in self._waiting and tensor.requires_grad and not is_lazy(tensor):
                 self._waiting.discard(name)
                 if tensor.is_floating_point() or tensor.is_complex():
-                    self.values[name] = self._kept(local(tensor.detach()).clone(), tensor)
+                    self.values[name] = self.copy_of(_local(tensor.detach()), tensor)
 
     def give(self, state: Mapping[str, Any]) -> None:
-        """Take the user's values: a model's state dict, or each encoder's own by modality.
+        """Replace the copies by the user's values: a model's state dict, or one of each encoder by modality.
 
         Raises:
             ValueError: if a trainable parameter is missing in it, or has another shape.
@@ -75,10 +77,10 @@ class InitialWeights:
         self._set({name: value for name, value in given.items() if name in current}, current)
 
     def state(self) -> dict[str, Tensor]:
-        """The copies by name, as a checkpoint holds them: sharded where the parameters are."""
+        """Return the copies by name, for a checkpoint: sharded where the parameters are."""
         current = self._by_dotted_name()
         return {
-            name: as_saved(value, current[name]) for name, value in self.values.items() if name in current
+            name: _as_saved(value, current[name]) for name, value in self.values.items() if name in current
         }
 
     def check(self, state: Mapping[str, Tensor]) -> None:
@@ -97,12 +99,12 @@ class InitialWeights:
         _check_shapes(state, current)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take a checkpoint's copies over."""
+        """Replace the copies by those of a checkpoint."""
         self.check(state)
         self._set(state, self._by_dotted_name())
 
     def starts(self, current: Mapping[str, nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-        """The tensors to change, this rank's part of each, and what they started from; frozen ones are left out."""
+        """This rank's part of each trainable tensor, and of its initial value."""
         targets, starts, unknown = [], [], []
         for name, tensor in current.items():
             if not tensor.requires_grad or is_lazy(tensor) or not tensor.is_floating_point():
@@ -110,8 +112,8 @@ class InitialWeights:
             if name not in self.values:
                 unknown.append(name)
                 continue
-            targets.append(local(tensor.detach()))
-            starts.append(local_start(self.values[name], tensor))
+            targets.append(_local(tensor.detach()))
+            starts.append(_local_start(self.values[name], tensor))
         if unknown:
             warn_user(
                 f"parameters {unknown} came after the scheduler was built: there is no initial value for them, and "
@@ -121,42 +123,77 @@ class InitialWeights:
 
     def _by_dotted_name(self) -> dict[str, nn.Parameter]:
         """The parameters of all modalities."""
-        return {name: p for own in self.parameters().values() for name, p in own.items()}
+        return {name: p for params in self.parameters().values() for name, p in params.items()}
 
     def _set(self, state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
         _check_shapes(state, current)
         for name, value in state.items():
             self._waiting.discard(name)
-            self.values[name] = self._kept(local_start(value.detach(), current[name]).clone(), current[name])
+            self.values[name] = self.copy_of(_local_start(value.detach(), current[name]), current[name])
 
-    def _kept(self, value: Tensor, tensor: Tensor) -> Tensor:
-        return value.to(tensor.device if self.device is None else self.device)
+    def copy_of(self, value: Tensor, like: Tensor) -> Tensor:
+        """Copy a value to where initial weights are kept; `like` is the parameter that it belongs to."""
+        return value.detach().to(like.device if self.device is None else self.device, copy=True)
 
     def _by_name(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """By dotted name in the model, from either form."""
-        if not set(state) <= set(self.monitor.modalities) or not all(
-            isinstance(own, Mapping) for own in state.values()
-        ):
+        by_modality = set(state) <= set(self.monitor.modalities)
+        if not by_modality or not all(isinstance(values, Mapping) for values in state.values()):
             return {_clean(name): value for name, value in state.items()}
         prefixes = {id(part): name for name, part in self.monitor.model.named_modules()}
         given = {}
-        for modality, own in state.items():
+        for modality, values in state.items():
             prefix = prefixes[id(self.monitor.encoders[modality])]
-            given.update(
-                {_clean(f"{prefix}.{name}" if prefix else name): value for name, value in own.items()}
-            )
+            for name, value in values.items():
+                given[_clean(f"{prefix}.{name}" if prefix else name)] = value
         return given
 
     def _warn_of_shared(self) -> None:
-        own = {id(p) for parameters in self.monitor.parameters.values() for p in parameters}
+        unshared = {id(p) for params in self.monitor.parameters.values() for p in params}
         encoders = self.monitor.encoders.items()
-        shared = {m: sum(id(p) not in own for p in encoder.parameters()) for m, encoder in encoders}
+        shared = {m: sum(id(p) not in unshared for p in encoder.parameters()) for m, encoder in encoders}
         if any(shared.values()):
-            found = ", ".join(f"{modality}: {count}" for modality, count in shared.items() if count)
+            counts = ", ".join(f"{modality}: {count}" for modality, count in shared.items() if count)
             warn_user(
-                f"some of the encoders' parameters are shared with other modules ({found}): no single strength would "
+                f"some of the encoders' parameters are shared with other modules ({counts}): no single strength would "
                 "be right for them, and re-learning leaves them as they are."
             )
+
+
+@torch.no_grad()
+def reinitialise(
+    strength: Mapping[str, float],
+    initial: InitialWeights,
+    optimizer: torch.optim.Optimizer,
+    optimizer_state: OptimizerState,
+) -> None:
+    """Move each modality's encoder towards its initial weights by its own strength, in place.
+
+    After an exception nothing has changed: for the time of the call there is a copy of the weights beside the initial
+    ones.
+    """
+    targets: list[Tensor] = []
+    starts: list[Tensor] = []
+    strengths: list[float] = []
+    forgotten: list[Tensor] = []
+    for modality, params in initial.parameters().items():
+        alpha = strength.get(modality, 0.0)
+        if alpha > 0:
+            current, start = initial.starts(params)
+            targets += current
+            starts += start
+            strengths += [alpha] * len(current)
+            forgotten += [p for p in params.values() if p.requires_grad and p in optimizer.state]
+    before = [initial.copy_of(target, target) for target in targets]
+    try:
+        soft_reinit_(targets, starts, strengths)
+    except BaseException:
+        for target, value in zip(targets, before, strict=True):
+            target.copy_(value)
+        raise
+    if optimizer_state == "reset":
+        for parameter in forgotten:
+            del optimizer.state[parameter]
 
 
 def _check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
@@ -172,3 +209,39 @@ def _clean(name: str) -> str:
     for part in _INSIDE:
         name = name.replace(part, "")
     return name.removeprefix("module.")  # DistributedDataParallel
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, of the same storage; the tensor itself where it is not sharded."""
+    part: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
+
+
+def _local_start(start: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of an initial value, given whole, as a part, or sharded in whatever way, for `tensor`."""
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        full: Callable[[], Tensor] | None = getattr(start, "full_tensor", None)
+        return start if full is None else full()
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    if hasattr(start, "to_local"):
+        return _local(start.redistribute(mesh, placements))  # type: ignore[attr-defined]
+    if start.shape == _local(tensor.detach()).shape:
+        return start
+    from torch.distributed.tensor import distribute_tensor
+
+    return _local(distribute_tensor(start.to(mesh.device_type), mesh, placements, src_data_rank=None))
+
+
+def _as_saved(start: Tensor, tensor: Tensor) -> Tensor:
+    """An initial value as a checkpoint holds it: sharded as `tensor` is."""
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return start
+    from torch.distributed.tensor import DTensor
+
+    part = _local_start(start, tensor).to(mesh.device_type)
+    placements: Any = tensor.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )

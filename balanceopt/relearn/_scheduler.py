@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from balanceopt._pooling import Pool
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.relearn._checks import check_arguments, check_loaders
-from balanceopt.relearn._diagnosis import Diagnosis
-from balanceopt.relearn._initial import InitialWeights
-from balanceopt.relearn._purities import Normalize, diagnose_samples, options
-from balanceopt.relearn._reinit import OptimizerState, reinitialise
-from balanceopt.relearn._samples import Samples
-from balanceopt.relearn._sources import Features, Source, samples_of
-from balanceopt.relearn._undisturbed import Forward
+from balanceopt.relearn._diagnosis import (
+    Diagnosis,
+    Features,
+    Normalize,
+    Source,
+    collect_samples,
+    diagnose_samples,
+    is_given,
+    options,
+)
+from balanceopt.relearn._features import Classes, Forward, Samples
+from balanceopt.relearn._initial import InitialWeights, OptimizerState, reinitialise
 
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
 
@@ -47,13 +51,14 @@ class ReLearnScheduler:
         every: epochs (calls of `step`) between diagnoses.
         lam: of the strength; larger goes further back, 0 never.
         max_relearns: how often at most; None for no limit.
+        classes: function from a batch's labels to class indices `(B,)`, of which as many different ones make as many
+            clusters; None for labels that are class indices.
         normalize: `"minmax"` scales each feature to (-1, 1) before clustering, as published code does; `"none"`.
         forward: function of (model, batch) that runs the model and returns the labels, for other batches.
         optimizer_state: `"keep"`, or `"reset"` to forget the momentum of the encoders that go back.
         initial: state dict of the model, or of each encoder by modality, to go back to; None for the weights as they
             are now (of lazy and frozen parameters: when they are first built and trainable in a forward).
         snapshot_device: where initial weights are kept; None for each parameter's own device.
-        num_classes: number of clusters; None for as many as there are different labels.
         max_samples: most samples a modality to keep of each split, over all ranks: classes as equal as can be.
         equal_counts: cluster only as many training samples as there are for validation.
         pool: `"auto"` (as the head gets them), `"mean"`, `"max"`, `"flatten"` or a function, to make vectors of
@@ -89,12 +94,12 @@ class ReLearnScheduler:
         every: int = 20,
         lam: float = 3.0,
         max_relearns: int | None = 3,
+        classes: Classes | None = None,
         normalize: Normalize = "minmax",
         forward: Forward | None = None,
         optimizer_state: OptimizerState = "keep",
         initial: Mapping[str, Any] | None = None,
         snapshot_device: torch.device | str | None = None,
-        num_classes: int | None = None,
         max_samples: int = 50_000,
         equal_counts: bool = False,
         pool: Pool = "auto",
@@ -102,8 +107,8 @@ class ReLearnScheduler:
         seed: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        check_arguments(optimizer, monitor, every, max_relearns, optimizer_state)
-        check_loaders(train_loader, val_loader)
+        _check_arguments(optimizer, monitor, every, max_relearns, optimizer_state)
+        _check_loaders(train_loader, val_loader)
         self.optimizer = optimizer
         self.monitor = monitor
         self.train_loader = train_loader
@@ -122,7 +127,7 @@ class ReLearnScheduler:
             lam=lam,
             normalize=normalize,
             n_init=n_init,
-            num_classes=num_classes,
+            classes=classes,
             max_samples=max_samples,
             equal_counts=equal_counts,
             pool=pool,
@@ -227,22 +232,61 @@ class ReLearnScheduler:
         return left and (self.last_epoch + 1) % self.every == 0
 
     def _samples(self, source: Source | None, split: str) -> dict[str, Samples]:
-        own = self.train_loader if split == "training" else self.val_loader
-        chosen = own if source is None else source
-        if chosen is None:
+        loader = self.train_loader if split == "training" else self.val_loader
+        data = loader if source is None else source
+        if data is None:
             raise ValueError(
                 f"there is no {split} data: without loaders call step(train=(features, labels), "
                 "val=(features, labels)), features by modality."
             )
-        return samples_of(chosen, split, self.monitor, self._options, self.forward, self.progress)
+        return collect_samples(data, split, self.monitor, self._options, self.forward, self.progress)
 
     def _copy_late(self, name: str, output: Any, current: Any) -> None:
         """Copy parameters that this forward finds built and trainable for the first time."""
-        if self._initial.waiting:
-            self._initial.take()
+        self._initial.take()
+        if not self._initial.waiting:
+            self.monitor.taps.drop(self._copy_late)
 
     def _report(self, diagnosis: Diagnosis) -> None:
         for listener in self.listeners:
             for quantity in _RECORDED:
                 values = torch.tensor(list(getattr(diagnosis, quantity).values()), dtype=torch.float64)
                 listener(self.last_epoch, quantity, diagnosis.modalities, values)
+
+
+def _check_arguments(
+    optimizer: torch.optim.Optimizer,
+    monitor: ModalityMonitor,
+    every: int,
+    max_relearns: int | None,
+    optimizer_state: OptimizerState,
+) -> None:
+    """Refuse arguments of another type, and options outside their range."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"`optimizer` should be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
+    if not isinstance(monitor, ModalityMonitor):
+        raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
+    if every < 1:
+        raise ValueError(f"`every` should be at least 1. Found every = {every}.")
+    if max_relearns is not None and max_relearns < 0:
+        raise ValueError(
+            f"`max_relearns` should be non-negative or None. Found max_relearns = {max_relearns}."
+        )
+    if optimizer_state not in get_args(OptimizerState):
+        raise ValueError(
+            f"`optimizer_state` should be one of {get_args(OptimizerState)}. Found {optimizer_state!r}."
+        )
+
+
+def _check_loaders(train: Any, val: Any) -> None:
+    """Refuse one loader without the other, and features in the place of a loader."""
+    for loader, name in ((train, "train_loader"), (val, "val_loader")):
+        if loader is None and (train is not None or val is not None):
+            raise ValueError(
+                f"`{name}` should yield batches: a diagnosis compares training with held-out samples. Found None; "
+                "give both loaders, or neither and features to each step."
+            )
+        if is_given(loader):
+            raise TypeError(
+                f"`{name}` should be a loader. Found features: pass them to each step, and None for both loaders here."
+            )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import balanceopt as bo
-from balanceopt.relearn._samples import balanced
+from balanceopt.relearn._features import balanced
 
 seeds = st.integers(0, 2**16)
 

@@ -31,7 +31,7 @@ class TestNumbers:
         found = bo.diagnose(*given(), seed=0)
         assert (found.train_purity["near"], found.val_purity["near"], found.gap["near"]) == (1, 1, 0)
         assert found.train_purity["noise"] < 0.7
-        assert found.num_classes == 3
+        assert found.num_clusters == 3
         assert found.train_count == {"near": 90, "noise": 90}
         assert found.val_count == {"near": 60, "noise": 60}
 
@@ -82,14 +82,21 @@ class TestOptions:
     def test_n_init(self):
         assert bo.diagnose(*given(), n_init=8, seed=0).train_purity["near"] == 1
 
-    def test_num_classes(self):
-        assert bo.diagnose(*given(), num_classes=6).num_classes == 6
+    def test_classes(self):
+        (x, y), (v, w) = given()
+        targets = [(x, y.double() / 4), (v, w.double() / 4)]
+        with pytest.raises(ValueError, match=r"class index each. Found dtype torch.float64: pass `classes=`"):
+            bo.diagnose(*targets, seed=0)
+        found = bo.diagnose(*targets, seed=0, classes=lambda labels: (4 * labels).long())
+        assert found == bo.diagnose((x, y), (v, w), seed=0)
+        one_hot = [(x, torch.nn.functional.one_hot(y)), (v, torch.nn.functional.one_hot(w))]
+        assert found == bo.diagnose(*one_hot, seed=0, classes=lambda labels: labels.argmax(1))
 
     def test_classes_are_those_of_both_splits(self):
         (x, y), val = given()
         seen = y < 2
         train = ({m: z[seen] for m, z in x.items()}, y[seen])
-        assert bo.diagnose(train, val).num_classes == 3
+        assert bo.diagnose(train, val).num_clusters == 3
 
     def test_equal_counts(self):
         found = bo.diagnose(*given(rows=(300, 30)), equal_counts=True)

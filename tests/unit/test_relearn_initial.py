@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -162,6 +163,22 @@ def test_remove_takes_the_taps_off():
     scheduler.remove()
     scheduler.remove()
     assert not len(scheduler.monitor.taps)
+
+
+def test_nothing_listens_once_all_is_copied():
+    model = Lazy()
+    optimizer, scheduler = scheduler_of(model, {"audio": "audio", "visual": "visual"})
+    train_epoch(model, optimizer, scheduler.train_loader)
+    assert len(scheduler.monitor.taps) == 0
+
+
+def test_a_dropped_scheduler_leaves_nothing_behind():
+    _, scheduler = scheduler_of(Lazy(), {"audio": "audio", "visual": "visual"})
+    monitor = scheduler.monitor
+    assert len(monitor.taps) == 1
+    del scheduler
+    gc.collect()
+    assert len(monitor.taps) == 0
 
 
 def test_copies_of_the_model_leave_the_scheduler_behind():

@@ -14,9 +14,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import balanceopt as bo
-from balanceopt.relearn._passes import collect
-from balanceopt.relearn._purities import options
-from balanceopt.relearn._undisturbed import undisturbed
+from balanceopt.relearn._diagnosis import collect_samples, options
+from balanceopt.relearn._features import undisturbed
 from tests.models import (
     BatchDict,
     Concat,
@@ -36,7 +35,7 @@ SETTINGS = {
     "lam": 3.0,
     "normalize": "minmax",
     "n_init": 1,
-    "num_classes": None,
+    "classes": None,
     "max_samples": 1000,
     "equal_counts": False,
     "pool": "auto",
@@ -45,7 +44,7 @@ SETTINGS = {
 
 def features_of(monitor, loader, *, forward=None, **given):
     chosen = options(0, monitor.group, **{**SETTINGS, **given})
-    return collect(monitor, loader, chosen, split="training", forward=forward)
+    return collect_samples(loader, "training", monitor, chosen, forward, None)
 
 
 def eval_features(model, loader, name):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import balanceopt as bo
-from balanceopt.relearn import _scheduler
+from balanceopt.functional import soft_reinit_
+from balanceopt.relearn import _initial, _scheduler
 from tests.models import FUSIONS, INPUTS, Concat, batch, batch_norm, watch
 from tests.relearning import loaders, move_away, samples, scheduled, train_epoch, weights
 
@@ -242,6 +243,16 @@ class TestFailures:
         monkeypatch.setattr(_scheduler, "diagnose_samples", fail)
         self.broken(monkeypatch, model, scheduler, optimizer, MemoryError)
 
+    def test_in_the_re_initialisation(self, monkeypatch):
+        model, optimizer, scheduler = scheduled(lam=50.0, optimizer_state="reset")
+
+        def fail_late(params, initial, strengths):
+            soft_reinit_(params[:-1], initial[:-1], strengths[:-1])
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(_initial, "soft_reinit_", fail_late)
+        self.broken(monkeypatch, model, scheduler, optimizer, KeyboardInterrupt)
+
     def test_a_step_that_failed_can_be_tried_again(self, monkeypatch):
         _, _, scheduler = scheduled(every=2)
         scheduler.step()
@@ -262,7 +273,7 @@ class TestBadInput:
             ({"normalize": "standard"}, "`normalize` should be one of"),
             ({"optimizer_state": "scale"}, "`optimizer_state` should be one of"),
             ({"n_init": 0}, "`n_init` should be at least 1"),
-            ({"num_classes": 1}, "`num_classes` should be at least 2"),
+            ({"classes": 6}, "`classes` should be a function"),
             ({"max_samples": 0}, "`max_samples` should be at least 1"),
             ({"pool": "median"}, "`pool` should be one of"),
         ],

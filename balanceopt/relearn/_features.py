@@ -1,0 +1,358 @@
+"""Features with their labels: from a pass over a loader that leaves no trace, or given; in bounded memory."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from balanceopt.distributed import active_group
+from balanceopt.monitor import ModalityMonitor, Pass, in_backward, map_tensors, random_state_kept
+
+Forward = Callable[[nn.Module, Any], Any]
+Classes = Callable[[Any], Any]
+AsVectors = Callable[[str, Tensor], Tensor]
+
+_LABEL_KEYS = ("labels", "label")
+# Seconds after which a pass is long enough for a progress bar.
+_LONG = 10.0
+
+
+# -- samples in bounded memory ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """One modality's samples.
+
+    Attributes:
+        features: `(N, D)`.
+        labels: `(N,)` int64, on the CPU.
+    """
+
+    features: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def random_part(self, count: int, seed: int) -> Samples:
+        """Return `count` of the samples, all equally likely, in their order; all where there are no more."""
+        if len(self) <= count:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randperm(len(self), generator=generator)[:count].sort().values
+        return Samples(self.features[index.to(self.features.device)], self.labels[index])
+
+
+class Reservoir:
+    """Samples of one modality, at most `limit` of them and an eighth more while they come in."""
+
+    def __init__(self, limit: int) -> None:
+        """Hold at most `limit` samples."""
+        self.limit = limit
+        self._features: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._keys: list[Tensor] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, features: Tensor, labels: Tensor, keys: Tensor) -> None:
+        """Take `(B, D)` features with their labels and random keys `(B,)`."""
+        if self._features and features.shape[1] != self._features[0].shape[1]:
+            raise ValueError(
+                f"features should have the same width in every batch. Found {self._features[0].shape[1]} and "
+                f"{features.shape[1]}."
+            )
+        self._features.append(features)
+        self._labels.append(labels)
+        self._keys.append(keys)
+        self._count += len(labels)
+        if len(self) > self.limit + self.limit // 8:
+            self._prune()
+
+    def samples(self) -> Samples:
+        """Return the samples held."""
+        if len(self) > self.limit:
+            self._prune()
+        return Samples(torch.cat(self._features), torch.cat(self._labels))
+
+    def _prune(self) -> None:
+        labels, keys, features = (torch.cat(x) for x in (self._labels, self._keys, self._features))
+        index = balanced(labels, keys, self.limit)
+        self._features = [features[index.to(features.device)]]
+        self._labels, self._keys, self._count = [labels[index]], [keys[index]], len(index)
+
+
+def balanced(labels: Tensor, keys: Tensor, limit: int) -> Tensor:
+    """Indices, in order, of at most `limit` samples: as equal a number of each class as there are.
+
+    Within a class those of the smallest keys stay, so what is dropped from a part of the samples would be dropped from
+    all of them too.
+    """
+    order = torch.argsort(keys, stable=True)
+    by_class = order[torch.argsort(labels[order], stable=True)]
+    counts = torch.unique_consecutive(labels[by_class], return_counts=True)[1]
+    first = counts.cumsum(0) - counts
+    # The rank among the samples of its class. The lowest ranks stay, keys breaking ties.
+    rank = torch.empty_like(order)
+    rank[by_class] = torch.arange(len(order)) - first.repeat_interleave(counts)
+    return order[torch.argsort(rank[order], stable=True)][:limit].sort().values
+
+
+class Collector:
+    """Take the features of batches, by modality.
+
+    Args:
+        modalities: names.
+        as_vectors: makes `(B, D)` of a modality's features.
+        limit: most samples to keep of each modality.
+        seed: of the choice among more.
+        ignore_index: label of samples to leave out.
+        where: where the samples come from, for messages.
+        classes: makes class indices `(B,)` of a batch's labels; None for labels that are class indices.
+    """
+
+    def __init__(
+        self,
+        modalities: tuple[str, ...],
+        as_vectors: AsVectors,
+        *,
+        limit: int,
+        seed: int,
+        ignore_index: int,
+        where: str,
+        classes: Classes | None = None,
+    ) -> None:
+        self.where = where
+        self._as_vectors = as_vectors
+        self._ignore_index = ignore_index
+        self._classes = classes
+        self._generator = torch.Generator().manual_seed(seed)
+        self._reservoirs = {name: Reservoir(limit) for name in modalities}
+
+    def add(self, features: Mapping[str, Tensor], labels: Any) -> None:
+        """Take one batch; a modality that it lacks is left out.
+
+        Raises:
+            ValueError: if labels are not integers, or not one for each row of features.
+        """
+        indices = self._class_indices(labels)
+        keys = torch.rand(len(indices), generator=self._generator, dtype=torch.float64)
+        counted = (indices != self._ignore_index).nonzero()[:, 0]
+        for name, z in features.items():
+            if len(z) != len(indices):
+                raise ValueError(
+                    f"the encoder of {name!r} returned {len(z)} rows for {len(indices)} labels {self.where}. Pass "
+                    "`select=` to the monitor: a function from the encoder's output to one row for each sample."
+                )
+            vectors = self._as_vectors(name, z.detach())
+            if len(counted) < len(indices):
+                vectors = vectors[counted.to(vectors.device)]
+            if len(counted):
+                self._reservoirs[name].add(vectors, indices[counted], keys[counted])
+
+    def samples(self) -> dict[str, Samples]:
+        """Return each modality's samples; modalities without any are left out."""
+        return {name: held.samples() for name, held in self._reservoirs.items() if len(held)}
+
+    def _class_indices(self, labels: Any) -> Tensor:
+        """`(B,)` int64 on the CPU."""
+        values = torch.as_tensor(labels if self._classes is None else self._classes(labels)).detach()
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise ValueError(
+                f"labels {self.where} should be integers, a class index each. Found dtype {values.dtype}: pass "
+                "`classes=`, a function from a batch's labels to class indices."
+            )
+        if values.dim() == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        if values.dim() != 1:
+            raise ValueError(
+                f"labels {self.where} should have shape (N,). Found {tuple(values.shape)}: pass `classes=`, a function "
+                "from a batch's labels to class indices."
+            )
+        return values.to("cpu", torch.int64)
+
+
+# -- a pass over a loader --------------------------------------------------------------------------------------------
+
+
+def collect(
+    monitor: ModalityMonitor,
+    loader: Iterable[Any],
+    collector: Collector,
+    split: str,
+    forward: Forward | None,
+    progress: bool | None,
+) -> None:
+    """Run the model over a loader in eval mode, leaving no trace, and let `collector` take the encoders' features.
+
+    Raises:
+        RuntimeError: if the monitor's hooks were removed.
+        ImportError: if `progress` is True and tqdm is not installed.
+    """
+    if not monitor.active:
+        raise RuntimeError("the monitor's hooks were removed. Build a new ModalityMonitor.")
+    with undisturbed(monitor.model, loader), _latest_features(monitor) as latest:
+        for batch in _with_bar(loader, f"{split} features", progress, monitor):
+            latest.clear()
+            labels = run_batch(monitor.model, batch, forward)
+            collector.add(latest, labels)
+
+
+@contextmanager
+def _latest_features(monitor: ModalityMonitor) -> Iterator[dict[str, Tensor]]:
+    """Keep each modality's features of the latest call of its encoder in a dict."""
+    latest: dict[str, Tensor] = {}
+
+    def tap(name: str, output: Any, current: Pass | None) -> None:
+        if not in_backward():
+            # A copy: what comes after the encoder may work in place.
+            latest[name] = monitor.features(name, output).detach().clone()
+
+    monitor.taps.add(tap)
+    try:
+        yield latest
+    finally:
+        monitor.taps.drop(tap)
+
+
+def run_batch(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
+    """Run one batch through the model; return its labels.
+
+    Raises:
+        TypeError: for a batch of a form that is not known.
+    """
+    if forward is not None:
+        answer = forward(model, batch)
+        are_labels = isinstance(answer, Tensor) and answer.dim() == 1 and not answer.is_floating_point()
+        return answer if are_labels else _labels_of(batch)
+    labels = _labels_of(batch)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Mapping):
+        inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
+        _call_with_mapping(model, map_tensors(lambda x: x.to(device), inputs))
+    else:
+        model(*(map_tensors(lambda x: x.to(device), value) for value in batch[:-1]))
+    return labels
+
+
+def _labels_of(batch: Any) -> Any:
+    """The last of a tuple or list, or the value of a mapping's key "labels" or "label"."""
+    if isinstance(batch, Mapping):
+        for key in _LABEL_KEYS:
+            if key in batch:
+                return batch[key]
+        found = f"a mapping with {sorted(map(str, batch))}"
+    elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[-1]
+    else:
+        found = type(batch).__name__
+    raise TypeError(
+        f"batches should be (*inputs, labels), or mappings with 'labels' or 'label'. Found {found}. Pass `forward=`: "
+        "a function of (model, batch) that runs the model and returns the labels."
+    )
+
+
+def _call_with_mapping(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError:  # a model that takes the whole batch as one argument
+        model(inputs)
+    else:
+        model(**inputs)
+
+
+def _with_bar(
+    loader: Iterable[Any], what: str, progress: bool | None, monitor: ModalityMonitor
+) -> Iterator[Any]:
+    """The loader's batches, with a progress bar where the pass is long."""
+    bar = _bar(progress, monitor)
+    if bar is None:
+        yield from loader
+    else:
+        yield from bar(loader, desc=what, delay=0 if progress else _LONG, leave=False)
+
+
+def _bar(progress: bool | None, monitor: ModalityMonitor) -> Any:
+    """The tqdm class, or None for no progress bar."""
+    ranks = active_group(monitor.group)
+    if progress is False or (ranks is not None and dist.get_rank(ranks) > 0):
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        if progress:
+            raise ImportError(
+                "a progress bar needs tqdm: pip install 'balanceopt[progress]', or progress=None"
+            ) from error
+        return None
+    return tqdm if progress or sys.stderr.isatty() else None
+
+
+# -- no trace --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def undisturbed(model: nn.Module, loader: Any) -> Iterator[None]:
+    """Put the model into eval mode without gradients, and everything back as it was at the end.
+
+    That is each module's own mode, every buffer, the global random streams, and the generators of the loader and its
+    samplers; also after an exception. Modules are set one by one, so that a frozen BatchNorm stays frozen.
+    """
+    modules = list(model.modules())
+    devices = {p.device for p in model.parameters()} | {torch.device("cpu")}
+    buffers = [b for b in model.buffers() if not is_lazy(b)]
+    with ExitStack() as stack:
+        stack.callback(_reshard, modules)
+        stack.callback(_restore_modes, [(module, module.training) for module in modules])
+        stack.callback(_restore_buffers, [(b, b._version, b.clone()) for b in buffers])
+        for generator in _generators(loader):
+            stack.callback(generator.set_state, generator.get_state())
+        for device in devices:
+            stack.enter_context(random_state_kept(device))
+        stack.enter_context(torch.no_grad())
+        for module in modules:
+            module.training = False
+        yield
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators that iterating a DataLoader draws from."""
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    inner = (getattr(batch_sampler, "sampler", None), getattr(sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in (loader, sampler, batch_sampler, *inner)]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _restore_buffers(buffers: Iterable[tuple[Tensor, int, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, version, before in buffers:
+            if buffer._version != version:
+                buffer.copy_(before)
+
+
+def _reshard(modules: Iterable[nn.Module]) -> None:
+    """Shard FSDP2's root again: it stays whole after a forward without backward."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule  # not at import: it takes long, and few need it
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -269,7 +269,7 @@ class TestBadInput:
         [
             ({"every": 0}, "`every` should be at least 1"),
             ({"max_relearns": -1}, "`max_relearns` should be non-negative"),
-            ({"lam": -1.0}, "`lam` should be non-negative"),
+            ({"lam": -1.0}, "`lam` should be a finite number of at least 0"),
             ({"normalize": "standard"}, "`normalize` should be one of"),
             ({"optimizer_state": "scale"}, "`optimizer_state` should be one of"),
             ({"n_init": 0}, "`n_init` should be at least 1"),

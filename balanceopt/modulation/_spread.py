@@ -18,12 +18,12 @@ _LOST, _TINY = 0.5, 1e-30
 
 
 def stds(tensors: Sequence[Tensor]) -> Tensor:
-    """Population standard deviation of each tensor's elements, `(n,)`, in float32 or wider; not finite where one is not.
+    """Population standard deviation of each tensor's elements, `(n,)`, float32 or wider; not finite where one is not.
 
     Large contiguous float32 tensors on the CPU are summed in float32 by rows of 2^10 elements, and the rows in float64.
-    With four lanes or more, a row's square sum has at most 2^8 roundings of 2^-24: the result is within 2e-5 of the exact
-    one on any processor (1e-6 was the most that was seen, with elements all of one size). Threads take whole rows, so
-    that their number changes nothing.
+    With four lanes or more, a row's square sum has at most 2^8 roundings of 2^-24: the result is within 2e-5 of the
+    exact one on any processor (1e-6 was the most that was seen, with elements all of one size). Threads take whole
+    rows, so that their number changes nothing.
     """
     return torch.stack([_by_rows(tensor) if _is_large(tensor) else _exact(tensor) for tensor in tensors])
 

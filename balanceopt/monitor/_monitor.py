@@ -231,7 +231,9 @@ class ModalityMonitor:
             needs_entropy: sum the entropies of the features too.
             steps: the consumer takes the sums once an optimizer step; `reset()` discards them.
         """
-        return self._scorer.accumulator(needs_entropy=needs_entropy, steps=steps)
+        accumulator = Accumulator(self, self._scorer, needs_entropy=needs_entropy, steps=steps)
+        self._scorer.accumulators.add(accumulator)
+        return accumulator
 
     @property
     def latest(self) -> Pass | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -18,6 +18,9 @@ from balanceopt.monitor._labels import Recovery, two_classes
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._sums import ModalitySums
 
+if TYPE_CHECKING:
+    from balanceopt.monitor._monitor import ModalityMonitor
+
 
 class Accumulator:
     """Passes that backward has reached since the consumer last took them.
@@ -27,17 +30,17 @@ class Accumulator:
 
     def __init__(
         self,
-        settle: Callable[[Pass], ModalitySums | None],
-        leave: Callable[[Accumulator], None],
+        monitor: ModalityMonitor,
+        scorer: Scorer,
         *,
         needs_entropy: bool,
         steps: bool,
     ) -> None:
-        """Sum passes by `settle`; `needs_entropy` asks the monitor for the features' entropies too."""
+        """Sum what `scorer` makes of the passes of `monitor`; options as in `ModalityMonitor.accumulator`."""
         self.needs_entropy = needs_entropy
         self.steps = steps
-        self._settle = settle
-        self._leave = leave
+        self._monitor = monitor  # a consumer keeps it alive
+        self._scorer = scorer
         self._sums: ModalitySums | None = None
         self._latest: Pass | None = None
 
@@ -67,23 +70,23 @@ class Accumulator:
     def remove(self) -> None:
         """Take no pass any more. May be called twice."""
         self.discard()
-        self._leave(self)
+        self._scorer.accumulators.discard(self)
 
     def _fold(self) -> None:
         done, self._latest = self._latest, None
         if done is None:
             return
-        sums = self._settle(done)
+        sums = self._scorer.settled(done)
         if sums is not None:
             self._sums = sums if self._sums is None else self._sums + sums
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy has a monitor that watches nothing, and a pass holds a graph, which can't be copied.
-        return _inert, (self.needs_entropy, self.steps)
+        # A copy is of the monitor's copy, and empty: a pass holds a graph, which can't be copied.
+        return _accumulator_of, (self._monitor, self.needs_entropy, self.steps)
 
 
-def _inert(needs_entropy: bool, steps: bool) -> Accumulator:
-    return Accumulator(lambda done: None, lambda one: None, needs_entropy=needs_entropy, steps=steps)
+def _accumulator_of(monitor: ModalityMonitor, needs_entropy: bool, steps: bool) -> Accumulator:
+    return monitor.accumulator(needs_entropy=needs_entropy, steps=steps)
 
 
 class Scorer:
@@ -124,13 +127,6 @@ class Scorer:
     def needs_outputs(self) -> bool:
         """Whether passes must keep the encoders' whole outputs and the model's inputs."""
         return self.unimodal is not None and self.unimodal.needs_outputs
-
-    def accumulator(self, *, needs_entropy: bool, steps: bool) -> Accumulator:
-        """A new consumer's view of the passes."""
-        leave = self.accumulators.discard
-        accumulator = Accumulator(self.settled, leave, needs_entropy=needs_entropy, steps=steps)
-        self.accumulators.add(accumulator)
-        return accumulator
 
     def end_forward(self, current: Pass) -> None:
         """Make the uni-modal logits while the features are at hand, then let the features go."""

@@ -212,6 +212,17 @@ def test_a_monitor_that_is_dropped_leaves_no_hook():
     assert no_hooks(criterion)
 
 
+def test_a_consumer_keeps_its_monitor():
+    model = Concat()
+    scores = watch(model).accumulator()
+    gc.collect()
+    train_step(model, *batch())
+    assert scores.take() is not None
+    del scores
+    gc.collect()
+    assert no_hooks(model)
+
+
 def test_a_model_that_holds_its_monitor_goes_with_it():
     model: Any = Concat()
     model.monitor = watch(model)

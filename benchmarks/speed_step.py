@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import balanceopt as bo
-from balanceopt._gaussian_compiled import warm_up
 from balanceopt.modulation import Modulation
+from balanceopt.modulation._noise_compiled import warm_up
 from benchmarks import naive
 from benchmarks.shapes import CASES, INPUTS, Model, Shape
 from benchmarks.speed_options import Options
@@ -99,7 +99,7 @@ def available(
 ) -> dict[str, Callable[[], Modulation]]:
     """Without those that are compiled, where nothing can be."""
     try:
-        warm_up([(device, torch.float32)])
+        warm_up(device)
     except RuntimeError:
         return {name: method for name, method in methods.items() if "compiled" not in name}
     return methods

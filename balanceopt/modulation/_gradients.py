@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._random import scale_and_add_gaussians_
 from balanceopt.modulation._base import Slot
+from balanceopt.modulation._noise import scale_and_add_gaussians_
 from balanceopt.modulation._shards import all_finite, stds
 
 
@@ -36,11 +36,13 @@ def scale_and_add_noise_(
 ) -> Tensor:
     """`g <- k g + noise_scale * std(g) * N(0, 1)` tensor by tensor, std of the unscaled gradient.
 
-    Returns how many gradients were not finite and left alone, 0-d.
+    Parts of complex gradients are numbers like others. Returns how many gradients were not finite and left alone, 0-d.
     """
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
-        sigma = stds([slot.grad for slot in own])
+        grads = [slot.grad for slot in own]
+        numbers = [_as_real(grad) for grad in grads]
+        sigma = stds(numbers)
         finite = torch.isfinite(sigma)
         left += (~finite).sum().to(left.device)
         touched = _to_touch(finite)
@@ -50,9 +52,17 @@ def scale_and_add_noise_(
         scales = torch.where(finite, noise_scale.to(device) * sigma, 0)
         if len(touched) < len(own):
             factors, scales = (torch.stack([x[i] for i in touched]) for x in (factors, scales))
-        grads, indices = [own[i].grad for i in touched], [own[i].index for i in touched]
-        scale_and_add_gaussians_(grads, factors, scales, seed, step, indices, compiled=compiled)
+        chosen, indices = [numbers[i] for i in touched], [own[i].index for i in touched]
+        scale_and_add_gaussians_(chosen, factors, scales, seed, step, indices, compiled=compiled)
+        for i in touched:
+            if grads[i].is_conj():
+                grads[i].copy_(torch.view_as_complex(numbers[i]))
     return left
+
+
+def _as_real(grad: Tensor) -> Tensor:
+    """A view of a complex gradient's parts; of a copy where it is the conjugate of what is in memory."""
+    return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
 
 
 def _to_touch(finite: Tensor) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._splitmix import uniforms
+from balanceopt._random import uniforms
 from balanceopt.functional import (
     inclusion_probabilities_padded,
     kept_units,

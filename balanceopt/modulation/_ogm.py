@@ -17,7 +17,8 @@ from balanceopt.functional._scores import RatioReduction
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
-from balanceopt.modulation._noise import Noise, parameters_of, prepare_compiled
+from balanceopt.modulation._noise import Noise
+from balanceopt.modulation._noise_compiled import warm_up
 from balanceopt.monitor import ModalitySums
 
 
@@ -33,8 +34,8 @@ class OGM(Modulation):
     Args:
         alpha: strength, >= 0 (published: 0.1 VGGSound, 0.8 CREMA-D).
         form: `"cvpr"`, `"cvpr_v0"` or `"tpami"`, as in `modulation_coefficient`.
-        noise: add the noise h (OGM-GE) or not (OGM). `"compiled"` makes the same noise but for rounding, faster, by a
-            kernel that is compiled when the optimizer is built (seconds, once a process).
+        noise: add the noise h (OGM-GE) or not (OGM). `"compiled"` makes other numbers, faster, by a kernel that is
+            compiled when the optimizer is built (seconds, once a process).
         noise_scale: factor on its standard deviation.
         apply_to: `"grad"` scales gradients. Adam and its kin divide a constant factor out again; `"update"`
             scales what the base did in the step instead, `p <- before + k (p - before)`, on any base: weight decay,
@@ -97,7 +98,8 @@ class OGM(Modulation):
                 OptimizerHintWarning,
             )
         if self.noise == "compiled" and self.noise_scale > 0:
-            prepare_compiled(parameters_of(optimizer, self.min_ndim))
+            for device in {p.device for group in optimizer.param_groups for p in group["params"]}:
+                warm_up(device)
 
     def modulate(self, step: Step) -> None:
         """Scale by the step's coefficients and add noise."""

@@ -22,6 +22,29 @@ def local_part(tensor: Tensor) -> Tensor:
     return part
 
 
+def local_box(tensor: Tensor) -> tuple[Tensor | None, Sequence[int]]:
+    """This rank's part, and where in the whole tensor it begins; None if it is not one box of it."""
+    if not is_sharded(tensor):
+        return tensor, (0,) * tensor.dim()
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    t: Any = tensor
+    if any(type(placement) not in (Replicate, Shard) for placement in t.placements):
+        return None, ()
+    _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return t.to_local(), offset
+
+
+def distributed_as(tensor: Tensor, whole: Tensor) -> Tensor:
+    """A tensor that every rank holds, cut like another one."""
+    from torch.distributed.tensor import distribute_tensor
+
+    t: Any = tensor
+    shards: Tensor = distribute_tensor(whole, t.device_mesh, t.placements, src_data_rank=None)
+    return shards
+
+
 def summed_over_shards(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> list[Tensor]:
     """Sums over the shards of `tensors[i]` of what each rank has found in its own, `own[i]` of one dimension.
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._random import generator_for
-from balanceopt._splitmix import mixed
+from balanceopt._random import generator_for, mixed
 from balanceopt.monitor import map_tensors, tensors_in
 
 Rescale = Literal["none", "official"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import balanceopt as bo
-from balanceopt._splitmix import uniforms
+from balanceopt._random import uniforms
 from balanceopt.functional import keep_ratio, kept_units, sample_units_padded, unit_importance
 from balanceopt.modulation._masks import _SALT
 from tests.masking import Encoders, factors, fill_gradients, step_of, sums

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import balanceopt as bo
-from balanceopt._random import gaussian_like
+from tests.noise import gaussian_like
 from tests.reference import ogm
 from tests.training import backward, batches, distance, grad_of, groups_of, sgd, small_model, train
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from balanceopt._random import gaussian_like
 from balanceopt.modulation import Slot
 from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
+from tests.noise import gaussian_like
 from tests.training import bits
 
 HALF = torch.tensor(0.5)
@@ -30,6 +30,7 @@ def _where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Both ways of the code: numbers can be read in place, or only by waiting for a device."""
     if request.param == "accelerator":
         monkeypatch.setattr("balanceopt.modulation._gradients.on_host", lambda tensor: None)
+        monkeypatch.setattr("balanceopt.modulation._noise.on_host", lambda tensor: None)
 
 
 on_both = pytest.mark.usefixtures("_where")
@@ -133,6 +134,22 @@ def test_zero_gradients_get_no_noise():
 
 
 @on_both
+@pytest.mark.parametrize("conjugate", [False, True])
+@pytest.mark.parametrize("size", [(30, 20), (200, 300)])
+def test_parts_of_complex_gradients_are_numbers_like_others(conjugate: bool, size: tuple[int, ...]):
+    parts = torch.randn(*size, 2) + torch.tensor([1.0, 3.0])
+    grad = torch.view_as_complex(parts.clone())
+    if conjugate:  # as autograd leaves the gradient of w.conj()
+        grad = grad.conj().resolve_conj().conj()
+        assert grad.is_conj()
+    (slot,) = slots(grad)
+    assert scale_and_add_noise_([slot], HALF, ONE, 0, 0) == 0
+    assert slot.grad is grad
+    scale_and_add_noise_(slots(parts), HALF, ONE, 0, 0)
+    assert torch.equal(torch.view_as_real(grad.resolve_conj()), parts)
+
+
+@on_both
 def test_sparse_gradients_are_scaled():
     index = torch.tensor([[0, 2, 0]])
     grad = torch.sparse_coo_tensor(index, torch.arange(6.0).view(3, 2), (4, 2), check_invariants=True)
@@ -143,50 +160,20 @@ def test_sparse_gradients_are_scaled():
     assert scale_grads_(slots(broken), HALF) == 1
 
 
-def test_gradients_with_a_graph_of_their_own():
-    # As backward(create_graph=True) leaves them; large enough for several threads.
+@pytest.mark.parametrize("size", [4, 600])
+def test_gradients_with_a_graph_of_their_own(size: int):
+    # As backward(create_graph=True) leaves them; the larger ones are worth several threads.
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        w = torch.randn(600, 600, requires_grad=True)
+        w = torch.randn(size, size, requires_grad=True)
         (g,) = torch.autograd.grad((w**3).sum(), w, create_graph=True)
         parameter = nn.Parameter(torch.zeros_like(g))
         parameter.grad = g
         scale_and_add_noise_([Slot(0, parameter)], HALF, ONE, 0, 0)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     assert g.requires_grad
-
-
-# -- randomness --------------------------------------------------------------------------------------------------
-
-
-def noise(seed: int = 0, step: int = 0, index: int = 0, size: int = 40_000) -> Tensor:
-    return gaussian_like(torch.empty(size), seed, step, index)
-
-
-def test_noise_is_a_function_of_seed_step_and_index():
-    assert torch.equal(noise(1, 2, 3), noise(1, 2, 3))
-
-
-@pytest.mark.parametrize("other", [{"seed": 1}, {"step": 1}, {"index": 1}, {"seed": 2**40}, {"seed": -1}])
-def test_noise_differs_and_does_not_correlate(other: dict[str, int]):
-    a, b = noise(), noise(**other)
-    assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 4 / a.numel() ** 0.5
-
-
-def test_noise_over_steps_is_independent():
-    steps = torch.stack([noise(step=s, size=1000) for s in range(200)])
-    off_diagonal = torch.corrcoef(steps).triu(1)
-    assert float(off_diagonal.abs().max()) < 5.5 / 1000**0.5
-    assert float(steps.sum(0).var()) == pytest.approx(200, rel=0.2)
-
-
-@pytest.mark.parametrize(("moment", "expected"), [(1, 0), (2, 1), (3, 0), (4, 3)])
-def test_moments(moment: int, expected: float):
-    n = 10**6
-    spread = {1: 1, 2: 2, 3: 15, 4: 96}[moment] ** 0.5  # of z^moment under a standard normal
-    found = float(noise(size=n).double().pow(moment).mean())
-    assert abs(found - expected) < 4 * spread / n**0.5
 
 
 def test_the_global_stream_is_left_alone():

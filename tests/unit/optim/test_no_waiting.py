@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import balanceopt as bo
-from balanceopt.modulation import _amss, _gradients, _masks, _ogm
+from balanceopt.modulation import _amss, _gradients, _masks, _noise, _ogm
 from balanceopt.optim import _update
 from tests.models import FUSIONS, batch, train_step, watch
 from tests.training import sgd
@@ -54,7 +54,7 @@ MODULATIONS: dict[str, Any] = {
     "both": [bo.OGM(0.5), bo.AMSS(scale="unbiased")],
 }
 # Who asks whether numbers can be read in place.
-ASKING = (_amss, _gradients, _masks, _ogm, _update)
+ASKING = (_amss, _gradients, _masks, _noise, _ogm, _update)
 
 
 @pytest.mark.parametrize("name", MODULATIONS)

@@ -1,0 +1,123 @@
+"""Gaussian numbers by a compiled kernel: a hash of (seed, pair), and Box and Muller's transform, in one loop.
+
+The numbers have nothing to do with those of torch's generators. The logarithm is that of the compiler's library, cosine
+and sine are short polynomials, so that other processors give numbers that differ by a few units in the last place.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from balanceopt._deferred import sent
+from balanceopt._random import mixed_in
+
+_BITS = 2.0**-32
+# Of the hash: shifts and factors, round by round, and an odd factor between the words of radius and angle.
+_SHIFTS = (17, 11, 15, 14)
+_FACTORS = (0xED5AD4BB - 2**32, 0xAC4C1B51 - 2**32, 0x31848BAB)
+_GOLDEN = 0x9E3779B1 - 2**32
+# Least squares on Chebyshev nodes: sin(x) / x and cos(x) in x^2, for |x| <= pi / 2, to 4e-9 and 2e-10.
+_SINE = (0.99999999571, -0.16666657968, 0.00833305058, -0.000198090432, 2.60515895e-6)
+_COSINE = (0.99999999978, -0.49999999357, 0.04166663620, -0.00138883608, 2.476013213e-5, -2.60510154e-7)
+# For the compiler, where this torch has them: all in one loop, without buffers; fuse multiplications with additions.
+_OPTIONS: dict[str, int | str] = {
+    "realize_opcount_threshold": 1000,
+    "realize_reads_threshold": 1000,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
+def takes(target: Tensor) -> bool:
+    """Whether `scale_and_add_` works on it in place."""
+    return target.dtype == torch.float32 and target.is_contiguous() and target.numel() % 2 == 0
+
+
+@torch.no_grad()
+def scale_and_add_(flat: Tensor, factor: Tensor, scale: Tensor, seed: int) -> None:
+    """Set `flat` to `factor * flat + scale * z`, with the numbers z of a stream.
+
+    Args:
+        flat: float32, an even number of elements. Of each pair of numbers one goes to each half.
+        factor: 0-d.
+        scale: 0-d.
+        seed: 64 bits that name the stream.
+    """
+    words = (seed, seed >> 32, mixed_in(seed, 0))
+    signed = [(word & 0xFFFFFFFF) - ((word & 0x80000000) << 1) for word in words]
+    key = sent(torch.tensor(signed, dtype=torch.int32), flat.device)
+    # As tensors of two memories: views of one would be copied by the compiled code before they are changed.
+    halves = [from_dlpack(half) for half in flat.detach().view(2, -1).unbind()]
+    for half in halves:
+        torch._dynamo.mark_dynamic(half, 0)
+    _kernel()(*halves, factor, scale, key)
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile for a device, now.
+
+    Raises:
+        RuntimeError: if nothing can be compiled here.
+    """
+    factor, scale = torch.ones(2, device=device).unbind()
+    try:
+        with warnings.catch_warnings():  # torch's own, about itself
+            warnings.simplefilter("ignore")
+            scale_and_add_(torch.zeros(2**10, device=device), factor, scale, 0)
+    except Exception as error:  # what a missing compiler raises is different from platform to platform
+        raise RuntimeError(
+            f"noise='compiled' needs what torch.compile needs for {device.type}: a C++ compiler (CPU) or Triton "
+            "(CUDA). Use noise=True, which needs no compiler and is slower."
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Callable[..., Any]:
+    known = torch._inductor.config.get_config_copy()
+    options: dict[str, Any] = {
+        name: value
+        for name, value in _OPTIONS.items()
+        if name in known and (known[name] is None or type(known[name]) is type(value))
+    }
+    return torch.compile(_scale_and_add, fullgraph=True, options=options)
+
+
+def _scale_and_add(first: Tensor, second: Tensor, factor: Tensor, scale: Tensor, key: Tensor) -> None:
+    pairs = torch.arange(first.numel(), dtype=torch.int32, device=first.device)
+    for half, z in zip((first, second), _normal(pairs, *key.unbind()), strict=True):
+        half.mul_(factor).add_(z * scale)
+
+
+def _normal(pairs: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Both numbers of each pair: three rounds of multiply and shift give the radius, a fourth the angle."""
+    word = _mix(pairs ^ a, _SHIFTS[0]) * _FACTORS[0]
+    word = (_mix(word, _SHIFTS[1]) + b) * _FACTORS[1]
+    word = _mix(_mix(word, _SHIFTS[2]) * _FACTORS[2], _SHIFTS[3])
+    half = (_mix(word * _GOLDEN, _SHIFTS[2]) + c).to(torch.float32) * (math.pi * _BITS)
+    # Words are signed: (word + 2^31 + 1/2) / 2^32 lies inside (0, 1), and turning by half a circle is no matter.
+    uniform = (word.to(torch.float32) * _BITS + 0.5).clamp(0.5 * _BITS, 1.0)
+    radius = (uniform.log() * -2).sqrt()
+    # Of half the angle, which needs no reduction, to the whole one.
+    square = half * half
+    cosine, sine = _polynomial(_COSINE, square), _polynomial(_SINE, square) * half
+    return (1 - 2 * sine * sine) * radius, 2 * sine * cosine * radius
+
+
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    value = torch.zeros_like(x)
+    for coefficient in reversed(coefficients):
+        value = value * x + coefficient
+    return value
+
+
+def _mix(word: Tensor, shift: int) -> Tensor:
+    return word ^ (
+        (word >> shift) & ((1 << (32 - shift)) - 1)
+    )  # torch's shift copies the sign, a hash must not

@@ -8,6 +8,17 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
+from balanceopt._options import check_kind
+
+
+def check_path(path: object) -> None:
+    """Refuse what is no path of a file.
+
+    Raises:
+        TypeError: saying what was found.
+    """
+    check_kind("`path`", path, (str, PathLike), "a path")
+
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:

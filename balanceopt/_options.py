@@ -178,3 +178,17 @@ def check_tensor(
             f"`{name}` should be a dense {what}tensor of shape {shape}{'' if empty else ', not empty'}. Found shape "
             f"{tuple(value.shape)}, dtype {value.dtype}{'' if dense else f', layout {value.layout}'}."
         )
+
+
+def to_tensor(name: str, value: Any, expected: str) -> Tensor:
+    """A tensor as it is; sequences and arrays of numbers as a tensor on the CPU.
+
+    Raises:
+        TypeError: for what is no numbers.
+    """
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`{name}` should be {expected}. Found {shown(value)}.") from error

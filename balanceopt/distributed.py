@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from balanceopt._options import check_seed
+from balanceopt._options import check_seed, shown
 
 Group = dist.ProcessGroup | None | Literal[False]
 
@@ -24,6 +24,19 @@ def active_group(group: Group) -> dist.ProcessGroup | None:
         return None
     found = dist.group.WORLD if group is None else group
     return found if found is not None and dist.get_world_size(found) > 1 else None
+
+
+def check_group(group: object) -> None:
+    """Refuse what is no process group.
+
+    Raises:
+        TypeError: saying what may be given.
+    """
+    if group is not None and group is not False and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "`group` should be a process group, None for the default one or False for no communication. "
+            f"Found {shown(group)}."
+        )
 
 
 def sum_over_ranks(tensor: Tensor, group: Group) -> Tensor:

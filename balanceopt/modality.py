@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from balanceopt._options import check_kind, names_of, shown
+
 Encoders = Mapping[str, nn.Module | str]
 
 
@@ -37,10 +39,7 @@ def find_module(model: nn.Module, module: nn.Module | str, role: str) -> nn.Modu
             raise ValueError(
                 f"{role} should name a module of {type(inner).__name__}. Found {module!r}; its children are {names}."
             ) from error
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"{role} should be a module or the dotted name of one. Found {type(module).__name__}."
-        )
+    check_kind(role, module, nn.Module, "a module or the dotted name of one")
     if all(module is not own for own in model.modules()):
         raise ValueError(
             f"{role} should be a module of {type(inner).__name__}. Found a {type(module).__name__} outside of it."
@@ -58,8 +57,13 @@ def resolve_encoders(model: nn.Module, encoders: Encoders) -> dict[str, nn.Modul
     if not isinstance(encoders, Mapping) or not encoders:
         raise ValueError(
             "`encoders` should map each modality to its module, like {'audio': model.audio_net}. "
-            f"Found {encoders!r}."
+            f"Found {shown(encoders)}."
         )
+    for name in encoders:
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"`encoders` should be given by name, a string each. Found the name {shown(name)}."
+            )
     found = {name: find_module(model, module, f"encoders[{name!r}]") for name, module in encoders.items()}
     for name, encoder in found.items():
         if unwrap(encoder) is unwrap(model):
@@ -93,7 +97,7 @@ def resolve_head(
     if isinstance(head, Mapping):
         if head.keys() != encoders.keys():
             raise ValueError(
-                f"`head` should have one head for each of {sorted(encoders)}. Found {sorted(head)}."
+                f"`head` should have one head for each of {names_of(encoders)}. Found {names_of(head)}."
             )
         found = {name: find_module(model, head[name], f"head[{name!r}]") for name in encoders}
         for name, own in found.items():
@@ -168,6 +172,7 @@ def modality_groups(model: nn.Module, encoders: Encoders, **defaults: Any) -> li
     Raises:
         ValueError: for an unknown name, a module outside the model, encoders that overlap, an encoder without
             parameters of its own, or an option named `params` or `modality`.
+        TypeError: if `model` is no module, or an encoder neither a module nor a name.
 
     Example:
         >>> import torch
@@ -178,6 +183,7 @@ def modality_groups(model: nn.Module, encoders: Encoders, **defaults: Any) -> li
     Reference:
         The published scripts match parameter names instead; see docs/concepts.md.
     """
+    check_kind("`model`", model, nn.Module, "the model, a torch.nn.Module")
     reserved = {"params", "modality"} & defaults.keys()
     if reserved:
         raise ValueError(f"`defaults` should not set {sorted(reserved)}: they are made from `encoders`.")

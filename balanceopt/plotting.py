@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from balanceopt._files import replacing
+from balanceopt._files import check_path, replacing
+from balanceopt._options import check_count, check_kind
 
 if TYPE_CHECKING:
     from balanceopt.recording import Row
@@ -39,9 +40,13 @@ def plot_rows(
     Raises:
         ImportError: without matplotlib (extra `plot`).
         ValueError: if there is nothing to draw, or `smooth` is not a whole number of at least 1.
+        TypeError: if `path` or `quantities` is of another kind.
     """
-    if not isinstance(smooth, int) or smooth < 1:
-        raise ValueError(f"`smooth` should be a whole number of at least 1. Found smooth = {smooth!r}.")
+    check_count("smooth", smooth, at_least=1)
+    if quantities is not None:
+        check_kind("`quantities`", quantities, (list, tuple), "a list of names")
+    if path is not None:
+        check_path(path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -11,7 +11,8 @@ from weakref import WeakMethod, finalize
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._files import replacing
+from balanceopt._files import check_path, replacing
+from balanceopt._options import check_count, shown
 
 
 class Row(NamedTuple):
@@ -55,13 +56,12 @@ class Recorder:
     """
 
     def __init__(self, *sources: Source, every: int = 1) -> None:
-        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise ValueError(f"`every` should be a whole number of at least 1. Found every = {every!r}.")
+        check_count("every", every, at_least=1)
         for source in sources:
             if not isinstance(getattr(source, "listeners", None), list):
                 raise TypeError(
                     "a source should be a ModulatedOptimizer, what `attach` returns, an OPM or a ReLearnScheduler. "
-                    f"Found {source!r}."
+                    f"Found {shown(source)}."
                 )
         self.every = every
         self._rows: list[Row] = []
@@ -92,7 +92,11 @@ class Recorder:
         """Write `step,quantity,modality,value` lines in UTF-8; an existing file is replaced once all is written.
 
         A name that a spreadsheet would run as a formula is written with an apostrophe before it.
+
+        Raises:
+            TypeError: if `path` is no path.
         """
+        check_path(path)
         with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(Row._fields)
@@ -108,6 +112,7 @@ class Recorder:
 
         Raises:
             ImportError: without matplotlib (extra `plot`).
+            ValueError, TypeError: as `balanceopt.plotting.plot_rows`.
         """
         from balanceopt.plotting import plot_rows
 

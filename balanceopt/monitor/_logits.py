@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from balanceopt._options import check_choice
 from balanceopt.modality import unwrap
 from balanceopt.monitor._columns import (
     NoMatchError,
@@ -37,10 +38,8 @@ def choose_scores(
     Raises:
         ValueError: if `scores` is unknown, or does not go with the head.
     """
-    if not callable(scores) and scores not in ("auto", "split", "per-head", "zero-out"):
-        raise ValueError(
-            f"`scores` should be 'auto', 'split', 'per-head', 'zero-out' or a function. Found {scores!r}."
-        )
+    if not callable(scores) or isinstance(scores, type):
+        check_choice("scores", scores, ("auto", "split", "per-head", "zero-out"), other=", or a function")
     linear = isinstance(head, nn.Module) and isinstance(unwrap(head), nn.Linear)
     if slices and not (linear and scores in ("auto", "split")):
         raise ValueError(

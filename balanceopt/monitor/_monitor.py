@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, get_args
 from weakref import finalize
@@ -10,7 +10,17 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 
-from balanceopt.distributed import Group
+from balanceopt._options import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_kind,
+    is_whole,
+    names_of,
+    shown,
+    to_tensor,
+)
+from balanceopt.distributed import Group, check_group
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
 from balanceopt.monitor._columns import Projection
 from balanceopt.monitor._forward import Pass
@@ -72,6 +82,7 @@ class ModalityMonitor:
 
     Raises:
         ValueError: for encoders, a head, slices or options that do not fit the model.
+        TypeError: if `model` is no module, or an option of another kind.
         NotImplementedError: for FullyShardedDataParallel (FSDP1), DataParallel and DeepSpeed models.
 
     Example:
@@ -99,16 +110,23 @@ class ModalityMonitor:
         ignore_index: int = -100,
         strict: bool = False,
     ) -> None:
+        check_kind("`model`", model, nn.Module, "the model, a torch.nn.Module")
         refuse_model(model)
-        _check_labels(labels)
+        if not isinstance(labels, nn.Module):
+            check_choice("labels", labels, get_args(LabelSource), other=", or a loss module")
+        check_flag("train_only", train_only)
+        check_group(group)
+        check_count("ignore_index", ignore_index, at_least=None)
+        check_flag("strict", strict)
         self.model = unwrap(model)
         self._was_compiled = is_compiled(model)
         self.encoders = resolve_encoders(model, encoders)
         self.modalities = tuple(self.encoders)
         modality_parameters(model, self.encoders)  # an encoder without parameters of its own is refused now
-        unknown = (select or {}).keys() - self.encoders.keys()
-        if unknown:
-            raise ValueError(f"`select` should be given for {self.modalities}. Found also {sorted(unknown)}.")
+        self._check_by_modality("select", select, "a function of the encoder's output", callable)
+        self._check_by_modality(
+            "slices", slices, "its columns of the head's input, such as slice(0, 16)", _is_columns
+        )
         self.head = resolve_head(self.model, self.encoders, head)
         self.group = group
         self._options: dict[str, Any] = {
@@ -175,14 +193,57 @@ class ModalityMonitor:
 
         Raises:
             KeyError: if `present` names an unknown modality.
+            TypeError: if `labels` are no numbers, or `present` no mapping to flags.
+            ValueError: if one has another shape or kind of numbers.
         """
-        unknown = (present or {}).keys() - self.encoders.keys()
+        values = to_tensor("labels", labels, "class indices (B,) or class probabilities (B, C)")
+        if values.dim() == 0 or values.is_complex():
+            raise ValueError(
+                "`labels` should be class indices (B,) or class probabilities (B, C). "
+                f"Found shape {tuple(values.shape)}, dtype {values.dtype}."
+            )
+        flags = {} if present is None else self._flags(present, len(values))
+        self._labels.observe(self.latest, values.detach().clone(), flags)
+
+    def _flags(self, present: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+        """Copies of the flags by modality, checked."""
+        check_kind("`present`", present, Mapping, "a mapping from modality to bool (B,)")
+        unknown = present.keys() - self.encoders.keys()
         if unknown:
             raise KeyError(
-                f"`present` should be given by modality {self.modalities}. Found {sorted(unknown)}."
+                f"`present` should be given by modality {self.modalities}. Found {names_of(unknown)}."
             )
-        flags = {name: _copied(rows).bool() for name, rows in (present or {}).items()}
-        self._labels.observe(self.latest, _copied(labels), flags)
+        flags = {}
+        for name, rows in present.items():
+            values = to_tensor(f"present[{name!r}]", rows, "bool (B,), one flag for each sample")
+            number = values.is_floating_point() or values.is_complex()
+            fits = values.dim() == 1 and (
+                samples == len(values) or (len(values) and samples % len(values) == 0)
+            )
+            if number or not fits:
+                raise ValueError(
+                    f"`present[{name!r}]` should be bool (B,), one flag for each of the {samples} samples. "
+                    f"Found shape {tuple(values.shape)}, dtype {values.dtype}."
+                )
+            flags[name] = values.detach().clone().bool()
+        return flags
+
+    def _check_by_modality(
+        self, option: str, given: object, what: str, fits: Callable[[object], bool]
+    ) -> None:
+        """Refuse an option that is no mapping from modality to `what`."""
+        if given is None:
+            return
+        check_kind(f"`{option}`", given, Mapping, f"a mapping from modality to {what}")
+        assert isinstance(given, Mapping)
+        unknown = given.keys() - self.encoders.keys()
+        if unknown:
+            raise ValueError(
+                f"`{option}` should be given for {self.modalities}. Found also {names_of(unknown)}."
+            )
+        for name, value in given.items():
+            if not fits(value):
+                raise TypeError(f"{option}[{name!r}] should be {what}. Found {shown(value)}.")
 
     def watch_loss(self, module: nn.Module, *, reduce: Literal["argmax"] | None = None) -> Hook:
         """Take the labels from the calls of a loss module `(logits, labels)`, and its `ignore_index`.
@@ -193,7 +254,14 @@ class ModalityMonitor:
 
         Returns:
             What takes it off again by `.remove()`, as `remove()` of the monitor does.
+
+        Raises:
+            TypeError: if `module` is no module.
+            ValueError: if `reduce` is unknown.
         """
+        check_kind("`module`", module, nn.Module, "the loss module that the loop calls")
+        if reduce is not None:
+            check_choice("reduce", reduce, ("argmax",), other=", or None")
         return self._capture.watch_loss(module, reduce)
 
     def reset(self) -> None:
@@ -363,12 +431,8 @@ class ModalityMonitor:
         )
 
 
-def _copied(values: Any) -> Tensor:
-    return torch.as_tensor(values).detach().clone()
-
-
-def _check_labels(labels: LabelSource | nn.Module) -> None:
-    if not isinstance(labels, nn.Module) and labels not in get_args(LabelSource):
-        raise ValueError(
-            f"`labels` should be one of {get_args(LabelSource)} or a loss module. Found {labels!r}."
-        )
+def _is_columns(value: object) -> bool:
+    whole = isinstance(value, slice) and all(
+        bound is None or is_whole(bound) for bound in (value.start, value.stop)
+    )
+    return whole and value.step in (None, 1)  # type: ignore[attr-defined]

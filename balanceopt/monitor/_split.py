@@ -159,22 +159,18 @@ class SplitHead:
                 )
 
     def _check_slices(self) -> None:
-        unknown = self.columns.keys() - set(self.modalities)
-        if unknown:
-            raise ValueError(f"`slices` should be given for {self.modalities}. Found also {sorted(unknown)}.")
         width = self.head.in_features
-        if width == 0:
-            return  # a lazy head, which does not know its width yet
-        taken = [0] * width
         for name, columns in self.columns.items():
-            own = range(width)[columns]
-            if len(own) == 0 or (columns.stop or 0) > width:
-                raise ValueError(
-                    f"slices[{name!r}] should hold columns of the head's {width}. Found {columns}."
-                )
-            for column in own:
-                taken[column] += 1
-        if max(taken, default=0) > 1:
+            if width == 0:  # a lazy head, which does not know its width yet
+                start, stop = columns.start or 0, -1 if columns.stop is None else columns.stop
+            else:
+                start, stop, _ = columns.indices(width)
+            if not 0 <= start < stop or (width and (columns.stop or 0) > width):
+                of = f" of the head's {width}" if width else ", counted from 0 for a lazy head"
+                raise ValueError(f"slices[{name!r}] should hold columns{of}. Found {columns}.")
+            self.columns[name] = slice(start, stop)
+        taken = [column for columns in self.columns.values() for column in range(columns.start, columns.stop)]
+        if len(set(taken)) < len(taken):
             raise ValueError(f"`slices` should not overlap. Found {self.columns}.")
 
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from balanceopt._options import check_kind, shown
 from balanceopt._pooling import Pool, pool_features
 from balanceopt._torch import after_backward, backward_number
 from balanceopt.distributed import Group, active_group
+from balanceopt.functional._targets import as_targets
 from balanceopt.monitor import ModalityMonitor, two_classes
 
 HeadKind = Literal["own", "shared"]
@@ -173,24 +175,43 @@ class GradientAverage:
         self._all_built = bool(widths.all())
 
 
-def as_target(labels: Tensor, logits: Tensor, name: str) -> Tensor:
+def check_loss(loss: object) -> None:
+    """Refuse what is no loss.
+
+    Raises:
+        TypeError: for anything but None and a function; for a class of losses.
+    """
+    if loss is not None and (isinstance(loss, type) or not callable(loss)):
+        raise TypeError(f"`loss` should be a function of (logits, labels), or None. Found {shown(loss)}.")
+
+
+def as_target(labels: Tensor, logits: Tensor, name: str, ignore_index: int) -> Tensor:
     """Class indices `(B,)`, or class probabilities `(B, C)`, on the logits' device.
 
     Raises:
-        ValueError: if they are not one for each row of the logits.
+        ValueError: if they are not one for each row of the logits, or (where looking does not wait for a device) lie
+            outside [0, C).
     """
-    target = torch.as_tensor(labels).to(logits.device)
+    target = labels.to(logits.device)
     soft = target.is_floating_point() and target.dim() == 2 and target.shape[1] > 1
+    classes = logits.shape[-1]
     if not soft:
-        # A single logit: binary labels, often kept as floats for BCEWithLogitsLoss.
-        target = target.flatten().long() if logits.shape[-1] == 1 else target
+        if classes == 1:  # binary labels, often kept as floats for BCEWithLogitsLoss
+            target = target.flatten() if target.is_complex() else target.flatten().round().long()
         target = target.flatten() if target.dim() == 2 and target.shape[1] == 1 else target
     if target.shape[:1] != logits.shape[:1] or (target.dim() != 1 and not soft):
         raise ValueError(
             f"`labels` should have one entry for each of the {len(logits)} samples of {name!r}. "
             f"Found shape {tuple(target.shape)}."
         )
-    return target
+    try:
+        as_targets(target, max(classes, 2), ignore_index)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} The objective has heads of out_features = {classes}; for other targets give it `loss=`, a "
+            "function of (logits, labels)."
+        ) from None
+    return target if soft else target.long()
 
 
 def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -215,4 +236,6 @@ def widened(x: Tensor) -> Tensor:
 
 def loss_of(loss: Loss, logits: Tensor, labels: Any) -> Tensor:
     """The user's loss of uni-modal logits; a module's hooks wait for the loop's own calls, and are passed by."""
-    return loss.forward(logits, labels) if isinstance(loss, nn.Module) else loss(logits, labels)
+    value = loss.forward(logits, labels) if isinstance(loss, nn.Module) else loss(logits, labels)
+    check_kind("what `loss` returns", value, Tensor, "a tensor, the loss of the logits")
+    return value

@@ -10,6 +10,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from balanceopt._options import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_kind,
+    check_number,
+    check_seed,
+    names_of,
+    to_tensor,
+)
 from balanceopt._pooling import Pool, check_pool
 from balanceopt.distributed import active_group, shared_seed
 from balanceopt.monitor import ModalityMonitor, Pass, in_backward
@@ -19,6 +29,7 @@ from balanceopt.objective._heads import (
     Loss,
     OwnHead,
     as_target,
+    check_loss,
     loss_of,
     mean_cross_entropy,
     widened,
@@ -51,7 +62,7 @@ class UnimodalObjective(nn.Module):
 
     Raises:
         ValueError: for an option outside its range, or one that does not go with the monitor.
-        TypeError: if `monitor` is no `ModalityMonitor`.
+        TypeError: if `monitor` is no `ModalityMonitor`, or `loss` no function.
         NotImplementedError: for `inject` with the shared head where it is sharded.
 
     Example:
@@ -84,7 +95,10 @@ class UnimodalObjective(nn.Module):
     ) -> None:
         super().__init__()
         weights = _checked(monitor, out_features, heads, weight)
+        check_flag("inject", inject)
+        check_loss(loss)
         check_pool(pool)
+        check_seed(seed)
         self.heads: HeadKind = heads
         self.weight = weights
         # Not as attributes of a module: the user's loss and model are no parts of this one.
@@ -117,14 +131,18 @@ class UnimodalObjective(nn.Module):
 
         Raises:
             RuntimeError: before any forward of the model, or with `inject=True`, which adds the gradient already.
-            ValueError: if labels are not one for each sample.
+            ValueError: if labels are not one for each sample, or lie outside [0, out_features).
+            TypeError: if labels are no numbers, or `loss` returns no tensor.
         """
         if self.inject:
             raise RuntimeError(
                 "inject=True adds the uni-modal gradients already: leave the objective out of the loss."
             )
+        if self.loss is None:
+            labels = to_tensor("labels", labels, "class indices (B,)")
         if not any(self.weight.values()):
-            return torch.zeros((), device=labels.device)
+            device = labels.device if isinstance(labels, Tensor) else torch.device("cpu")
+            return torch.zeros((), dtype=torch.float32, device=device)
         features, present = self._live.of_latest()
         losses = [
             self.weight[name] * self._loss(name, z, labels, present.get(name))
@@ -172,7 +190,8 @@ class UnimodalObjective(nn.Module):
             labels = labels.to(logits.device)[rows]
             logits = logits[rows]
         if self.loss is None:
-            return mean_cross_entropy(logits, as_target(labels, logits, name), self.monitor.ignore_index)
+            ignore_index = self.monitor.ignore_index
+            return mean_cross_entropy(logits, as_target(labels, logits, name, ignore_index), ignore_index)
         if len(logits) == 0:
             return logits.sum()
         return loss_of(self.loss, logits, labels.to(logits.device))
@@ -182,7 +201,7 @@ class UnimodalObjective(nn.Module):
         names = [n for n in self.monitor.modalities if n not in features or not self.weight[n]]
         unused = [p for name in names for p in self._heads.of(name).parameters()]
         built = [p.sum() for p in unused if not nn.parameter.is_lazy(p)]
-        return 0.0 * torch.stack(built).sum() if built else torch.zeros(())
+        return 0.0 * torch.stack(built).sum() if built else torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 class LiveFeatures:
@@ -247,20 +266,17 @@ def _checked(
     monitor: ModalityMonitor, out_features: int, heads: str, weight: float | Mapping[str, float]
 ) -> dict[str, float]:
     """Each modality's weight, if all arguments fit."""
-    if not isinstance(monitor, ModalityMonitor):
-        raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
-    if out_features < 1:
-        raise ValueError(f"`out_features` should be at least 1. Found {out_features}.")
-    if heads not in get_args(HeadKind):
-        raise ValueError(f"`heads` should be one of {get_args(HeadKind)}. Found {heads!r}.")
+    check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
+    check_count("out_features", out_features, at_least=1)
+    check_choice("heads", heads, get_args(HeadKind))
     if heads == "shared":
         monitor.expect_scores("UnimodalObjective(heads='shared')")
     weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(monitor.modalities, weight)
     unknown = weights.keys() - set(monitor.modalities)
     if unknown:
         raise ValueError(
-            f"`weight` should be given by modality {monitor.modalities}. Found {sorted(unknown)}."
+            f"`weight` should be given by modality {monitor.modalities}. Found {names_of(unknown)}."
         )
-    if not all(0 <= w < float("inf") for w in weights.values()):
-        raise ValueError(f"`weight` should be non-negative and finite. Found {weight}.")
+    for value in weights.values():
+        check_number("weight", value, at_least=0)
     return {name: float(weights.get(name, 0.0)) for name in monitor.modalities}

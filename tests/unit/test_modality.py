@@ -145,7 +145,7 @@ def test_not_a_mapping_or_empty(encoders):
 
 def test_neither_module_nor_name():
     with pytest.raises(
-        TypeError, match=r"encoders\['a'\] should be a module or the dotted name of one. Found int"
+        TypeError, match=r"encoders\['a'\] should be a module or the dotted name of one. Found 3"
     ):
         bo.modality_groups(Concat(), {"a": 3})  # type: ignore[dict-item]
 

@@ -208,7 +208,7 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"heads": "both"}, "`heads` should be one of"),
-            ({"weight": -1.0}, "`weight` should be non-negative"),
+            ({"weight": -1.0}, "`weight` should be a finite number of at least 0"),
             ({"weight": {"touch": 1.0}}, r"Found \['touch'\]"),
             ({"pool": "median"}, "`pool` should be one of"),
         ],
@@ -216,7 +216,7 @@ class TestRefusals:
     def test_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             objective_of(Concat(), **options)
-        with pytest.raises(ValueError, match="`out_features` should be at least 1"):
+        with pytest.raises(ValueError, match="`out_features` should be a whole number of at least 1"):
             bo.UnimodalObjective(watch(Concat()), 0)
         with pytest.raises(TypeError, match="`monitor` should be"):
             bo.UnimodalObjective(cast(Any, Concat()), 3)

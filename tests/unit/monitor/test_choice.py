@@ -73,12 +73,12 @@ def test_a_single_modality():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"scores": "exact"}, ValueError, "should be 'auto', 'split', 'per-head', 'zero-out' or a function"),
-        ({"labels": "guess"}, ValueError, "or a loss module. Found 'guess'"),
+        ({"scores": "exact"}, ValueError, "or a function. Found scores = 'exact'"),
+        ({"labels": "guess"}, ValueError, "or a loss module. Found labels = 'guess'"),
         ({"select": {"smell": lambda x: x}}, ValueError, r"Found also \['smell'\]"),
         ({"head": "nowhere"}, ValueError, "`head` should name a module of Concat"),
         ({"head": nn.Linear(8, 5)}, ValueError, "Found a Linear outside of it"),
-        ({"head": 3}, TypeError, "`head` should be a module or the dotted name of one. Found int"),
+        ({"head": 3}, TypeError, "`head` should be a module or the dotted name of one. Found 3"),
         (
             {"head": "encoders.audio"},
             ValueError,

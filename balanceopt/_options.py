@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard
 
@@ -192,3 +192,15 @@ def to_tensor(name: str, value: Any, expected: str) -> Tensor:
         return torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`{name}` should be {expected}. Found {shown(value)}.") from error
+
+
+def check_entries(role: str, state: Any, names: Collection[str]) -> None:
+    """Refuse a state that is no mapping, or lacks an entry.
+
+    Raises:
+        TypeError, KeyError: naming what is missing.
+    """
+    check_kind(role, state, Mapping, "what state_dict() returned, a mapping")
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise KeyError(f"{role} should be what state_dict() returned. Missing: {missing}.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from balanceopt._options import check_kind
 from balanceopt._warnings import warn_user
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._engine import Listener
@@ -60,6 +61,7 @@ class Beside:
         self._optimizer = optimizer
         self._hooks = [
             optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._check),
             optimizer.register_load_state_dict_post_hook(self.load),
         ]
         if self.scheduler is not None:
@@ -88,20 +90,37 @@ class Beside:
     def load(self, optimizer: torch.optim.Optimizer) -> None:
         """Take over what a checkpoint put into the groups."""
         state = optimizer.param_groups[0].pop(KEY, {})
-        for name, built in (("prediction", self.modulator), ("relearn", self.scheduler)):
-            if built is None:
-                continue
+        self._check_state(state)
+        for name, built in self._pairs():
             if name in state:
                 built.load_state_dict(state[name])
             else:
                 warn_user(f"the checkpoint holds no state of `{name}`: {type(built).__name__} starts anew.")
 
+    def _check(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that could be loaded in part only, before the optimizer has loaded its own."""
+        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+        if isinstance(groups, (list, tuple)) and groups and isinstance(groups[0], Mapping):
+            self._check_state(groups[0].get(KEY, {}))
+
+    def _check_state(self, state: Any) -> None:
+        check_kind(f"the checkpoint's {KEY}", state, Mapping, "a mapping to states")
+        for name, built in self._pairs():
+            if name in state:
+                built.check_state(state[name])
+
     def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict["param_groups"][0][KEY] = self._state()
 
     def _state(self) -> dict[str, Any]:
-        pairs = (("prediction", self.modulator), ("relearn", self.scheduler))
-        return {name: built.state_dict() for name, built in pairs if built is not None}
+        return {name: built.state_dict() for name, built in self._pairs()}
+
+    def _pairs(self) -> Iterator[tuple[str, OPM | ReLearnScheduler]]:
+        """What was built, by the name of the argument that makes it."""
+        if self.modulator is not None:
+            yield "prediction", self.modulator
+        if self.scheduler is not None:
+            yield "relearn", self.scheduler
 
     def _let_go(self) -> None:
         for hook in self._hooks:

@@ -99,6 +99,11 @@ def projection_number(project: Projection | None) -> int:
     return -1 if project is None else _PROJECTIONS.index(project)
 
 
+def is_projection(number: int) -> bool:
+    """Whether `projection_number` gives that number."""
+    return -1 <= number < len(_PROJECTIONS)
+
+
 def projection_numbered(number: int) -> Projection | None:
     """The projection of that number."""
     return None if number < 0 else _PROJECTIONS[number]

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from balanceopt._options import check_choice
+from balanceopt._options import check_choice, check_entries, check_kind, is_whole, shown
 from balanceopt.modality import unwrap
 from balanceopt.monitor._columns import (
     NoMatchError,
     Projection,
     as_rows,
+    is_projection,
     projection_number,
     projection_numbered,
 )
@@ -204,8 +205,35 @@ def layout_of(scores: UnimodalLogits | None) -> dict[str, Any]:
     }
 
 
+def check_layout(layout: dict[str, Any]) -> None:
+    """Refuse what `layout_of` can't have told.
+
+    Raises:
+        TypeError: if it, or its columns or projections, are no mapping.
+        KeyError: if an entry is missing.
+        ValueError: for columns that are no range, and unknown projections.
+    """
+    check_entries("the layout", layout, ("scores", "columns", "projections"))
+    for part in ("columns", "projections"):
+        check_kind(f"the layout's {part}", layout[part], Mapping, "a mapping from modality to numbers")
+    if layout["scores"] is not None and not isinstance(layout["scores"], str):
+        raise ValueError(f"the layout's scores should be a name or None. Found {shown(layout['scores'])}.")
+    for name, own in layout["columns"].items():
+        pair = isinstance(own, (list, tuple)) and len(own) == 2 and all(map(is_whole, own))
+        if not pair or not 0 <= own[0] < own[1]:
+            raise ValueError(f"the layout's columns of {name!r} should be [start, stop]. Found {shown(own)}.")
+    for name, number in layout["projections"].items():
+        if not is_whole(number) or not is_projection(number):
+            raise ValueError(f"the layout's projection of {name!r} is unknown. Found {shown(number)}.")
+
+
 def lay_out(scores: UnimodalLogits | None, layout: dict[str, Any]) -> None:
-    """Take over what `layout_of` told; of a layout that can't be read, nothing."""
+    """Take over what `layout_of` told; of a layout that can't be read, nothing.
+
+    Raises:
+        TypeError, KeyError, ValueError: as `check_layout`; for columns that the head does not have.
+    """
+    check_layout(layout)
     columns = {name: slice(*own) for name, own in layout["columns"].items()}
     projections = {name: projection_numbered(number) for name, number in layout["projections"].items()}
     if isinstance(scores, Automatic):
@@ -215,6 +243,9 @@ def lay_out(scores: UnimodalLogits | None, layout: dict[str, Any]) -> None:
     if scores is None or scores.name != layout["scores"]:
         return  # another monitor: it finds out by itself
     if isinstance(scores, SplitHead):
+        width = scores.head.in_features or max((own.stop for own in columns.values()), default=0)
+        if any(own.stop > width for own in columns.values()):
+            raise ValueError(f"the layout should be of a head of {width} columns. Found {layout['columns']}.")
         scores.columns.update(columns)
     if isinstance(scores, (SplitHead, PerHead)):
         scores.projections.update(projections)

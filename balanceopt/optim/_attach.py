@@ -11,6 +11,7 @@ import torch
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._engine import Engine, Listener
+from balanceopt.optim._state import Before, check_state
 
 
 class AttachedModulation:
@@ -29,8 +30,10 @@ class AttachedModulation:
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
-            optimizer.register_load_state_dict_post_hook(lambda _: engine.after_load()),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._before_loading: Before | None = None
         self._zero_grad = optimizer.zero_grad
         # There is no hook for zero_grad, and the scores of gradients that are thrown away must go with them.
         self._replaced = {name: value for name, value in vars(optimizer).items() if name == "zero_grad"}
@@ -89,6 +92,19 @@ class AttachedModulation:
             self._depth, self._wrapped = 0, None
             self._engine.after()
 
+    def _before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict)
+        self._before_loading = Before(optimizer)
+
+    def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
+        before, self._before_loading = self._before_loading, None
+        try:
+            self._engine.after_load()
+        except BaseException:
+            if before is not None:
+                before.restore()
+            raise
+
     def _is_within_a_step(self, closure: Callable[[], Any] | None) -> bool:
         """Whether a subclass's step calls its parent's: torch calls the hooks of both."""
         if closure is not None:
@@ -137,7 +153,8 @@ def attach(
         A handle with `.remove()`, `.set_epoch()` and `.stats()`; also a context manager.
 
     Raises:
-        TypeError: if the optimizer has no step hooks (it never called `Optimizer.__init__`).
+        TypeError: if the optimizer has no step hooks (it never called `Optimizer.__init__`), or an argument is of
+            another kind.
         ValueError, KeyError, NotImplementedError: as `ModulatedOptimizer`.
 
     Example:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 
+from balanceopt._options import check_flag, check_kind, check_seed
 from balanceopt._warnings import warn_user
 from balanceopt.modality import unwrap
 from balanceopt.modulation import Modulation
@@ -52,11 +53,7 @@ def refuse_groups(groups: Sequence[dict[str, Any]]) -> None:
         NotImplementedError: naming the alternative.
     """
     for group in groups:
-        if group.get("differentiable"):
-            raise NotImplementedError(
-                "differentiable=True is not supported: gradients are changed in place, and the derivative would be "
-                "that of the unmodulated step. Use differentiable=False."
-            )
+        refuse_differentiable(group)
         for parameter in group["params"]:
             if hasattr(parameter, "_in_backward_optimizers"):
                 raise NotImplementedError(
@@ -67,6 +64,19 @@ def refuse_groups(groups: Sequence[dict[str, Any]]) -> None:
                     "FullyShardedDataParallel (FSDP1) is not supported: its parameters are flat local shards. "
                     "Use torch.distributed.fsdp.fully_shard (FSDP2)."
                 )
+
+
+def refuse_differentiable(group: Mapping[str, Any]) -> None:
+    """Raise for a param group whose step is to be differentiated.
+
+    Raises:
+        NotImplementedError: naming the alternative.
+    """
+    if group.get("differentiable"):
+        raise NotImplementedError(
+            "differentiable=True is not supported: gradients are changed in place, and the derivative would be "
+            "that of the unmodulated step. Use differentiable=False."
+        )
 
 
 def warn_of_known_defects(optimizer: torch.optim.Optimizer) -> None:
@@ -89,28 +99,44 @@ def steps_others(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def check_arguments(
-    optimizer: torch.optim.Optimizer, monitor: ModalityMonitor, modulations: Sequence[Modulation]
-) -> None:
-    """Raise where an optimizer, a monitor and modulations do not go together.
+    optimizer: torch.optim.Optimizer,
+    monitor: ModalityMonitor,
+    modulations: Modulation | Sequence[Modulation],
+    seed: int | None,
+    strict: bool,
+) -> list[Modulation]:
+    """Raise where an optimizer, a monitor and modulations do not go together; returns the modulations.
 
     Raises:
         TypeError: if one is of another kind.
         ValueError: if the optimizer is modulated already, or does not train the monitor's model; or the monitor has no
             head.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"`optimizer` should be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
-    if not isinstance(monitor, ModalityMonitor):
-        raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
-    if not modulations or not all(isinstance(m, Modulation) for m in modulations):
-        raise TypeError(
-            f"`modulation` should be a Modulation such as OGM(), or several. Found {modulations!r}."
-        )
+    check_kind("`optimizer`", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
+    chosen = check_modulations(modulations)
+    check_seed(seed)
+    check_flag("strict", strict)
     refuse_modulated(optimizer)
-    monitor.expect_scores(type(modulations[0]).__name__)
+    monitor.expect_scores(type(chosen[0]).__name__)
     held = {id(p) for p in unwrap(monitor.model).parameters()}
     if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             "the optimizer holds none of the monitor's model's parameters. Build the monitor on the model that this "
             "optimizer trains, and both after `fully_shard` or a move that replaces parameters."
         )
+    return chosen
+
+
+def check_modulations(modulations: object) -> list[Modulation]:
+    """One modulation or several as a list.
+
+    Raises:
+        TypeError: if there is none, or something else.
+    """
+    several: list[Any] = list(modulations) if isinstance(modulations, (list, tuple)) else [modulations]
+    if not several:
+        raise TypeError("`modulation` should be a Modulation such as OGM(), or several. Found none.")
+    for modulation in several:
+        check_kind("`modulation`", modulation, Modulation, "a Modulation such as OGM(), or a list of several")
+    return several

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts, on_host
+from balanceopt._options import check_function
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, Step
@@ -51,8 +52,7 @@ class Engine:
         seed: int | None,
         strict: bool,
     ) -> None:
-        chosen = [modulations] if isinstance(modulations, Modulation) else list(modulations)
-        check_arguments(optimizer, monitor, chosen)
+        chosen = check_arguments(optimizer, monitor, modulations, seed, strict)
         self.optimizer = optimizer
         self.monitor = monitor
         self.modulations = chosen
@@ -91,7 +91,12 @@ class Engine:
         self._act()
 
     def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Begin a step with a closure: the closure with its gradients modulated."""
+        """Begin a step with a closure: the closure with its gradients modulated.
+
+        Raises:
+            TypeError: if `closure` is no function.
+        """
+        check_function("closure", closure, "no arguments that returns the loss")
         self._begin(has_closure=True)
         noisy = any(getattr(m, "noise", False) for m in self.modulations)
         if noisy and isinstance(self.optimizer, torch.optim.LBFGS):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from balanceopt._options import check_flag, check_kind, check_number, names_of
 from balanceopt.modulation import AMSS, MaskScale
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._modulated import ModulatedOptimizer
@@ -42,6 +45,7 @@ class MaskedSubnetworkSGD(ModulatedOptimizer):
 
     Raises:
         ValueError: for options outside their range, or if the parameters are not those of the monitor's model.
+        TypeError: for an argument of another kind, or an unknown option.
         KeyError: if groups are tagged with modalities that the monitor does not have.
 
     Example:
@@ -76,6 +80,26 @@ class MaskedSubnetworkSGD(ModulatedOptimizer):
         strict: bool = True,
         **options: Any,
     ) -> None:
+        if not isinstance(lr, Tensor):
+            check_number("lr", lr, at_least=0)
+        check_number("momentum", momentum, at_least=0)
+        check_number("dampening", dampening)
+        check_number("weight_decay", weight_decay, at_least=0)
+        check_flag("nesterov", nesterov)
+        check_flag("maximize", maximize)
+        check_flag("foreach", foreach, or_none=True)
+        check_flag("fused", fused, or_none=True)
+        check_kind(
+            "`params`", params, Iterable, "parameters or param groups, such as modality_groups(...) makes"
+        )
+        unknown = options.keys() - signature(AMSS).parameters.keys()
+        if unknown:
+            raise TypeError(f"options should be those of SGD and of AMSS. Found {names_of(unknown)}.")
+        if nesterov and (momentum == 0 or dampening != 0):
+            raise ValueError(
+                "`nesterov` needs a momentum above 0 and a dampening of 0. Found "
+                f"momentum = {momentum} and dampening = {dampening}."
+            )
         modulation = AMSS(temperature, scale=scale, **options)
         base = torch.optim.SGD(
             params,

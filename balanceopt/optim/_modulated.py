@@ -11,6 +11,7 @@ import torch
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._engine import Engine, Listener
+from balanceopt.optim._state import Before, check_state
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -41,7 +42,8 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         strict: raise after ten steps in a row without any score; False to warn only.
 
     Raises:
-        ValueError: if the optimizer is modulated already, or does not train the monitor's model.
+        TypeError: if `optimizer`, `monitor` or `modulation` is of another kind.
+        ValueError: if the optimizer is modulated already, or does not train the monitor's model; for a bad `seed`.
         KeyError: if groups are tagged with modalities that the monitor does not have.
         NotImplementedError: for differentiable, in-backward and FSDP1 optimizers.
 
@@ -153,9 +155,20 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; tag it with `"modality"`, or its modality is known by its parameters."""
-        self.optimizer.add_param_group(param_group)
-        self._engine.refresh()
+        """Add a group to the base; tag it with `"modality"`, or its modality is known by its parameters.
+
+        Raises:
+            KeyError: for a tag that the monitor does not have; the group is not added then.
+        """
+        before = Before(self.optimizer)
+        groups = list(self.param_groups)
+        try:
+            self.optimizer.add_param_group(param_group)
+            self._engine.refresh()
+        except BaseException:
+            before.restore()
+            self.param_groups[:] = groups
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state; what balanceopt keeps is in its `param_groups`."""
@@ -172,15 +185,25 @@ class ModulatedOptimizer(torch.optim.Optimizer):
 
         Args:
             state_dict: from `state_dict()` of either.
+
+        Raises:
+            TypeError, KeyError, ValueError: if it is none, or one that the base can't take; nothing is changed then.
         """
-        state_dict = state_dict.copy()  # as torch does: hooks may change it
+        check_state(state_dict)
+        state_dict = dict(state_dict)  # as torch does: hooks may change it
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        self.optimizer.load_state_dict(state_dict)
-        self._engine.after_load()
-        for loaded in self._optimizer_load_state_dict_post_hooks.values():
-            loaded(self)
+        check_state(state_dict)
+        before = Before(self.optimizer)
+        try:
+            self.optimizer.load_state_dict(state_dict)
+            self._engine.after_load()
+            for loaded in self._optimizer_load_state_dict_post_hooks.values():
+                loaded(self)
+        except BaseException:
+            before.restore()
+            raise
 
     def remove(self, *, keep_state: bool = False) -> torch.optim.Optimizer:
         """Take everything off and return the base optimizer. May be called twice.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balanceopt._options import shown
 from balanceopt.modulation import Slot
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._checks import refuse_groups
@@ -79,10 +80,9 @@ class Owners:
             if tag is None:
                 continue
             if tag not in known:
-                tags = sorted({t for t in self._tags if t is not None})
                 raise KeyError(
-                    f"param groups are tagged with modalities {tags}, the monitor has {list(known)}. "
-                    "Give both the same names."
+                    f"param groups are tagged with modality {shown(tag)}, the monitor has {list(known)}. "
+                    "Give both the same names, and None to parameters of no modality."
                 )
             found.update({id(p): tag for p in group["params"]})
         return found

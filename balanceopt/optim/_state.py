@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from balanceopt._options import check_count
+from balanceopt._options import check_count, check_entries, check_kind
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import shared_seed
 from balanceopt.modulation._shards import local_part
 from balanceopt.monitor import ModalityMonitor
+from balanceopt.optim._checks import refuse_differentiable
 
 STEP, SEED, EPOCH = "balanceopt_step", "balanceopt_seed", "balanceopt_epoch"
 
@@ -22,6 +24,54 @@ NOT_COUNTED = (
     "the optimizer state that was loaded has been trained, and balanceopt's step counter in it is 0: the checkpoint is "
     "taken for a bare optimizer's, and steps count from 0."
 )
+
+
+def check_state(state: object) -> None:
+    """Refuse what no optimizer can load, and counters that are none.
+
+    Raises:
+        TypeError: if it is no mapping, or its parts are of another kind.
+        KeyError: if a part is missing, or one of the counters without the others.
+        ValueError: for a counter that is no whole number.
+    """
+    check_entries("the optimizer's state", state, ("state", "param_groups"))
+    assert isinstance(state, Mapping)
+    check_kind("the optimizer's state['state']", state["state"], Mapping, "a mapping")
+    check_kind(
+        "the optimizer's state['param_groups']", state["param_groups"], (list, tuple), "a list of groups"
+    )
+    for group in state["param_groups"]:
+        check_kind("each of the state's param groups", group, Mapping, "a mapping")
+        if any(key in group for key in (STEP, SEED, EPOCH)):
+            check_entries("each of the state's param groups", group, (STEP, SEED, EPOCH))
+            check_count(STEP, group[STEP])
+            check_count(SEED, group[SEED])
+            check_count(EPOCH, group[EPOCH], or_none=True)
+        refuse_differentiable(group)
+
+
+class Before:
+    """An optimizer, and those inside it, as they are before a load: attributes, groups and state, not copies of tensors.
+
+    Args:
+        optimizer: that is about to load a state.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._held: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        inner: Any = optimizer
+        while isinstance(inner, torch.optim.Optimizer):
+            state = inner.state
+            containers: list[dict[Any, Any]] = [vars(inner), *inner.param_groups, state]
+            containers += [own for own in state.values() if isinstance(own, dict)]
+            self._held += [(container, dict(container)) for container in containers]
+            inner = getattr(inner, "optimizer", None)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for container, contents in self._held:
+            container.clear()
+            container.update(contents)
 
 
 class Counters:

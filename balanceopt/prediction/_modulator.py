@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -15,14 +15,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from balanceopt._deferred import DeferredCounts, on_host
-from balanceopt._options import check_choice, check_count, check_kind, check_number
+from balanceopt._options import check_choice, check_count, check_entries, check_kind, check_number, shown
 from balanceopt._warnings import warn_user
 from balanceopt._window import Unit, Window
 from balanceopt.distributed import active_group, rank_in, shared_seed, sum_over_ranks
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums, Pass, in_backward
+from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums, Pass, check_layout, in_backward
 from balanceopt.prediction._drop import (
     Drop,
     Rescale,
@@ -197,22 +197,46 @@ class OPM:
         """Go on from a checkpoint; options are this object's own. A load that fails changes nothing.
 
         Raises:
-            ValueError: if the state is of other modalities.
+            TypeError, ValueError: if the state is of other modalities, or an entry of another kind.
             KeyError: if an entry is missing.
         """
-        modalities = list(self.monitor.modalities)
-        if state["modalities"] != modalities:
-            raise ValueError(f"the state should be of modalities {modalities}. Found {state['modalities']}.")
-        q, pending = state["q"].detach().clone(), state["pending"]
-        pending = None if pending is None else pending.detach().clone()
-        forwards, seed = int(state["forwards"]), int(state["seed"])
-        epoch, repeats, widths = state["epoch"], dict(state["repeats"]), dict(state["widths"])
+        self.check_state(state)
         self.monitor.layout = state["layout"]
-        self._q, self._pending, self._silent = q, pending, 0
-        self._forwards, self._seed, self._epoch = forwards, seed, epoch
-        self._repeats, self._widths, self._latest = repeats, widths, None
+        pending = state["pending"]
+        self._q = state["q"].detach().clone()
+        self._pending = None if pending is None else pending.detach().clone()
+        self._forwards, self._seed = int(state["forwards"]), int(state["seed"])
+        self._epoch = None if state["epoch"] is None else int(state["epoch"])
+        self._repeats, self._widths = dict(state["repeats"]), dict(state["widths"])
+        self._silent, self._latest = 0, None
         if self._scores is not None:
             self._scores.discard()
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse what `load_state_dict` can't take.
+
+        Raises:
+            TypeError, ValueError, KeyError: as `load_state_dict`.
+        """
+        check_entries("the state of an OPM", state, self.state_dict())
+        modalities = list(self.monitor.modalities)
+        if state["modalities"] != modalities:
+            raise ValueError(
+                f"the state should be of modalities {modalities}. Found {shown(state['modalities'])}."
+            )
+        _check_numbers("q", state["q"], (len(modalities),))
+        if not bool(((state["q"] >= 0) & (state["q"] <= 1)).all()):
+            raise ValueError(f"the state's q should be probabilities. Found {state['q'].tolist()}.")
+        if state["pending"] is not None:
+            _check_numbers("pending", state["pending"], (2, len(modalities)))
+        check_count("forwards", state["forwards"])
+        check_count("seed", state["seed"])
+        check_count("epoch", state["epoch"], or_none=True)
+        for entry in ("repeats", "widths"):
+            check_kind(f"the state's {entry}", state[entry], Mapping, "a mapping from modality to numbers")
+            for value in state[entry].values():
+                check_count(entry, value, at_least=1)
+        check_layout(state["layout"])
 
     def remove(self) -> None:
         """Drop nothing any more. The monitor stays. May be called twice."""
@@ -420,3 +444,11 @@ def _check_options(q_base: float, lam: float, p_exe: float, rescale: str, ratio:
     check_number("p_exe", p_exe, at_least=0, at_most=1)
     check_choice("rescale", rescale, get_args(Rescale))
     check_choice("ratio", ratio, get_args(RatioReduction))
+
+
+def _check_numbers(entry: str, value: object, shape: tuple[int, ...]) -> None:
+    fits = isinstance(value, Tensor) and value.is_floating_point() and value.shape == shape
+    if not fits:
+        raise ValueError(
+            f"the state's {entry} should be a floating tensor of shape {shape}. Found {shown(value)}."
+        )

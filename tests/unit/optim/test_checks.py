@@ -23,7 +23,7 @@ both_forms = pytest.mark.parametrize(
 def test_wrong_kinds(form: Form):
     model = small_model()
     optimizer, monitor = sgd(groups_of(model)), watch(model)
-    with pytest.raises(TypeError, match=r"`optimizer` should be a torch\.optim\.Optimizer. Found list"):
+    with pytest.raises(TypeError, match=r"`optimizer` should be a torch\.optim\.Optimizer. Found \["):
         form(groups_of(model), monitor)
     with pytest.raises(TypeError, match=r"`monitor` should be a ModalityMonitor. Found Concat"):
         form(optimizer, model)
@@ -33,7 +33,7 @@ def test_wrong_kinds(form: Form):
 
 def test_no_modulation():
     model = small_model()
-    with pytest.raises(TypeError, match=r"or several. Found \[\]"):
+    with pytest.raises(TypeError, match=r"or several. Found none"):
         bo.ModulatedOptimizer(sgd(groups_of(model)), watch(model), [])
 
 
@@ -54,7 +54,7 @@ def test_parameters_of_another_model(form: Form):
 def test_tags_that_the_monitor_does_not_have(form: Form):
     model = small_model()
     groups = bo.modality_groups(model, {"sound": "encoders.audio", "visual": "encoders.visual"})
-    message = r"tagged with modalities \['sound', 'visual'\], the monitor has \['audio', 'visual'\]"
+    message = r"tagged with modality .sound., the monitor has \['audio', 'visual'\]"
     with pytest.raises(KeyError, match=message):
         form(sgd(groups), watch(model))
 

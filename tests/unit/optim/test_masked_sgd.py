@@ -134,9 +134,9 @@ def test_its_options_reach_sgd_and_amss():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1}, "Invalid learning rate"),
-        ({"nesterov": True}, "Nesterov momentum requires"),
-        ({"temperature": -1}, "`temperature` should be positive"),
+        ({"lr": -1}, "`lr` should be a finite number of at least 0"),
+        ({"nesterov": True}, "`nesterov` needs a momentum above 0 and a dampening of 0"),
+        ({"temperature": -1}, "`temperature` should be a finite number above 0"),
     ],
 )
 def test_options_are_checked(options, message):

@@ -404,9 +404,7 @@ def test_add_param_group(on: str):
 
 def test_a_group_added_with_an_unknown_tag_is_refused():
     _, optimizer = modulated()
-    with pytest.raises(
-        KeyError, match=r"tagged with modalities \['audio', 'smell', 'visual'\], the monitor has"
-    ):
+    with pytest.raises(KeyError, match=r"tagged with modality 'smell', the monitor has"):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))], "modality": "smell"})
 
 

@@ -127,7 +127,7 @@ def test_a_layout_that_can_not_be_read_changes_nothing():
     state, fresh = run.modulator.state_dict(), Run("gated")
     before = repr(fresh.modulator.state_dict())
     state["layout"]["columns"] = {"audio": [0, 2, 1, 9]}
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"columns of 'audio' should be \[start, stop\]"):
         fresh.modulator.load_state_dict(state)
     assert repr(fresh.modulator.state_dict()) == before
 

@@ -127,14 +127,14 @@ def check_kind(role: str, value: object, kinds: type | tuple[type, ...], expecte
         raise TypeError(f"{role} should be {expected}. Found {shown(value)}.")
 
 
-def check_function(name: str, value: object, of: str, *, or_none: bool = True) -> None:
-    """Refuse anything that can't be called.
+def check_function(name: str, value: object, of: str) -> None:
+    """Refuse anything that can't be called, but for None; and a class in the place of a function.
 
     Raises:
-        TypeError: saying what the function would be called with.
+        ValueError: saying what the function would be called with.
     """
-    if not callable(value) and not (or_none and value is None):
-        raise TypeError(f"`{name}` should be a function of {of}. Found {shown(value)}.")
+    if value is not None and (isinstance(value, type) or not callable(value)):
+        raise ValueError(f"`{name}` should be a function of {of}, or None. Found {shown(value)}.")
 
 
 def check_generator(generator: object) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from balanceopt._options import check_kind, shown
+from balanceopt._options import check_kind
 from balanceopt._pooling import Pool, pool_features
 from balanceopt._torch import after_backward, backward_number
 from balanceopt.distributed import Group, active_group
@@ -173,16 +173,6 @@ class GradientAverage:
             if width:
                 build(head, width)
         self._all_built = bool(widths.all())
-
-
-def check_loss(loss: object) -> None:
-    """Refuse what is no loss.
-
-    Raises:
-        TypeError: for anything but None and a function; for a class of losses.
-    """
-    if loss is not None and (isinstance(loss, type) or not callable(loss)):
-        raise TypeError(f"`loss` should be a function of (logits, labels), or None. Found {shown(loss)}.")
 
 
 def as_target(labels: Tensor, logits: Tensor, name: str, ignore_index: int) -> Tensor:

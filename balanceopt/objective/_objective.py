@@ -14,6 +14,7 @@ from balanceopt._options import (
     check_choice,
     check_count,
     check_flag,
+    check_function,
     check_kind,
     check_number,
     check_seed,
@@ -29,7 +30,6 @@ from balanceopt.objective._heads import (
     Loss,
     OwnHead,
     as_target,
-    check_loss,
     loss_of,
     mean_cross_entropy,
     widened,
@@ -62,7 +62,7 @@ class UnimodalObjective(nn.Module):
 
     Raises:
         ValueError: for an option outside its range, or one that does not go with the monitor.
-        TypeError: if `monitor` is no `ModalityMonitor`, or `loss` no function.
+        TypeError: if `monitor` is no `ModalityMonitor`.
         NotImplementedError: for `inject` with the shared head where it is sharded.
 
     Example:
@@ -96,7 +96,7 @@ class UnimodalObjective(nn.Module):
         super().__init__()
         weights = _checked(monitor, out_features, heads, weight)
         check_flag("inject", inject)
-        check_loss(loss)
+        check_function("loss", loss, "(logits, labels)")
         check_pool(pool)
         check_seed(seed)
         self.heads: HeadKind = heads

@@ -93,7 +93,7 @@ class AttachedModulation:
             self._engine.after()
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict)
+        check_state(optimizer, state_dict)
         self._before_loading = Before(optimizer)
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:

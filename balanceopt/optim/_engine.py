@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts, on_host
-from balanceopt._options import check_function
+from balanceopt._options import shown
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, Step
@@ -96,7 +96,8 @@ class Engine:
         Raises:
             TypeError: if `closure` is no function.
         """
-        check_function("closure", closure, "no arguments that returns the loss")
+        if not callable(closure):
+            raise TypeError(f"`closure` should be a function that returns the loss. Found {shown(closure)}.")
         self._begin(has_closure=True)
         noisy = any(getattr(m, "noise", False) for m in self.modulations)
         if noisy and isinstance(self.optimizer, torch.optim.LBFGS):

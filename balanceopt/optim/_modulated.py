@@ -189,12 +189,12 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, KeyError, ValueError: if it is none, or one that the base can't take; nothing is changed then.
         """
-        check_state(state_dict)
+        check_state(self.optimizer, state_dict)
         state_dict = dict(state_dict)  # as torch does: hooks may change it
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
-        check_state(state_dict)
+        check_state(self.optimizer, state_dict)
         before = Before(self.optimizer)
         try:
             self.optimizer.load_state_dict(state_dict)

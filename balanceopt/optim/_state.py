@@ -26,21 +26,23 @@ NOT_COUNTED = (
 )
 
 
-def check_state(state: object) -> None:
-    """Refuse what no optimizer can load, and counters that are none.
+def check_state(optimizer: torch.optim.Optimizer, state: object) -> None:
+    """Refuse what an optimizer can't load, and counters that are none.
 
     Raises:
         TypeError: if it is no mapping, or its parts are of another kind.
         KeyError: if a part is missing, or one of the counters without the others.
         ValueError: for a counter that is no whole number.
     """
-    check_entries("the optimizer's state", state, ("state", "param_groups"))
+    # Optimizers around others have states of other parts.
+    usual = type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
+    parts: dict[str, type | tuple[type, ...]] = {"state": Mapping, "param_groups": (list, tuple)}
+    check_entries("the optimizer's state", state, parts if usual else ())
     assert isinstance(state, Mapping)
-    check_kind("the optimizer's state['state']", state["state"], Mapping, "a mapping")
-    check_kind(
-        "the optimizer's state['param_groups']", state["param_groups"], (list, tuple), "a list of groups"
-    )
-    for group in state["param_groups"]:
+    for part, kinds in parts.items():
+        if part in state:
+            check_kind(f"the optimizer's state[{part!r}]", state[part], kinds, "what state_dict() returned")
+    for group in state.get("param_groups", ()):
         check_kind("each of the state's param groups", group, Mapping, "a mapping")
         if any(key in group for key in (STEP, SEED, EPOCH)):
             check_entries("each of the state's param groups", group, (STEP, SEED, EPOCH))
@@ -51,7 +53,7 @@ def check_state(state: object) -> None:
 
 
 class Before:
-    """An optimizer, and those inside it, as they are before a load: attributes, groups and state, not copies of tensors.
+    """An optimizer and those inside it as they are before a load: attributes, groups, state; no copies of tensors.
 
     Args:
         optimizer: that is about to load a state.

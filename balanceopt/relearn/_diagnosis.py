@@ -11,11 +11,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from balanceopt._options import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_function,
+    check_kind,
+    check_number,
+    check_seed,
+    names_of,
+    shown,
+    to_tensor,
+)
 from balanceopt._pooling import Pool, check_pool, pool_features
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import (
     Group,
     active_group,
+    check_group,
     concatenate_over_ranks,
     of_first_rank,
     shared_seed,
@@ -151,8 +164,10 @@ def diagnose(
         A `Diagnosis`; `print` it for a table.
 
     Raises:
-        ValueError: if there are no samples, of one class, or with labels that are not integers.
-        TypeError: for loaders without a monitor.
+        ValueError: if there are no samples, of one class, or with labels that are not integers; for an option outside
+            its range.
+        TypeError: for loaders without a monitor, and for what is none.
+        KeyError: for features of a modality that the monitor does not have.
 
     Example:
         >>> import torch
@@ -166,6 +181,10 @@ def diagnose(
     Reference:
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 1-5.
     """
+    if monitor is not None:
+        check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
+    check_function("forward", forward, "(model, batch)")
+    check_flag("progress", progress, or_none=True)
     chosen = options(
         seed,
         group if monitor is None else monitor.group,
@@ -213,18 +232,12 @@ class Options:
     group: Group
 
     def __post_init__(self) -> None:
-        reinit_strength(0.0, self.lam)  # refuses a lam outside its range
-        if self.normalize not in get_args(Normalize):
-            raise ValueError(f"`normalize` should be one of {get_args(Normalize)}. Found {self.normalize!r}.")
-        if self.n_init < 1:
-            raise ValueError(f"`n_init` should be at least 1. Found {self.n_init}.")
-        if not (self.classes is None or callable(self.classes)):
-            raise ValueError(
-                "`classes` should be a function from a batch's labels to class indices, or None. Found "
-                f"{self.classes!r}."
-            )
-        if self.max_samples < 1:
-            raise ValueError(f"`max_samples` should be at least 1. Found {self.max_samples}.")
+        check_number("lam", self.lam, at_least=0)
+        check_choice("normalize", self.normalize, get_args(Normalize))
+        check_count("n_init", self.n_init, at_least=1)
+        check_function("classes", self.classes, "a batch's labels that returns class indices")
+        check_count("max_samples", self.max_samples, at_least=1)
+        check_flag("equal_counts", self.equal_counts)
         check_pool(self.pool)
 
     @property
@@ -236,12 +249,29 @@ class Options:
 
 def options(seed: int | None, group: Group, **given: Any) -> Options:
     """Make `Options` with a seed that all ranks share."""
-    return Options(seed=shared_seed(group) if seed is None else seed % 2**63, group=group, **given)
+    check_group(group)
+    check_seed(seed)
+    chosen = shared_seed(group) if seed is None else int(seed) % 2**63
+    return Options(seed=chosen, group=group, **given)
 
 
 def is_given(source: Any) -> TypeGuard[Features]:
     """Whether these are features by modality with labels, not a loader."""
     return isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping)
+
+
+def check_loader(role: str, loader: object) -> None:
+    """Refuse what yields no batches.
+
+    Raises:
+        TypeError: saying what was expected.
+    """
+    iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+    if not iterable or isinstance(loader, (type, str, Tensor)):
+        raise TypeError(
+            f"{role} should be a loader that yields batches: (*inputs, labels), or mappings with 'labels'. "
+            f"Found {shown(loader)}."
+        )
 
 
 def collect_samples(
@@ -255,29 +285,34 @@ def collect_samples(
     """Collect each modality's samples from a pass over a loader, or from features given.
 
     Raises:
-        TypeError: for a loader without a monitor.
+        TypeError: for a loader without a monitor, and for what is none.
         KeyError: for features of a modality that the monitor does not have.
+        ValueError: for features that are no real numbers.
     """
     collector_of = partial(Collector, limit=chosen.limit, seed=chosen.seed, classes=chosen.classes)
     if is_given(source):
         features, labels = source
         modalities = tuple(features) if monitor is None else monitor.modalities
-        unknown = sorted(features.keys() - set(modalities))
+        unknown = features.keys() - set(modalities)
         if unknown:
-            raise KeyError(f"{split} features should be given by modality {modalities}. Found {unknown}.")
+            raise KeyError(
+                f"{split} features should be given by modality {modalities}. Found {names_of(unknown)}."
+            )
+        tensors = {name: _numbers(f"the {split} features of {name!r}", z) for name, z in features.items()}
         collector = collector_of(
             modalities,
             lambda _, z: pool_features(z, chosen.pool),
             ignore_index=-100,
             where=f"given with the {split} features",
         )
-        collector.add({name: torch.as_tensor(z) for name, z in features.items()}, labels)
+        collector.add(tensors, labels)
         return collector.samples()
     if monitor is None:
         raise TypeError(
             f"the {split} data should be (features by modality, labels) where no monitor is given. Found "
-            f"{type(source).__name__}: pass `monitor=` to take the features from a pass over a loader."
+            f"{shown(source)}: pass `monitor=` to take the features from a pass over a loader."
         )
+    check_loader(f"the {split} data", source)
     projection = monitor.projection
     collector = collector_of(
         monitor.modalities,
@@ -287,6 +322,16 @@ def collect_samples(
     )
     collect(monitor, source, collector, split, forward, progress)
     return collector.samples()
+
+
+def _numbers(role: str, features: Any) -> Tensor:
+    """Features that were given, integers as numbers."""
+    z = to_tensor(role, features, "a tensor (N, D)")
+    if z.is_complex() or z.dim() == 0:
+        raise ValueError(
+            f"{role} should be real numbers (N, D). Found shape {tuple(z.shape)}, dtype {z.dtype}."
+        )
+    return z if z.is_floating_point() else z.float()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from balanceopt._options import to_tensor
 from balanceopt.distributed import active_group
 from balanceopt.monitor import ModalityMonitor, Pass, in_backward, map_tensors, random_state_kept
 
@@ -146,6 +147,7 @@ class Collector:
 
         Raises:
             ValueError: if labels are not integers, or not one for each row of features.
+            TypeError: if labels are no numbers.
         """
         indices = self._class_indices(labels)
         keys = torch.rand(len(indices), generator=self._generator, dtype=torch.float64)
@@ -168,7 +170,8 @@ class Collector:
 
     def _class_indices(self, labels: Any) -> Tensor:
         """`(B,)` int64 on the CPU."""
-        values = torch.as_tensor(labels if self._classes is None else self._classes(labels)).detach()
+        given = labels if self._classes is None else self._classes(labels)
+        values = to_tensor(f"labels {self.where}", given, "integers (N,), a class index each").detach()
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(
                 f"labels {self.where} should be integers, a class index each. Found dtype {values.dtype}: pass "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from balanceopt._options import check_kind, names_of, shown
 from balanceopt._warnings import warn_user
 from balanceopt.functional import soft_reinit_
 from balanceopt.monitor import ModalityMonitor
@@ -32,7 +33,7 @@ class InitialWeights:
 
     def __init__(self, monitor: ModalityMonitor, device: torch.device | str | None) -> None:
         self.monitor = monitor
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else _checked_device(device)
         self.values: dict[str, Tensor] = {}
         self._waiting = set(self._by_dotted_name())
         self._warn_of_shared()
@@ -88,13 +89,15 @@ class InitialWeights:
 
         Raises:
             ValueError: if names or shapes differ.
+            TypeError: if it is no mapping to tensors.
         """
+        check_kind("the state's initial weights", state, Mapping, "a mapping from name to tensor")
         current = self._by_dotted_name()
-        unknown = sorted(state.keys() - current.keys())
-        missing = sorted(self.values.keys() - state.keys())
+        unknown, missing = state.keys() - current.keys(), self.values.keys() - state.keys()
         if unknown or missing:
             raise ValueError(
-                f"the state should hold this model's initial weights. Unknown: {unknown}; missing: {missing}."
+                f"the state should hold this model's initial weights. Unknown: {names_of(unknown)}; missing: "
+                f"{names_of(missing)}."
             )
         _check_shapes(state, current)
 
@@ -196,8 +199,18 @@ def reinitialise(
             del optimizer.state[parameter]
 
 
+def _checked_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"`snapshot_device` should be a device such as 'cpu', or None. Found {shown(device)}."
+        ) from error
+
+
 def _check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
     for name, value in state.items():
+        check_kind(f"the initial value of {name!r}", value, Tensor, "a tensor")
         tensor = current[name]
         if not is_lazy(tensor) and value.shape != tensor.shape:
             raise ValueError(

@@ -9,6 +9,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from balanceopt._options import (
+    check_choice,
+    check_count,
+    check_entries,
+    check_flag,
+    check_function,
+    check_kind,
+)
 from balanceopt._pooling import Pool
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.relearn._diagnosis import (
@@ -16,6 +24,7 @@ from balanceopt.relearn._diagnosis import (
     Features,
     Normalize,
     Source,
+    check_loader,
     collect_samples,
     diagnose_samples,
     is_given,
@@ -69,7 +78,7 @@ class ReLearnScheduler:
 
     Raises:
         ValueError: for an option outside its range, or loaders that are missing.
-        TypeError: if `optimizer` or `monitor` is something else.
+        TypeError: if `optimizer`, `monitor`, a loader, `forward` or `initial` is something else.
 
     Example:
         >>> import balanceopt as bo
@@ -109,6 +118,12 @@ class ReLearnScheduler:
     ) -> None:
         _check_arguments(optimizer, monitor, every, max_relearns, optimizer_state)
         _check_loaders(train_loader, val_loader)
+        check_function("forward", forward, "(model, batch)")
+        if initial is not None:
+            check_kind(
+                "`initial`", initial, Mapping, "a state dict of the model, or of each encoder by modality"
+            )
+        check_flag("progress", progress, or_none=True)
         self.optimizer = optimizer
         self.monitor = monitor
         self.train_loader = train_loader
@@ -152,6 +167,7 @@ class ReLearnScheduler:
 
         Raises:
             ValueError: if there is no data to diagnose, of one class, or with labels that are not integers.
+            TypeError, KeyError: if the data is of another kind.
         """
         diagnosis = None
         if self._due:
@@ -171,7 +187,7 @@ class ReLearnScheduler:
             val: the same of the validation samples.
 
         Raises:
-            ValueError: as `step`.
+            ValueError, TypeError, KeyError: as `step`.
         """
         return diagnose_samples(
             self.monitor.modalities,
@@ -196,11 +212,27 @@ class ReLearnScheduler:
             state_dict: from `state_dict()`.
 
         Raises:
-            ValueError: if its initial weights are not those of this model; nothing is changed then.
+            ValueError: if its initial weights are not those of this model, or a counter is no whole number; nothing is
+                changed then.
+            TypeError, KeyError: if it is no state of a scheduler; nothing is changed then.
         """
+        self.check_state(state_dict)
         self._initial.load(state_dict["initial"])
         self.last_epoch, self.relearns = int(state_dict["last_epoch"]), int(state_dict["relearns"])
         self._options = replace(self._options, seed=int(state_dict["seed"]))
+
+    def check_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse what `load_state_dict` can't take.
+
+        Raises:
+            ValueError, TypeError, KeyError: as `load_state_dict`.
+        """
+        check_entries(
+            "the state of a ReLearnScheduler", state_dict, ("last_epoch", "relearns", "seed", "initial")
+        )
+        for entry in ("last_epoch", "relearns", "seed"):
+            check_count(entry, state_dict[entry])
+        self._initial.check(state_dict["initial"])
 
     def remove(self) -> None:
         """Stop listening to the monitor. May be called twice."""
@@ -262,20 +294,11 @@ def _check_arguments(
     optimizer_state: OptimizerState,
 ) -> None:
     """Refuse arguments of another type, and options outside their range."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"`optimizer` should be a torch.optim.Optimizer. Found {type(optimizer).__name__}.")
-    if not isinstance(monitor, ModalityMonitor):
-        raise TypeError(f"`monitor` should be a ModalityMonitor. Found {type(monitor).__name__}.")
-    if every < 1:
-        raise ValueError(f"`every` should be at least 1. Found every = {every}.")
-    if max_relearns is not None and max_relearns < 0:
-        raise ValueError(
-            f"`max_relearns` should be non-negative or None. Found max_relearns = {max_relearns}."
-        )
-    if optimizer_state not in get_args(OptimizerState):
-        raise ValueError(
-            f"`optimizer_state` should be one of {get_args(OptimizerState)}. Found {optimizer_state!r}."
-        )
+    check_kind("`optimizer`", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
+    check_count("every", every, at_least=1)
+    check_count("max_relearns", max_relearns, or_none=True)
+    check_choice("optimizer_state", optimizer_state, get_args(OptimizerState))
 
 
 def _check_loaders(train: Any, val: Any) -> None:
@@ -290,3 +313,5 @@ def _check_loaders(train: Any, val: Any) -> None:
             raise TypeError(
                 f"`{name}` should be a loader. Found features: pass them to each step, and None for both loaders here."
             )
+        if loader is not None:
+            check_loader(f"`{name}`", loader)

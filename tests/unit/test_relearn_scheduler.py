@@ -267,14 +267,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("option", "message"),
         [
-            ({"every": 0}, "`every` should be at least 1"),
-            ({"max_relearns": -1}, "`max_relearns` should be non-negative"),
+            ({"every": 0}, "`every` should be a whole number of at least 1"),
+            ({"max_relearns": -1}, "`max_relearns` should be a whole number of at least 0"),
             ({"lam": -1.0}, "`lam` should be a finite number of at least 0"),
             ({"normalize": "standard"}, "`normalize` should be one of"),
             ({"optimizer_state": "scale"}, "`optimizer_state` should be one of"),
-            ({"n_init": 0}, "`n_init` should be at least 1"),
+            ({"n_init": 0}, "`n_init` should be a whole number of at least 1"),
             ({"classes": 6}, "`classes` should be a function"),
-            ({"max_samples": 0}, "`max_samples` should be at least 1"),
+            ({"max_samples": 0}, "`max_samples` should be a whole number of at least 1"),
             ({"pool": "median"}, "`pool` should be one of"),
         ],
     )

@@ -32,6 +32,8 @@ _OPTIONS: dict[str, int | str] = {
     "realize_opcount_threshold": 1000,
     "realize_reads_threshold": 1000,
     "cpp.enable_floating_point_contract_flag": "fast",
+    # Its key does not hold the processor's vector instructions: a graph cached under others does not compile.
+    "fx_graph_cache": False,
 }
 
 
@@ -73,8 +75,8 @@ def warm_up(device: torch.device) -> None:
             scale_and_add_(torch.zeros(2**10, device=device), factor, scale, 0)
     except Exception as error:  # what a missing compiler raises is different from platform to platform
         raise RuntimeError(
-            f"noise='compiled' needs what torch.compile needs for {device.type}: a C++ compiler (CPU) or Triton "
-            "(CUDA). Use noise=True, which needs no compiler and is slower."
+            f"noise='compiled' could not be compiled for {device.type}: the error above says why. It needs what "
+            "torch.compile needs, a C++ compiler (CPU) or Triton (CUDA). noise=True needs neither, and is slower."
         ) from error
 
 

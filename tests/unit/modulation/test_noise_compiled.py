@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,3 +154,13 @@ def test_large_chunks_are_compiled(monkeypatch):
     noise(_noise._SMALL)
     with pytest.raises(pytest.fail.Exception, match="compiled"):
         noise(_noise._SMALL + 1)
+
+
+@pytest.mark.slow
+def test_kernels_of_another_processor_in_the_cache_are_no_hindrance(tmp_path: Path):
+    code = "import torch; from balanceopt.modulation._noise_compiled import warm_up; warm_up(torch.device('cpu'))"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = str(Path(bo.__file__).parent.parent)
+    for kernels in ("avx2", "default", "avx2"):
+        environment["ATEN_CPU_CAPABILITY"] = kernels
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=200)

@@ -291,7 +291,7 @@ class TestLifeCycle:
     @pytest.mark.parametrize(
         "options",
         [{"pool": "median"}, {"inject": True, "loss": F.cross_entropy}, {"weight": float("nan")}],
-        ids=str,
+        ids=["pool", "loss", "weight"],
     )
     def test_one_that_is_refused_leaves_nothing_behind(self, options):
         model = SumHeads()

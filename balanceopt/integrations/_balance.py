@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from operator import is_
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from balanceopt._options import check_flag, check_seed, names_of, shown
 from balanceopt.integrations._beside import Beside, Prediction, ReLearn
 from balanceopt.modality import Encoders, find_module, unwrap
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.monitor._labels import LabelSource
 from balanceopt.optim import AttachedModulation, attach
+from balanceopt.optim._checks import check_modulations
 from balanceopt.optim._engine import Listener
 from balanceopt.optim._state import SEED
 
@@ -40,7 +43,8 @@ class Balance:
         options: further ones of the monitor.
 
     Raises:
-        ValueError: if a monitor is given together with what it was built from.
+        ValueError: if a monitor is given together with what it was built from; for a bad `seed` or `strict`.
+        TypeError: if an argument is of another kind, or an option none of the monitor's.
     """
 
     def __init__(
@@ -55,6 +59,30 @@ class Balance:
         strict: bool | None,
         options: dict[str, Any],
     ) -> None:
+        if isinstance(encoders, type) or not (
+            isinstance(encoders, (Mapping, ModalityMonitor)) or callable(encoders)
+        ):
+            raise TypeError(
+                "`encoders` should map each modality to its module or the dotted name of one, or be a function from "
+                f"the model to such a mapping, or a ModalityMonitor. Found {shown(encoders)}."
+            )
+        if isinstance(head, type) or not (
+            head is None or isinstance(head, (str, nn.Module, Mapping)) or callable(head)
+        ):
+            raise TypeError(
+                "`head` should be a module or the dotted name of one, a mapping from modality to its own, or a "
+                f"function from the model to one of these. Found {shown(head)}."
+            )
+        if modulation is not None and modulation != ():
+            check_modulations(modulation)
+        for name, maker in (("prediction", prediction), ("relearn", relearn)):
+            if maker is not None and not callable(maker):
+                raise TypeError(f"`{name}` should be a function that makes the method. Found {shown(maker)}.")
+        check_seed(seed)
+        check_flag("strict", strict, or_none=True)
+        unknown = options.keys() - signature(ModalityMonitor).parameters.keys()
+        if unknown:
+            raise TypeError(f"further options should be those of ModalityMonitor. Found {names_of(unknown)}.")
         given = isinstance(encoders, ModalityMonitor)
         beside = ([] if head is None else ["head"]) + sorted(options)
         if given and beside:

@@ -56,7 +56,12 @@ class AttachedModulation:
         return self.optimizer
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell which epoch it is, counted from 0, for windows with `unit="epoch"`."""
+        """Tell which epoch it is, counted from 0, for windows with `unit="epoch"`.
+
+        Raises:
+            ValueError: if `epoch` is no whole number of at least 0.
+            RuntimeError: after `remove()`.
+        """
         self._engine.set_epoch(epoch)
 
     def stats(self) -> dict[str, int]:

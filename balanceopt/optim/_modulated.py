@@ -135,6 +135,10 @@ class ModulatedOptimizer(torch.optim.Optimizer):
 
         Returns:
             What the base's step returns.
+
+        Raises:
+            TypeError: if `closure` is no function.
+            RuntimeError: after `remove()`, or after ten steps in a row without any score.
         """
         engine = self._engine
         try:
@@ -216,7 +220,12 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         return self.optimizer
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell which epoch it is, counted from 0, for windows with `unit="epoch"`."""
+        """Tell which epoch it is, counted from 0, for windows with `unit="epoch"`.
+
+        Raises:
+            ValueError: if `epoch` is no whole number of at least 0.
+            RuntimeError: after `remove()`.
+        """
         self._engine.set_epoch(epoch)
 
     def stats(self) -> dict[str, int]:

@@ -161,7 +161,11 @@ class OPM:
         self._follow(*sums)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell which epoch it is, counted from 0, for a window with `unit="epoch"`."""
+        """Tell which epoch it is, counted from 0, for a window with `unit="epoch"`.
+
+        Raises:
+            ValueError: if `epoch` is no whole number of at least 0.
+        """
         check_count("epoch", epoch)
         self._epoch = int(epoch)
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from balanceopt._options import (
     check_choice,
@@ -19,6 +20,7 @@ from balanceopt._options import (
     check_number,
     check_seed,
     names_of,
+    shown,
     to_tensor,
 )
 from balanceopt._pooling import Pool, check_pool
@@ -166,6 +168,43 @@ class UnimodalObjective(nn.Module):
         self._live.forget()
         if self._injection is not None:
             self._injection.remove()
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load the own heads' weights; a load that fails changes nothing.
+
+        Args:
+            state_dict: from `state_dict()`.
+            strict: refuse entries that are missing or unknown.
+            assign: as in `nn.Module`.
+
+        Raises:
+            TypeError: if it is no mapping to tensors.
+            KeyError: if entries are missing or unknown.
+            ValueError: for weights of another shape.
+        """
+        check_kind("the state of an objective", state_dict, Mapping, "what state_dict() returned, a mapping")
+        entries = {f"own_heads.{name}": p for name, p in self.own_heads.named_parameters()}
+        different = entries.keys() ^ state_dict.keys()
+        if strict and different:
+            raise KeyError(
+                f"the state of an objective should hold {names_of(entries)}. Differing: {names_of(different)}."
+            )
+        for name in entries.keys() & state_dict.keys():
+            value, current = state_dict[name], entries[name]
+            check_kind(f"the state's {name!r}", value, Tensor, "a tensor")
+            if not is_lazy(current):
+                shape = tuple(current.shape)
+            elif name.endswith("weight"):  # not built yet: of any width
+                shape = (self.out_features, value.shape[-1] if value.dim() else 0)
+            else:
+                shape = (self.out_features,)
+            if value.shape != shape or not value.is_floating_point():
+                raise ValueError(
+                    f"the state's {name!r} should be floating, of shape {shape}. Found {shown(value)}."
+                )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def extra_repr(self) -> str:
         """What `repr` shows."""

@@ -30,12 +30,15 @@ class Read(NamedTuple):
 
 
 def read(loss, logits, labels=None, dtype=None):
-    """Labels, scales, and the number of doubtful rows, from the gradient in `dtype`."""
+    """Labels, scales, and the number of doubtful rows, from the gradient in `dtype`, as `inject=True` takes them."""
     (gradient,) = torch.autograd.grad(loss, logits)
     gradient = gradient if dtype is None else gradient.to(dtype)
-    told = recover_labels(gradient, logits).labels if labels is None else labels
+    if labels is not None:
+        scale, doubtful, _ = recover_scale(gradient, logits, labels)
+        return Read(labels, scale, doubtful.sum())
+    told, ambiguous = recover_labels(gradient, logits)
     scale, doubtful, vanished = recover_scale(gradient, logits, told)
-    return Read(told, scale, (doubtful | vanished if labels is None else doubtful).sum())
+    return Read(told, scale, (doubtful | vanished | ambiguous).sum())
 
 
 @given(seeds, st.integers(1, 12), st.integers(2, 12), spreads, st.floats(1e-6, 1e6))

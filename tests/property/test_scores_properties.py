@@ -86,7 +86,9 @@ def test_coefficients_lie_between_zero_and_one_and_fall_with_the_ratio(ratio, al
 @given(scores, st.floats(0.01, 1), FORMS)
 def test_the_dominant_modality_has_the_smallest_coefficient(s, alpha, form):
     k = modulation_coefficient(discrepancy_ratio(s), alpha, form)
-    assert k[s.argmax()] == k.min()
+    # Equal scores sum the same M ratios in another order: a relative rounding of M eps in the ratio, of which at most
+    # 5/4 comes through (x / cosh(x - 1)^2 of the form "tpami"), beside a rounding of k itself.
+    assert k[s.argmax()] <= k.min() + (1.25 * len(s) + 1) * torch.finfo(k.dtype).eps
 
 
 @given(tensors(0, 1e9), st.floats(0, 1), st.floats(0, 10))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -15,3 +16,10 @@ def backward_number() -> int:
 def after_backward(callback: Callable[[], None]) -> None:
     """Call `callback` once when the backward that is running ends, as DistributedDataParallel does."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def keep_compiler_stance() -> Callable[[], object]:
+    """Return a function that gives torch.compile back the stance that it has now."""
+    from torch._dynamo import eval_frame  # not at import: it takes long, and few need it
+
+    return partial(eval_frame._set_stance, eval_frame._stance)

@@ -2,12 +2,12 @@
 
 from balanceopt.monitor._columns import as_rows
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._hooks import WeakHook
 from balanceopt.monitor._labels import two_classes
 from balanceopt.monitor._logits import check_layout
+from balanceopt.monitor._module_hooks import WeakHook
 from balanceopt.monitor._monitor import ModalityMonitor
 from balanceopt.monitor._outputs import logits_of, map_tensors, tensors_in
-from balanceopt.monitor._replay import random_state_kept
+from balanceopt.monitor._replay import State, evaluate, keep_random_states, without_gradients
 from balanceopt.monitor._scores import Accumulator
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._supported import in_backward, is_batched
@@ -17,14 +17,17 @@ __all__ = [
     "ModalityMonitor",
     "ModalitySums",
     "Pass",
+    "State",
     "WeakHook",
     "as_rows",
     "check_layout",
+    "evaluate",
     "in_backward",
     "is_batched",
+    "keep_random_states",
     "logits_of",
     "map_tensors",
-    "random_state_kept",
     "tensors_in",
     "two_classes",
+    "without_gradients",
 ]

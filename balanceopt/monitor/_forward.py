@@ -11,6 +11,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from balanceopt._undo import Undo
+from balanceopt.monitor._module_hooks import FunctionalHooks
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._supported import next_node, running_node
 
@@ -27,6 +29,10 @@ class Pass:
 
     Attributes:
         scored: uni-modal logits are made of it.
+        undo: the way back from what scoring changes for a while.
+        hooks: tell which hooks on modules are part of the model's function.
+        replayed: the modules that scoring may run once more.
+        versions: of their parameters, when the forward began.
         inputs: the model's `(args, kwargs)`, held until its forward ends; None where only its parts were called.
         calls: how often each modality's encoder ran.
         outputs: each modality's encoder outputs, one a call, clean (before any drop), copied; for zero-out only.
@@ -57,6 +63,10 @@ class Pass:
     """
 
     scored: bool = True
+    undo: Undo = field(default_factory=Undo)
+    hooks: FunctionalHooks = field(default_factory=FunctionalHooks)
+    replayed: list[nn.Module] = field(default_factory=list)
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
     inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     calls: Counter[str] = field(default_factory=Counter)
     outputs: dict[str, list[Any]] = field(default_factory=dict)
@@ -90,6 +100,11 @@ class Pass:
         return name in self.features and self.sent_features[name] is not self.features[name]
 
     @property
+    def written_parameters(self) -> set[int]:
+        """Ids of the replayed modules' parameters that the forward has written to."""
+        return {id(parameter) for parameter, version in self.versions if parameter._version != version}
+
+    @property
     def answered(self) -> int:
         """How many heads have answered."""
         return len(self.head_outputs) or int(self.logits is not None)
@@ -102,6 +117,7 @@ class Pass:
         """Let go of what only the forward needed."""
         self.ended = True
         self.inputs = None
+        self.replayed, self.versions = [], []
         self.outputs, self.features, self.sent_features, self.vectors = {}, {}, {}, {}
         self.head_inputs, self.head_outputs = {}, {}
 
@@ -191,7 +207,12 @@ class Passes:
         return torch.is_grad_enabled() and (module.training or not self.train_only)
 
     def _new(self) -> Pass:
-        current = Pass(scored=self._scorer.wanted, first_node=next_node())
+        current = Pass(
+            scored=self._scorer.wanted,
+            undo=self._scorer.undo,
+            hooks=self._scorer.hooks,
+            first_node=next_node(),
+        )
         self._scorer.seen.note("forwards")
         for earlier in self._alive:
             if earlier.end_node is None:  # its forward broke off, or was one of parts

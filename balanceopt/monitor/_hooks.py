@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from inspect import ismethod
 from typing import Any, Generic, TypeVar
-from weakref import WeakMethod, ref
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -16,66 +16,12 @@ from balanceopt.distributed import Group
 from balanceopt.monitor._columns import logit_rows
 from balanceopt.monitor._forward import Pass, Passes, answers_of
 from balanceopt.monitor._labels import Labels
+from balanceopt.monitor._module_hooks import Hook, remove_hooks
 from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors, tensors_in
 from balanceopt.monitor._scores import Scorer
 from balanceopt.monitor._supported import in_backward, is_batched, next_node, outside_graphs, refuse_join
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class WeakHook:
-    """A bound method as a hook that does not keep its object alive; a no-op once that is gone.
-
-    A deep copy or a pickle of it is a no-op too: a copied module is not the one that the object watches.
-    """
-
-    def __init__(self, method: Callable[..., Any] | None = None, *args: Any) -> None:
-        """Call `method` with `args` before what torch gives; None for a no-op."""
-        self._method = None if method is None else WeakMethod(method)
-        self._args = args
-
-    @outside_graphs
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        method = None if self._method is None else self._method()
-        return None if method is None else method(*self._args, *args, **kwargs)
-
-    def __reduce__(self) -> tuple[type[WeakHook], tuple[()]]:
-        return WeakHook, ()
-
-
-class Hook(WeakHook):
-    """A weak hook on a module, taken off by identity and not by torch's handle, which an interrupt may lose."""
-
-    def __init__(self, module: nn.Module, method: Callable[..., Any], *args: Any) -> None:
-        """Prepare a hook on `module`."""
-        super().__init__(method, *args)
-        self._module = ref(module)
-
-    def before(self) -> None:
-        """Be called before each forward of the module with `(module, args, kwargs)`."""
-        if (module := self._module()) is not None:
-            module.register_forward_pre_hook(self, with_kwargs=True)
-
-    def after(self, **options: bool) -> None:
-        """Be called after each forward of the module with `(module, args, kwargs, output)`."""
-        if (module := self._module()) is not None:
-            module.register_forward_hook(self, with_kwargs=True, **options)
-
-    def remove(self) -> None:
-        """Take the hook off. May be called twice."""
-        attributes = vars(module) if (module := self._module()) is not None else {}
-        for kind in ("_forward_pre_hooks", "_forward_hooks"):
-            hooks = attributes.get(kind, {})
-            for key in [key for key, hook in hooks.items() if hook is self]:
-                del hooks[key]
-                for options in (f"{kind}_with_kwargs", f"{kind}_always_called"):
-                    attributes.get(options, {}).pop(key, None)
-
-
-def remove_hooks(hooks: Iterable[Hook]) -> None:
-    """Take several hooks off."""
-    for hook in hooks:
-        hook.remove()
 
 
 class Listeners(Generic[Function]):
@@ -193,10 +139,12 @@ class Capture:
         if in_backward():
             self._scorer.seen.note("reruns")
             return
+        self._scorer.undo.restore()
         if self._scorer.accumulators:
             refuse_join(self._group)
         current = self.passes.begin(module)
         if current is not None:
+            self._scorer.begin_forward(current)
             if current.scored and self._scorer.needs_outputs:
                 current.inputs = map_tensors(Tensor.detach, (args, kwargs))
             self._labels.from_call(current, args, kwargs)
@@ -217,7 +165,10 @@ class Capture:
             sent = transform(name, current, sent)
         if current.scored and not again and sent is not output:
             current.sent_features[name] = _copied(self.features(name, sent))
-        return None if sent is output else sent
+        if sent is output:
+            return None
+        self._scorer.hooks.resent(module, sent)
+        return sent
 
     def _on_head(
         self, name: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

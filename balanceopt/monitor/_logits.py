@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -81,7 +80,7 @@ def _of_joint_head(
             f"`scores='split'` needs a linear head. Found {type(inner).__name__}: use 'zero-out' or a function."
         )
     split = SplitHead(inner, list(encoders), slices)
-    return split if scores == "split" or slices else Automatic(split, partial(ZeroOut, model, encoders, head))
+    return split if scores == "split" or slices else Automatic(split, ZeroOut(model, encoders, head))
 
 
 class UnimodalLogits(Protocol):
@@ -102,6 +101,9 @@ class UnimodalLogits(Protocol):
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         """Logits `(N, C)` of each modality that was present; empty where this pass can't tell."""
 
+    def replayed(self) -> list[nn.Module]:
+        """The modules whose code it may run once more."""
+
     def join(self, current: Pass) -> None:
         """Take part in what the ranks do together in every pass, where this one has no row."""
 
@@ -117,6 +119,10 @@ class UserFunction:
         self.function = function
         self.modalities = list(modalities)
         self.name = f"function {getattr(function, '__name__', type(function).__name__)}"
+
+    def replayed(self) -> list[nn.Module]:
+        """None: what the function runs is the user's."""
+        return []
 
     def join(self, current: Pass) -> None:
         """Nothing that is known of."""
@@ -148,11 +154,11 @@ class UserFunction:
 class Automatic:
     """The first of split, per-head and zero-out that is exact for this model, chosen on the first pass."""
 
-    def __init__(self, split: SplitHead, otherwise: Callable[[], UnimodalLogits]) -> None:
+    def __init__(self, split: SplitHead, otherwise: UnimodalLogits) -> None:
         """Try `split`; where a feature is not in the head's input, take `otherwise` for good."""
         self.chosen: UnimodalLogits = split
         self._first = split
-        self._otherwise: Callable[[], UnimodalLogits] | None = otherwise
+        self._otherwise: UnimodalLogits | None = otherwise
 
     @property
     def name(self) -> str:
@@ -178,6 +184,11 @@ class Automatic:
             self.give_up()
             return self.chosen(current)
 
+    def replayed(self) -> list[nn.Module]:
+        """As the one chosen, or as the one that may be chosen in its place."""
+        pending = self._otherwise if self.needs_outputs else None
+        return [*self.chosen.replayed(), *(pending.replayed() if pending is not None else [])]
+
     def join(self, current: Pass) -> None:
         """As the one chosen."""
         self.chosen.join(current)
@@ -185,7 +196,7 @@ class Automatic:
     def give_up(self) -> None:
         """Take `otherwise` from now on."""
         if self._otherwise is not None:
-            self.chosen, self._otherwise = self._otherwise(), None
+            self.chosen, self._otherwise = self._otherwise, None
 
 
 def layout_of(scores: UnimodalLogits | None) -> dict[str, Any]:

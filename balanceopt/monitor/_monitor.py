@@ -24,15 +24,11 @@ from balanceopt.distributed import Group, check_group
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
 from balanceopt.monitor._columns import Projection
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._hooks import (
-    Capture,
-    Hook,
-    Select,
-    remove_hooks,
-)
+from balanceopt.monitor._hooks import Capture, Select
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._labels import LabelSource as LabelSource
 from balanceopt.monitor._logits import UnimodalLogits, UserScores, choose_scores, lay_out, layout_of
+from balanceopt.monitor._module_hooks import Hook, remove_hooks
 from balanceopt.monitor._per_head import PerHead
 from balanceopt.monitor._scores import Accumulator, Scorer, is_compiled, why_silent
 from balanceopt.monitor._split import SplitHead

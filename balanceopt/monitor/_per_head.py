@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from balanceopt._undo import Undo
 from balanceopt.monitor._columns import Projection, as_rows, logit_rows, projected, projection_onto
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._outputs import logits_of
-from balanceopt.monitor._replay import quiet
+from balanceopt.monitor._replay import State, keep_random_states, quieten
 
 
 class PerHead:
@@ -38,13 +39,23 @@ class PerHead:
             found[name] = self._without_drop(name, current) if dropped else output.float()
         return found
 
+    def replayed(self) -> list[nn.Module]:
+        """The heads', where features were dropped."""
+        return [module for head in self.heads.values() for module in head.modules()]
+
     def join(self, current: Pass) -> None:
         """Nothing: the heads' own outputs are used."""
 
     def live(self, name: str, features: Tensor) -> Tensor:
         """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
-        # Not called as a module: this is not the pass's own call, which hooks wait for.
-        logits = logits_of(self.heads[name].forward(projected(name, self.projections.get(name), features)))
+        head, x = self.heads[name], projected(name, self.projections.get(name), features)
+        undo = Undo()
+        with undo, undo:
+            keep_random_states(undo, [x.device])
+            state = State(undo, head.modules())
+            # Not called as a module: this is not the pass's own call, which hooks wait for.
+            logits = logits_of(head.forward(x))
+            state.refuse_changed()
         assert logits is not None
         return logits
 
@@ -62,7 +73,12 @@ class PerHead:
             )
         head = self.heads[name]
         x = projected(name, self.projections[name], current.features[name])
-        with quiet(list(head.modules()), x.device):
+        undo, modules = current.undo, list(head.modules())
+        with undo, undo:
+            quieten(undo, modules, x.device)
+            state = State(undo, modules, current.written_parameters)
+            state.quieten(current.hooks)
             logits = logits_of(head.forward(x.to(current.head_inputs[name].dtype)))
+            state.refuse_changed()
         assert logits is not None
         return logit_rows(head, logits).float()

@@ -1,155 +1,295 @@
-"""Run part of a model once more and leave no trace: no hook, no random number, no mode, no statistic."""
+"""Run part of a model once more and leave no trace: what user code may change in a run of its own is put back."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
+from operator import is_
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
+from balanceopt._torch import keep_compiler_stance
+from balanceopt._undo import Undo
+from balanceopt.monitor._module_hooks import HOOKS, FunctionalHooks
+
+Twin = TypeVar("Twin")
 
 _GLOBAL_HOOKS: list[dict[int, Any]] = [
     hooks
     for name, hooks in vars(nn.modules.module).items()
     if name.startswith("_global_") and name.endswith("_hooks")
 ]
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set})
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
+# What nn.Module itself keeps, empty in most modules: the hooks that a forward may add to are hidden, and the rest is no
+# business of a forward.
+_MACHINERY = frozenset(vars(nn.Module()))
+# Of longer lists and dicts the items are kept, but not what the items hold; of larger arrays not even the numbers.
+_MANY_ITEMS = 1000
+_MANY_BYTES = 2**20
 
 
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Leave every global random stream (torch, the device's, numpy, Python) as it was."""
-    devices = [device] if device.type != "cpu" else []
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+# -- of the process ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def quiet(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Within it `modules` are in eval mode, call no hook and no compiled code, and nothing records gradients."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(random_state_kept(device))
-        stack.enter_context(_gathered(modules))
-        stack.enter_context(_nothing_compiled())
-        stack.enter_context(_no_global_hooks())
-        stack.enter_context(_no_checkpoint_warnings())
-        for module in modules:
-            # Straight into __dict__: nn.Module's own attribute setter costs more than the whole fusion on small models.
-            changes: dict[str, Any] = {name: OrderedDict() for name in _HOOKS if module.__dict__.get(name)}
-            if module.training:
-                changes["training"] = False
-            stack.enter_context(_attributes(module, changes))
-        yield
+def keep_random_states(undo: Undo, devices: Iterable[torch.device]) -> None:
+    """Leave every global random stream (torch, the devices', numpy, Python) as it is now."""
+    undo.note(partial(torch.set_rng_state, torch.get_rng_state()))
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            module = torch.get_device_module(device)
+            undo.note(partial(module.set_rng_state, module.get_rng_state(device), device))
+    undo.note(partial(np.random.set_state, np.random.get_state()))
+    undo.note(partial(random.setstate, random.getstate()))
 
 
-@contextmanager
-def in_eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it `modules` are in eval mode."""
-    with ExitStack() as stack:
-        for module in modules:
-            if module.training:
-                stack.enter_context(_attributes(module, {"training": False}))
-        yield
+def without_gradients(undo: Undo) -> None:
+    """Record no gradients."""
+    undo.note(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    torch.set_grad_enabled(False)
 
 
-@contextmanager
-def forwards(replacements: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Within it each module's `forward` is the function given."""
-    with ExitStack() as stack:
-        for module, function in replacements:
-            stack.enter_context(_attributes(module, {"forward": function}))
-        yield
+def quieten(undo: Undo, modules: Sequence[nn.Module], device: torch.device) -> None:
+    """Record no gradients, call no global hook and no compiled code, draw no global random number.
 
-
-@contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """Within it compiled functions and modules run as they were written."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes a second
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def _no_checkpoint_warnings() -> Iterator[None]:
-    """Within it reentrant activation checkpointing does not complain of inputs without gradients.
-
-    Not by `warnings.catch_warnings`, which makes every warning that was shown once show again.
+    Ranks that share parameters of `modules` make them whole together, here.
     """
-    module: Any = sys.modules.get("torch.utils.checkpoint")
-    check = getattr(module, "check_backward_validity", None)
-    if check is None:
-        yield
-        return
-    module.check_backward_validity = lambda inputs: None
-    try:
-        yield
-    finally:
-        module.check_backward_validity = check
+    without_gradients(undo)
+    keep_random_states(undo, [device])
+    for module in modules:
+        if hasattr(module, "unshard") and any(hasattr(p, "full_tensor") for p in module.parameters()):
+            sharded: Any = module  # their own hooks else see to it
+            undo.note(sharded.reshard)
+            sharded.unshard()
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes a second
+        undo.note(keep_compiler_stance())
+        torch.compiler.set_stance("force_eager")
+    for hooks in filter(None, _GLOBAL_HOOKS):  # of profilers, counters of operations
+        undo.note(partial(_refill, hooks, dict(hooks)))
+        hooks.clear()
+    checkpoint = sys.modules.get("torch.utils.checkpoint")
+    if checkpoint is not None:
+        # Reentrant checkpointing complains of inputs without gradients. Not by `warnings.catch_warnings`, which makes
+        # every warning that was shown once show again.
+        undo.set(vars(checkpoint), "check_backward_validity", _ignore)
 
 
-@contextmanager
-def _no_global_hooks() -> Iterator[None]:
-    """Within it hooks on all modules (profilers, counters of operations) are off."""
-    filled = [hooks for hooks in _GLOBAL_HOOKS if hooks]
-    before = [hooks.copy() for hooks in filled]
-    try:
-        for hooks in filled:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, kept in zip(filled, before, strict=True):
-            hooks.update(kept)
+def _ignore(inputs: Any) -> None:
+    pass
 
 
-@contextmanager
-def _gathered(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it modules under `fully_shard` have their whole parameters, which their own hooks else see to."""
-    sharded: list[Any] = [m for m in modules if hasattr(m, "unshard") and _holds_shards(m)]
-    try:
-        for module in sharded:
-            module.unshard()
-        yield
-    finally:
-        for module in sharded:
-            module.reshard()
+# -- of modules -------------------------------------------------------------------------------------------------------
 
 
-def _holds_shards(module: nn.Module) -> bool:
-    return any(hasattr(p, "full_tensor") for p in module.parameters())
+def evaluate(undo: Undo, modules: Iterable[nn.Module]) -> None:
+    """Put `modules` into eval mode."""
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):  # keeps its mode in C++
+            undo.note(partial(setattr, module, "training", module.training))
+            module.training = False
+        elif module.training:
+            # Straight into __dict__: nn.Module's own attribute setter costs more than the whole fusion on small models.
+            undo.set(vars(module), "training", False)
 
 
-@contextmanager
-def _attributes(module: nn.Module, changes: dict[str, Any]) -> Iterator[None]:
-    own = module.__dict__
-    before = {name: own[name] for name in changes if name in own}
-    own.update(changes)
-    try:
-        yield
-    finally:
-        for name in changes:
-            if name in before:
-                own[name] = before[name]
-            else:
-                own.pop(name, None)
+class State:
+    """What modules keep beside their parameters, as it was before their code runs once more.
+
+    That is their attributes and buffers, and what lists, dicts, sets and the model's own plain objects among these
+    hold. The code gets twins of what it may write to: buffers, arrays, tensors that have been written to in place. The
+    originals keep their numbers and their graphs.
+    """
+
+    def __init__(
+        self,
+        undo: Undo,
+        modules: Iterable[nn.Module],
+        written: Collection[int] = (),
+        *,
+        thorough: bool = False,
+    ) -> None:
+        """Note in `undo` the way back for `modules`.
+
+        Args:
+            undo: the way back.
+            modules: whose code runs once more.
+            written: ids of parameters to which it writes.
+            thorough: make a twin of each tensor among the attributes, but of no buffer: the caller sees to these.
+        """
+        self._undo = undo
+        self._modules = [module for module in modules if not _is_unbuilt(module)]
+        self._written = written
+        self._thorough = thorough
+        self._before: dict[int, tuple[Any, Any]] = {}
+        self._twins: dict[int, Any] = {}
+        self._watched: list[tuple[Tensor, int, tuple[Any, ...]]] = []
+        undo.note(self._restore)
+        for module in self._modules:
+            self._keep_module(module)
+
+    def quieten(self, functional: FunctionalHooks) -> None:
+        """Put the modules into eval mode, and call only those hooks that are part of the model's function."""
+        evaluate(
+            self._undo, (module for module in self._modules if isinstance(module, torch.jit.ScriptModule))
+        )
+        for module in self._modules:
+            namespace = vars(module)
+            for kind in HOOKS:
+                namespace[kind] = OrderedDict(functional.of(module, kind) if namespace.get(kind) else ())
+            namespace["training"] = False
+
+    def tensor(self, tensor: Tensor, *where: Any) -> Tensor:
+        """What the code gets for a tensor that stands at `where`: itself, then watched for changes, or a twin."""
+        if is_lazy(tensor):
+            return tensor
+        if isinstance(tensor, nn.Parameter):
+            if id(tensor) in self._written:
+                return self._twin(tensor, nn.Parameter(_copied(tensor), tensor.requires_grad))
+            return tensor
+        buffer = where[-2:-1] == ("_buffers",)
+        if not tensor.requires_grad:
+            if self._thorough:
+                return tensor if buffer else self._twin(tensor, _copied(tensor))
+            if buffer or tensor.is_inference() or tensor._version > 0:
+                return self._twin(tensor, _copied(tensor))
+        self._watched.append((tensor, tensor._version, where))
+        return tensor
+
+    def refuse_changed(self) -> None:
+        """Raise where the code has written to a tensor that it was given no twin of.
+
+        Raises:
+            RuntimeError: naming the attribute.
+        """
+        for tensor, version, where in self._watched:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"the model's forward changes {'.'.join(map(str, where))} in place in eval mode. The run of the "
+                    "fusion by which a modality is scored alone can't take that back. Make it a buffer, change it out "
+                    "of place or only in training mode, or pass `scores=` with a function from features to uni-modal "
+                    "logits."
+                )
+
+    def _keep_module(self, module: nn.Module) -> None:
+        namespace = vars(module)
+        home, where = type(module).__module__, (type(module).__name__,)
+        before = dict(namespace)
+        self._before[id(namespace)] = namespace, before
+        for name, value in before.items():
+            kind = type(value)
+            if kind in _PLAIN or (name in _MACHINERY and not value):
+                continue
+            if kind in _CONTAINERS:
+                if name == "_modules" or (name == "_parameters" and not self._written):
+                    self._before[id(value)] = value, dict(value)
+                else:
+                    self._keep(value, home, (*where, name))
+            elif (given := self._visit(value, home, (*where, name))) is not value:
+                namespace[name] = given
+
+    def _keep(self, container: Any, home: str, where: tuple[Any, ...]) -> None:
+        if id(container) in self._before:
+            return
+        before = dict(container) if isinstance(container, dict) else list(container)
+        self._before[id(container)] = container, before
+        if len(before) > _MANY_ITEMS:
+            return
+        for key, value in before.items() if isinstance(before, dict) else enumerate(before):
+            kind = type(value)
+            if kind in _CONTAINERS:
+                self._keep(value, home, (*where, key))
+            elif kind not in _PLAIN:
+                given = self._visit(value, home, (*where, key))
+                if given is not value and not isinstance(container, set):
+                    container[key] = given
+
+    def _visit(self, value: Any, home: str, where: tuple[Any, ...]) -> Any:
+        """What the code gets in the place of a value."""
+        if id(value) in self._twins:
+            return self._twins[id(value)]
+        if isinstance(value, Tensor):
+            return self.tensor(value, *where)
+        if isinstance(value, np.ndarray):
+            return self._twin(value, value.copy()) if value.nbytes <= _MANY_BYTES else value
+        if isinstance(value, tuple):
+            for item in value:
+                if type(item) in _CONTAINERS:
+                    self._keep(item, home, where)
+        elif isinstance(value, nn.Module):
+            pass
+        elif type(value).__module__ == home and _is_plain_object(value):
+            self._keep(vars(value), home, where)
+        else:
+            _keep_stream(self._undo, value)
+        return value
+
+    def _twin(self, value: Any, twin: Twin) -> Twin:
+        self._twins[id(value)] = twin
+        return twin
+
+    def _restore(self) -> None:
+        for container, before in self._before.values():
+            _refill(container, before)
+
+
+def _is_unbuilt(module: nn.Module) -> bool:
+    """Whether a first forward is to give a lazy module its parameters, and its class, for good."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether a value holds attributes of its own, and is not one that holds whole models, as a trainer does."""
+    held = getattr(value, "__dict__", None)
+    return type(held) is dict and not any(
+        isinstance(item, (nn.Module, torch.optim.Optimizer)) for item in held.values()
+    )
+
+
+def _keep_stream(undo: Undo, value: Any) -> None:
+    """Leave a random stream as it is."""
+    if isinstance(value, torch.Generator):
+        undo.note(partial(value.set_state, value.get_state()))
+    elif isinstance(value, random.Random):
+        undo.note(partial(value.setstate, value.getstate()))
+    elif isinstance(value, np.random.RandomState):
+        undo.note(partial(value.set_state, value.get_state()))
+    elif isinstance(value, np.random.Generator):
+        undo.note(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Make a container hold what it held before, in the same order."""
+    if isinstance(container, set):
+        container.intersection_update(before)
+        container.update(before)
+    elif isinstance(container, dict):
+        if not (_is_same(container, before) and _is_same(container.values(), before.values())):
+            for key in [key for key in container if key not in before]:
+                del container[key]
+            if not _is_same(container, before):
+                container.clear()
+            if type(container) is dict:
+                container.update(before)
+            else:  # Counter.update adds
+                for key, value in before.items():
+                    container[key] = value
+    elif not _is_same(container, before):
+        container.clear()
+        container.extend(before)
+
+
+def _is_same(a: Collection[Any], b: Collection[Any]) -> bool:
+    """Whether two collections hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(is_, a, b))

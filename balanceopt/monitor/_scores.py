@@ -9,13 +9,16 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from balanceopt._undo import Undo
 from balanceopt.functional import feature_entropy
 from balanceopt.functional._labels import INVALID
 from balanceopt.functional._targets import Targets, as_targets
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._labels import Recovery, two_classes
 from balanceopt.monitor._logits import UnimodalLogits
+from balanceopt.monitor._module_hooks import FunctionalHooks
 from balanceopt.monitor._sums import ModalitySums
 
 if TYPE_CHECKING:
@@ -96,6 +99,8 @@ class Scorer:
         unimodal: how uni-modal logits are made; None for features only.
         classes: C, once a pass was seen.
         seen: how often what happened.
+        undo: the way back from what scoring changes for a while; empty but after two interrupts.
+        hooks: tell which hooks on modules are part of the model's function.
         recovery: reads labels from gradients; None where that is not wanted.
         accumulators: one for each consumer.
     """
@@ -116,6 +121,8 @@ class Scorer:
         self.recovery = Recovery(strict=strict) if recovers else None
         self.classes: int | None = None
         self.seen = Seen()
+        self.undo = Undo()
+        self.hooks = FunctionalHooks()
         self.accumulators: WeakSet[Accumulator] = WeakSet()
 
     @property
@@ -127,6 +134,18 @@ class Scorer:
     def needs_outputs(self) -> bool:
         """Whether passes must keep the encoders' whole outputs and the model's inputs."""
         return self.unimodal is not None and self.unimodal.needs_outputs
+
+    def begin_forward(self, current: Pass) -> None:
+        """Look at what scoring this pass may run once more, before the forward does."""
+        if current.scored and self.unimodal is not None:
+            current.replayed = self.unimodal.replayed()
+            self.hooks.probe(current.replayed)
+            current.versions = [
+                (parameter, parameter._version)
+                for module in current.replayed
+                for parameter in module._parameters.values()
+                if parameter is not None and not is_lazy(parameter)
+            ]
 
     def end_forward(self, current: Pass) -> None:
         """Make the uni-modal logits while the features are at hand, then let the features go."""
@@ -187,7 +206,9 @@ class Scorer:
             done.labels, done.label_source = None, "gradient"
 
     def clear(self) -> None:
-        """Forget all scores."""
+        """Forget all scores, and leave nothing on the model."""
+        self.undo.restore()
+        self.hooks.remove()
         for accumulator in self.accumulators:
             accumulator.discard()
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from balanceopt._undo import Undo
 from balanceopt.monitor._columns import (
     AmbiguousMatchError,
     NoMatchError,
@@ -18,7 +19,7 @@ from balanceopt.monitor._columns import (
     projection_onto,
 )
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._replay import in_eval_mode
+from balanceopt.monitor._replay import State, evaluate
 
 # How many roundings of the largest term a matrix product may be off; and the precision of TF32 and bfloat16 products.
 _ROUNDINGS = 16
@@ -57,6 +58,10 @@ class SplitHead:
                     found[name] = nn.functional.linear(z.float(), weight[:, self.columns[name]], share)
         return found
 
+    def replayed(self) -> list[nn.Module]:
+        """None."""
+        return []
+
     def join(self, current: Pass) -> None:
         """Make a sharded head whole with the other ranks."""
         self._detached()
@@ -77,7 +82,10 @@ class SplitHead:
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as the forward had them: reading a parametrized one in training mode may change its state."""
         if is_parametrized(self.head):
-            with in_eval_mode(list(self.head.modules())):
+            undo, modules = Undo(), list(self.head.modules())
+            with undo, undo:
+                State(undo, modules)
+                evaluate(undo, modules)
                 return self.head.weight, self.head.bias
         return self.head.weight, self.head.bias
 

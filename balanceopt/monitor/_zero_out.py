@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from balanceopt.modality import modules_outside
 from balanceopt.monitor._columns import logit_rows
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._outputs import logits_of, map_tensors, tensors_in
-from balanceopt.monitor._replay import forwards, quiet
+from balanceopt.monitor._replay import State, quieten
 
 
 class ZeroOut:
@@ -41,39 +41,54 @@ class ZeroOut:
                     f"the encoder of {name!r} returns a {type(outputs[0]).__name__}, in which nothing can be set to "
                     "zero. Return tensors, or pass `scores=` with a function from features to uni-modal logits."
                 )
-        with self._quiet():
-            return {name: self._alone(name, current) for name in current.outputs}
+        unimodal = {}
+        undo = current.undo
+        with undo, undo:
+            self._quieten(current)
+            depth = undo.depth
+            for name in current.outputs:
+                unimodal[name] = self._alone(name, current)
+                undo.restore(depth)  # each modality's run starts from what the training forward left
+        return unimodal
 
     def join(self, current: Pass) -> None:
         """Make a sharded fusion whole with the other ranks."""
-        with self._quiet():
-            pass
+        with current.undo, current.undo:
+            self._quieten(current)
 
-    def _quiet(self) -> AbstractContextManager[None]:
-        """Once for all modalities: ranks may see different ones, and make sharded parameters whole together."""
+    def replayed(self) -> list[nn.Module]:
+        """The modules whose code runs once more, and the encoders, whose outputs are given again."""
         # Looked up each time: layers may have been replaced, and one that slipped through would run in training mode.
         fusion = modules_outside(self.model, self.encoders.values())
-        return quiet([*fusion, *self.encoders.values()], next(self.model.parameters()).device)
+        return [*fusion, *self.encoders.values()]
 
-    def _alone(self, kept: str, current: Pass) -> Tensor:
-        stubs: list[tuple[nn.Module, Callable[..., Any]]] = [
-            (self.encoders[name], _Cached(outputs if name == kept else map_tensors(_zeros, outputs)))
-            for name, outputs in current.outputs.items()
-        ]
+    def _quieten(self, current: Pass) -> None:
+        """Once for all modalities: ranks may see different ones, and make sharded parameters whole together."""
+        quieten(current.undo, current.replayed, next(self.model.parameters()).device)
+
+    def _alone(self, alone: str, current: Pass) -> Tensor:
         assert current.inputs is not None
-        args, kwargs = map_tensors(_same, current.inputs)  # a forward may take its batch apart
+        undo = current.undo
+        state = State(undo, current.replayed, current.written_parameters)
+        state.quieten(current.hooks)
+        for name, outputs in current.outputs.items():
+            undo.set(vars(self.encoders[name]), "forward", _Cached(outputs, zero=name != alone))
         if self.head is not self.model:
-            stubs.append((self.head, _stop_after(self.head.forward, current.answering_call)))
-        with forwards(stubs):
-            try:
-                output = self.model.forward(*args, **kwargs)
-            except _Reached as reached:
-                output = reached.output
-            except Exception as error:
-                raise RuntimeError(
-                    "`scores='zero-out'` could not run the model again with some features zero. "
-                    "Pass `scores=` with a function from features to uni-modal logits."
-                ) from error
+            stop = _Stop(current.answering_call)
+            hooks = vars(self.head)["_forward_hooks"]
+            undo.set(vars(self.head), "_forward_hooks", OrderedDict([*hooks.items(), (_Stop.key, stop)]))
+        # A forward may take its batch apart, and write into it.
+        args, kwargs = map_tensors(lambda x: state.tensor(x, "its inputs"), current.inputs)
+        try:
+            output = self.model.forward(*args, **kwargs)
+        except _Reached as reached:
+            output = reached.output
+        except Exception as error:
+            raise RuntimeError(
+                "`scores='zero-out'` could not run the model again with some features zero. "
+                "Pass `scores=` with a function from features to uni-modal logits."
+            ) from error
+        state.refuse_changed()
         logits = logits_of(output)
         assert logits is not None
         return logit_rows(self.head, logits).float()
@@ -86,37 +101,34 @@ class _Reached(BaseException):
         self.output = output
 
 
-def _stop_after(forward: Callable[..., Any], calls: int) -> Callable[..., Any]:
-    left = calls
+class _Stop:
+    """A head's last forward hook, which ends the run at the call that counts."""
 
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        nonlocal left
-        left -= 1
-        output = forward(*args, **kwargs)
-        if left > 0:
-            return output
-        raise _Reached(output)
+    key = -1  # torch's own numbers start at 0
 
-    return stop
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            raise _Reached(output)
 
 
 class _Cached:
-    """An encoder's outputs, given again in the order of its calls."""
+    """An encoder's outputs, or zeros like them, given again in the order of its calls: each time a copy of its own."""
 
-    def __init__(self, outputs: Sequence[Any]) -> None:
+    def __init__(self, outputs: Sequence[Any], *, zero: bool) -> None:
         self.outputs = outputs
+        self.copied = _zeros if zero else Tensor.clone
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.outputs[self.calls % len(self.outputs)]
         self.calls += 1
-        return output
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
+        return map_tensors(self.copied, output)
 
 
 def _zeros(x: Tensor) -> Tensor:
     """Zeros for features; masks and indices among an encoder's outputs stay."""
-    return torch.zeros_like(x) if x.is_floating_point() else x
+    return torch.zeros_like(x) if x.is_floating_point() else x.clone()

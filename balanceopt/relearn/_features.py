@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +15,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from balanceopt._options import to_tensor
+from balanceopt._undo import Undo
 from balanceopt.distributed import active_group
-from balanceopt.monitor import ModalityMonitor, Pass, in_backward, map_tensors, random_state_kept
+from balanceopt.monitor import (
+    ModalityMonitor,
+    Pass,
+    State,
+    evaluate,
+    in_backward,
+    keep_random_states,
+    map_tensors,
+    without_gradients,
+)
 
 Forward = Callable[[nn.Module, Any], Any]
 Classes = Callable[[Any], Any]
@@ -206,16 +216,18 @@ def collect(
     """
     if not monitor.active:
         raise RuntimeError("the monitor's hooks were removed. Build a new ModalityMonitor.")
-    with undisturbed(monitor.model, loader), _latest_features(monitor) as latest:
+    undo = Undo()
+    with undo, undo:
+        leave_undisturbed(undo, monitor.model, loader)
+        latest = _latest_features(undo, monitor)
         for batch in _with_bar(loader, f"{split} features", progress, monitor):
             latest.clear()
             labels = run_batch(monitor.model, batch, forward)
             collector.add(latest, labels)
 
 
-@contextmanager
-def _latest_features(monitor: ModalityMonitor) -> Iterator[dict[str, Tensor]]:
-    """Keep each modality's features of the latest call of its encoder in a dict."""
+def _latest_features(undo: Undo, monitor: ModalityMonitor) -> dict[str, Tensor]:
+    """Return a dict that keeps each modality's features of the latest call of its encoder, until `undo`."""
     latest: dict[str, Tensor] = {}
 
     def tap(name: str, output: Any, current: Pass | None) -> None:
@@ -223,11 +235,9 @@ def _latest_features(monitor: ModalityMonitor) -> Iterator[dict[str, Tensor]]:
             # A copy: what comes after the encoder may work in place.
             latest[name] = monitor.features(name, output).detach().clone()
 
+    undo.note(partial(monitor.taps.drop, tap))
     monitor.taps.add(tap)
-    try:
-        yield latest
-    finally:
-        monitor.taps.drop(tap)
+    return latest
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
@@ -306,28 +316,23 @@ def _bar(progress: bool | None, monitor: ModalityMonitor) -> Any:
 # -- no trace --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def undisturbed(model: nn.Module, loader: Any) -> Iterator[None]:
-    """Put the model into eval mode without gradients, and everything back as it was at the end.
+def leave_undisturbed(undo: Undo, model: nn.Module, loader: Any) -> None:
+    """Put the model into eval mode, record no gradients, and note in `undo` the way back to how all was.
 
-    That is each module's own mode, every buffer, the global random streams, and the generators of the loader and its
-    samplers; also after an exception. Modules are set one by one, so that a frozen BatchNorm stays frozen.
+    That is each module's own mode, attributes and buffers, the global random streams, and the generators of the loader
+    and its samplers. Modules are set one by one, so that a frozen BatchNorm stays frozen.
     """
     modules = list(model.modules())
-    devices = {p.device for p in model.parameters()} | {torch.device("cpu")}
-    buffers = [b for b in model.buffers() if not is_lazy(b)]
-    with ExitStack() as stack:
-        stack.callback(_reshard, modules)
-        stack.callback(_restore_modes, [(module, module.training) for module in modules])
-        stack.callback(_restore_buffers, [(b, b._version, b.clone()) for b in buffers])
-        for generator in _generators(loader):
-            stack.callback(generator.set_state, generator.get_state())
-        for device in devices:
-            stack.enter_context(random_state_kept(device))
-        stack.enter_context(torch.no_grad())
-        for module in modules:
-            module.training = False
-        yield
+    undo.note(partial(_reshard, modules))
+    for buffer in model.buffers():
+        if not is_lazy(buffer):  # the very buffers, not twins: compiled code may know them by their addresses
+            undo.note(partial(_restore_buffer, buffer, buffer.clone()))
+    for generator in _generators(loader):
+        undo.note(partial(generator.set_state, generator.get_state()))
+    keep_random_states(undo, {p.device for p in model.parameters()})
+    without_gradients(undo)
+    State(undo, modules, thorough=True)
+    evaluate(undo, modules)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -338,16 +343,9 @@ def _generators(loader: Any) -> list[torch.Generator]:
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
-
-
-def _restore_buffers(buffers: Iterable[tuple[Tensor, int, Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, version, before in buffers:
-            if buffer._version != version:
-                buffer.copy_(before)
+def _restore_buffer(buffer: Tensor, before: Tensor) -> None:
+    if not torch.equal(buffer, before):  # else untouched: a graph may wait for it
+        buffer.detach().copy_(before)
 
 
 def _reshard(modules: Iterable[nn.Module]) -> None:

@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import balanceopt as bo
+from balanceopt._undo import Undo
 from balanceopt.relearn._diagnosis import collect_samples, options
-from balanceopt.relearn._features import undisturbed
+from balanceopt.relearn._features import leave_undisturbed
 from tests.models import (
     BatchDict,
     Concat,
@@ -347,7 +348,9 @@ def test_undisturbed_restores_after_an_exception():
     norm: Any = model.get_submodule("encoders.audio.1")
 
     def fail():
-        with undisturbed(model, None):
+        undo = Undo()
+        with undo, undo:
+            leave_undisturbed(undo, model, None)
             assert not norm.training
             assert not torch.is_grad_enabled()
             norm.running_mean.add_(1)

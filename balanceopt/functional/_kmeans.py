@@ -21,7 +21,8 @@ from balanceopt.functional._dtypes import wide
 from balanceopt.functional._scaling import column_range, floating_features, row_blocks
 
 # k-means++ reads all its rows once per cluster, so from twice as many rows on it works on a random subset: of this
-# many rows, and of so many per cluster. Over 15 to 30 seeds inertia and purity were within chance of those of all rows.
+# many rows, and of so many per cluster. Over 400 seeds such a start met as many true clusters as one of all rows, and
+# after it inertia and purity were those of all rows within chance.
 START_ROWS = 2048
 START_ROWS_PER_CLUSTER = 32
 

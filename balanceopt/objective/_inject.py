@@ -22,14 +22,10 @@ from balanceopt.monitor import (
     Pass,
     WeakHook,
     as_rows,
-    enter,
     in_backward,
     is_batched,
-    leave,
     logits_of,
     map_tensors,
-    off_residual,
-    refuse_company,
     tensors_in,
     two_classes,
 )
@@ -81,7 +77,6 @@ class Injection:
         self._key = object()  # of this one's notes on a pass, which does not keep it alive
         self.handles: list[RemovableHandle] = []
         self._head_gradients: dict[nn.Parameter, Tensor] = {}
-        self._acted = False
         self._hooked: set[nn.Parameter] = set()
         self._doubtful = DeferredCounts(("rows", "doubtful"), _refuse_doubtful)
         if loss is not None and not isinstance(loss, nn.Module):
@@ -104,7 +99,6 @@ class Injection:
         """Put the hooks on."""
         if not any(self.weight.values()):
             return
-        enter(self)
         self.monitor.taps.add(self._on_output)
         if isinstance(self.loss, nn.Module):
             self.handles.append(self.loss.register_forward_hook(WeakHook(self._on_loss), with_kwargs=True))
@@ -116,7 +110,6 @@ class Injection:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        leave(self)
         self.monitor.taps.drop(self._on_output)
         self.monitor.gradient_listeners.drop(self._on_gradient)
         remove_handles(self.handles)
@@ -125,9 +118,6 @@ class Injection:
         """An encoder has run: keep its output, and wait for the gradient that comes back to it."""
         if current is None or not self.weight[name]:
             return
-        if not self._acted:
-            refuse_company(self, "UnimodalObjective(inject=True)")
-            self._acted = True
         seen: _Seen = current.notes.setdefault(self._key, _Seen())
         if not in_backward():
             # A copy: what comes after the encoder may work in place.
@@ -168,7 +158,7 @@ class Injection:
         gradient = torch.cat([-gradient, gradient], -1) if gradient.shape[-1] == 1 else gradient
         labels, doubtful = self._labels(current, logits, gradient)
         scale, misfit, vanished = recover_scale(gradient, logits, labels)
-        doubtful = doubtful | misfit | (scale < 0) | (vanished if current.labels is None else misfit)
+        doubtful = doubtful | misfit | (vanished if current.labels is None else misfit)
         self._doubtful.add(torch.tensor(len(labels), device=doubtful.device), doubtful.sum())
         self._make(seen, partial(self._weigh_rows, labels, scale, current))
 
@@ -258,11 +248,7 @@ class Injection:
                 )
             read = recover_labels(gradient, logits)
             unknown = (read.labels == INVALID) & torch.isfinite(gradient).all(1) & (gradient != 0).any(1)
-            doubtful = read.ambiguous | unknown
-            if current.logits is not None and current.logits.shape[-1] == 1:
-                # Two classes fit any gradient, one factor a row: what tells a regression is that factors differ.
-                doubtful |= off_residual(gradient[:, 1:], logits[:, 1:], read.labels)
-            return read.labels, doubtful
+            return read.labels, read.ambiguous | unknown
         if labels.numel() != rows:
             raise ValueError(
                 f"inject=True without `loss=` needs a class index for each of the {rows} rows of the logits. Found "
@@ -311,7 +297,7 @@ def _refuse_doubtful(counts: dict[str, int]) -> None:
     if counts["doubtful"]:
         raise RuntimeError(
             f"the gradient at the joint logits is not that of a plain cross-entropy in {counts['doubtful']} of "
-            f"{counts['rows']} rows (label smoothing, regression or another loss, other labels than given, a "
-            "temperature), so inject=True can't have labels and scale exactly. Pass `loss=`, the loss module that your "
-            "loop calls on the logits, or add objective(labels) to the loss."
+            f"{counts['rows']} rows (label smoothing, another loss, a temperature), so inject=True can't have labels "
+            "and scale exactly. Pass `loss=`, the loss module that your loop calls on the logits, or add "
+            "objective(labels) to the loss."
         )

@@ -152,14 +152,6 @@ class Drop:
             or bool(host_value[self.modalities.index(name)] > 0)
         )
 
-    def dropped_rows(self, rows: int) -> Tensor | None:
-        """bool `(rows,)`, the rows of the logits of which a modality was dropped; None where that is not known."""
-        samples = 0 if self._mask is None else self._mask.shape[1]
-        if self._mask is None or samples == 0 or rows % samples:
-            return None
-        applied = [self.modalities.index(name) for name in self.rows if self.applies_to(name)]
-        return self._mask[applied].any(0).repeat_interleave(rows // samples)
-
     def _changed(self, name: str, x: Tensor) -> Tensor:
         if not _is_feature(x):
             return x

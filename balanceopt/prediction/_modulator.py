@@ -22,17 +22,7 @@ from balanceopt.distributed import active_group, rank_in, shared_seed, sum_over_
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.monitor import (
-    Accumulator,
-    ModalityMonitor,
-    ModalitySums,
-    Pass,
-    check_layout,
-    enter,
-    in_backward,
-    leave,
-    refuse_company,
-)
+from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums, Pass, check_layout, in_backward
 from balanceopt.prediction._drop import (
     Drop,
     Rescale,
@@ -129,9 +119,6 @@ class OPM:
         self._widths: dict[str, int] = {}
         self._width_cache: tuple[torch.device, list[int], Tensor] = torch.device("cpu"), [], torch.zeros(0)
         self._latest: Drop | None = None
-        self._latest_pass: Pass | None = None
-        self._looked = False
-        self._forwards_here = 0
         self._warned: set[str] = set()
         self._unusable = DeferredCounts(("unusable_scores",), partial(_tell_unusable, self._warned))
         self._key = object()  # of this one's notes on a pass, which does not keep it alive
@@ -257,14 +244,12 @@ class OPM:
 
     def remove(self) -> None:
         """Drop nothing any more. The monitor stays. May be called twice."""
-        leave(self)
         self.monitor.transforms.drop(self._on_output)
-        self.monitor.logit_listeners.drop(self._on_logits)
         if self._scores is not None:
             self._scores.remove()
         if self._watch is not None:
             self._watch.stop()
-        self._latest = self._latest_pass = None
+        self._latest = None
 
     def __enter__(self) -> OPM:
         return self
@@ -285,8 +270,7 @@ class OPM:
             "a copy of an OPM drops nothing. To balance a copy of the model too, build a monitor and an OPM on it, and "
             "give that OPM this one's state_dict()."
         )
-        dropped = dict.fromkeys(("_latest", "_latest_pass", "_scores", "_watch"))
-        return {**self.__dict__, "listeners": [], **dropped}
+        return {**self.__dict__, "listeners": [], "_latest": None, "_scores": None, "_watch": None}
 
     # -- in a forward --------------------------------------------------------------------------------------------
 
@@ -295,9 +279,7 @@ class OPM:
         self._watch = _BackwardWatch(self.monitor)
         weakref.finalize(self, self._watch.stop).atexit = False
         self._scores = self.monitor.accumulator(steps=False)
-        enter(self)
         self.monitor.transforms.add(self._on_output)
-        self.monitor.logit_listeners.add(self._on_logits)
 
     def _on_output(self, name: str, current: Pass, output: Any) -> Any:
         """What goes on into the fusion instead of an encoder's output; the same when the forward is run again."""
@@ -313,29 +295,8 @@ class OPM:
             self._widths[name] = feature_width(self.monitor.features(name, output))
         return drop.apply(name, output)
 
-    def _on_logits(self, current: Pass, logits: Tensor) -> None:
-        """Look at the first pass with dropped samples: a fusion that can't take zeros would ruin every weight."""
-        drop: Drop | None = current.notes.get(self._key)
-        if drop is None:
-            return
-        rows = None if self._looked else drop.dropped_rows(len(logits))
-        if rows is None:
-            return
-        # Once in a run this waits for the device: a step later all weights would be NaN.
-        dropped, broken = torch.stack([rows.any(), logits.isnan().any()]).tolist()
-        if dropped and broken:
-            raise RuntimeError(
-                "the logits are NaN in the first forward in which OPM dropped features (set them to zero): the fusion "
-                "can't take zeros, as where it divides features by their norm (CLIP, SigLIP, cosine heads). Use "
-                "torch.nn.functional.normalize, which adds an eps, or do without OPM there."
-            )
-        self._looked = dropped
-
     def _begin(self, current: Pass, device: torch.device) -> Drop:
         """Bring q up to date for a new pass, and choose what to do with it."""
-        if self._forwards_here == 0:
-            refuse_company(self, "OPM")
-        self._forwards_here += 1
         number = self._forwards
         acts = self._window.is_open(number, self._epoch)
         if self._watch is not None:
@@ -343,7 +304,6 @@ class OPM:
         self._warn_of_lost_samples()
         self.update()
         self._forwards += 1
-        self._latest_pass = current
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,
             generator=partial(mask_generator, self._seed, number, rank_in(self.monitor.group)),
@@ -409,10 +369,8 @@ class OPM:
 
         Whether an encoder will run can't be known before, so the samples that had only the dropped one have lost it.
         """
-        drop, earlier = self._latest, self._latest_pass
-        if drop is None or earlier is None or earlier.broke_off or drop.present:
-            return
-        if len(drop.rows) == len(drop.modalities):
+        drop = self._latest
+        if drop is None or drop.present or len(drop.rows) == len(drop.modalities):
             return
         if all(drop.applies_to(name) for name in drop.rows):
             missing = next(name for name in drop.modalities if name not in drop.rows)

@@ -44,7 +44,7 @@ def check_state(optimizer: torch.optim.Optimizer, state: object) -> None:
             check_kind(f"the optimizer's state[{part!r}]", state[part], kinds, "what state_dict() returned")
     for group in state.get("param_groups", ()):
         check_kind("each of the state's param groups", group, Mapping, "a mapping")
-        if any(key in group for key in (STEP, SEED, EPOCH)):
+        if STEP in group or SEED in group:
             check_entries("each of the state's param groups", group, (STEP, SEED, EPOCH))
             check_count(STEP, group[STEP])
             check_count(SEED, group[SEED])

@@ -59,7 +59,9 @@ class DeferredCounts:
                 return
             self._arriving = None
             self._look(self._named(copy.numpy()))
-        copy = torch.empty(total.shape, dtype=total.dtype, pin_memory=True).copy_(total, non_blocking=True)
+        copy = torch.empty(total.shape, dtype=total.dtype, device="cpu", pin_memory=True).copy_(
+            total, non_blocking=True
+        )
         event = torch.Event(total.device)
         event.record()
         self._arriving = (copy, event)

@@ -62,7 +62,7 @@ def uniforms(seed: int, step: int, streams: Tensor, count: int) -> Tensor:
         float64 `(n, count)` in [0, 1), multiples of 2^-53.
     """
     states = each_mixed_in(mixed(seed, step), streams)
-    steps = torch.arange(1, count + 1, device=streams.device) * int64(GOLDEN)
+    steps = torch.arange(1, count + 1, dtype=torch.int64, device=streams.device) * int64(GOLDEN)
     return shifted(output(states[:, None] + steps), 64 - _BITS).double() * 2.0**-_BITS
 
 

@@ -245,7 +245,7 @@ def _lloyd(
 ) -> tuple[Tensor, Tensor, int]:
     """Assignments, the centroids that they are to, and the number of iterations."""
     rows = points.rows
-    labels = torch.full((len(rows),), -1, device=rows.device)
+    labels = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=rows.device)
     shift = sums.new_full((), math.inf)
     iteration = 0

@@ -192,7 +192,7 @@ def _weights(s: Tensor, batch: _Batch, ratio: Tensor, scale: MaskScale, seed: in
     if scale == "none":
         return kept.double()
     share = s / s.sum(1, keepdim=True)
-    return torch.where(kept, 1 / (share + 1 / batch.sizes[:, None]), 0)
+    return torch.where(kept, 1 / (share + 1 / batch.sizes[:, None].double()), 0)
 
 
 class _Batch:
@@ -205,15 +205,19 @@ class _Batch:
         self.dtype = _weight_dtype(chosen[0])
         self.counts = [part.units.count for part in chosen]
         # Small tensors are made here, once: on an accelerator making one synchronises.
-        self.sizes = torch.tensor(self.counts, device=self.device)
-        self.modality = torch.tensor([part.modality for part in chosen], device=self.device)
-        self.streams = torch.tensor([part.slot.index for part in chosen], device=self.device)
-        columns = torch.arange(max(self.counts), device=self.device)
+        self.sizes = torch.tensor(self.counts, dtype=torch.int64, device=self.device)
+        self.modality = torch.tensor(
+            [part.modality for part in chosen], dtype=torch.int64, device=self.device
+        )
+        self.streams = torch.tensor(
+            [part.slot.index for part in chosen], dtype=torch.int64, device=self.device
+        )
+        columns = torch.arange(max(self.counts), dtype=torch.int64, device=self.device)
         inside = columns < self.sizes[:, None]
         # Index of each padded entry in the vector of all units, of which the last entry is a zero; and the reverse.
         firsts = (self.sizes.cumsum(0) - self.sizes)[:, None]
         self._to_rows = torch.where(inside, firsts + columns, sum(self.counts))
-        entries = torch.arange(inside.numel(), device=self.device).view_as(inside)
+        entries = torch.arange(inside.numel(), dtype=torch.int64, device=self.device).view_as(inside)
         self._from_rows = torch.cat([row[:n] for row, n in zip(entries, self.counts, strict=True)])
 
     def padded(self, by_part: Sequence[Tensor]) -> Tensor:

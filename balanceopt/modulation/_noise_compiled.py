@@ -54,7 +54,7 @@ def scale_and_add_(flat: Tensor, factor: Tensor, scale: Tensor, seed: int) -> No
     """
     words = (seed, seed >> 32, mixed_in(seed, 0))
     signed = [(word & 0xFFFFFFFF) - ((word & 0x80000000) << 1) for word in words]
-    key = sent(torch.tensor(signed, dtype=torch.int32), flat.device)
+    key = sent(torch.tensor(signed, dtype=torch.int32, device="cpu"), flat.device)
     # As tensors of two memories: views of one would be copied by the compiled code before they are changed.
     halves = [from_dlpack(half) for half in flat.detach().view(2, -1).unbind()]
     for half in halves:
@@ -68,11 +68,11 @@ def warm_up(device: torch.device) -> None:
     Raises:
         RuntimeError: if nothing can be compiled here.
     """
-    factor, scale = torch.ones(2, device=device).unbind()
+    factor, scale = torch.ones(2, dtype=torch.float32, device=device).unbind()
     try:
         with warnings.catch_warnings():  # torch's own, about itself
             warnings.simplefilter("ignore")
-            scale_and_add_(torch.zeros(2**10, device=device), factor, scale, 0)
+            scale_and_add_(torch.zeros(2**10, dtype=torch.float32, device=device), factor, scale, 0)
     except Exception as error:  # what a missing compiler raises is different from platform to platform
         raise RuntimeError(
             f"noise='compiled' could not be compiled for {device.type}: the error above says why. It needs what "

@@ -125,7 +125,7 @@ class OGM(Modulation):
             if not own:
                 continue
             if noisy:
-                scale = torch.where(usable, self.noise_scale, 0.0)
+                scale = self.noise_scale * usable.to(coefficient.dtype)
                 left = scale_and_add_noise_(
                     own, scaled[position], scale, step.seed, step.number, compiled=self.noise == "compiled"
                 )

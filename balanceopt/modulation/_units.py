@@ -146,7 +146,11 @@ class UnitView:
             numbered = any(d in self.unit_dims for d in dims)
             sizes += split if numbered else [1] * len(split)
             shape.append(prod(split) if numbered else 1)
-        return self.spread(torch.arange(self.count, device=device)).expand(sizes).reshape(shape)
+        return (
+            self.spread(torch.arange(self.count, dtype=torch.int64, device=device))
+            .expand(sizes)
+            .reshape(shape)
+        )
 
 
 def check_units(rule: object) -> None:

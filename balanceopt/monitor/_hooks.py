@@ -245,7 +245,9 @@ class Capture:
         current.head_calls += 1
         if name is None and current.listening and not logits.requires_grad:
             return  # an answer on the side, which nothing is trained by
-        current.head_inputs[name] = torch.empty(0, 0) if x is None else x.detach()
+        current.head_inputs[name] = (
+            torch.empty(0, 0, dtype=logits.dtype, device=logits.device) if x is None else x.detach()
+        )
         if name is None or not current.head_outputs:
             self._listen(current, head, logits)
         own = logit_rows(head, _copied(logits))

@@ -147,7 +147,7 @@ class Recovery:
         Raises:
             RuntimeError: if too many rows are doubtful, and `strict` or few classes leave no better guess.
         """
-        labels = torch.full(logits.shape[:1], INVALID, device=logits.device)
+        labels = torch.full(logits.shape[:1], INVALID, dtype=torch.int64, device=logits.device)
         ambiguous, graded = (
             torch.zeros_like(labels, dtype=torch.bool),
             torch.zeros_like(labels, dtype=torch.bool),

@@ -66,4 +66,4 @@ class ModalitySums:
     def zeros(cls, modalities: int, classes: int, device: torch.device) -> ModalitySums:
         """No sample seen."""
         sizes = (modalities, modalities, modalities, modalities, classes)
-        return cls(*(torch.zeros(n, device=device) for n in sizes))
+        return cls(*(torch.zeros(n, dtype=torch.float32, device=device) for n in sizes))

@@ -28,20 +28,21 @@ class OwnHead(nn.LazyLinear):
     The weights are a function of the seed: the same on every rank, and the global random stream is left alone.
     """
 
-    def __init__(self, out_features: int, seed: int, device: torch.device) -> None:
+    def __init__(self, out_features: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         """Answer with `out_features` logits."""
-        super().__init__(out_features, device=device)
+        super().__init__(out_features, device=device, dtype=dtype)
         self.seed = seed
 
     def reset_parameters(self) -> None:
         """Draw both weight and bias from U(-1/sqrt(width), 1/sqrt(width))."""
         if self.has_uninitialized_params() or self.in_features == 0:
             return
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         bound = self.in_features**-0.5
         with torch.no_grad():
             for parameter in (self.weight, self.bias):
-                parameter.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
+                uniform = torch.rand(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+                parameter.copy_(bound * (2 * uniform - 1))
 
 
 def build(head: nn.Linear, width: int) -> None:
@@ -148,7 +149,7 @@ class GradientAverage:
         if not built:
             return
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in built]
-        held = torch.tensor([p.grad is not None for p in built], device=parts[0].device)
+        held = torch.tensor([p.grad is not None for p in built], dtype=torch.float32, device=parts[0].device)
         flat = torch.cat([*(part.flatten().float() for part in parts), held.float()])
         dist.all_reduce(flat, group=ranks)
         sums = flat.split([*(p.numel() for p in built), len(built)])
@@ -167,7 +168,7 @@ class GradientAverage:
         """Build the heads that any rank has built: this one's batches may have lacked the modality so far."""
         heads = [head for head in self.heads if isinstance(head, nn.Linear)]
         built = [0 if is_lazy(head.weight) else head.weight.shape[1] for head in heads]
-        widths = torch.tensor(built, device=heads[0].weight.device)
+        widths = torch.tensor(built, dtype=torch.int64, device=heads[0].weight.device)
         dist.all_reduce(widths, op=dist.ReduceOp.MAX, group=ranks)
         for head, width in zip(heads, widths.tolist(), strict=True):
             if width:

@@ -159,7 +159,8 @@ class Injection:
         labels, doubtful = self._labels(current, logits, gradient)
         scale, misfit, vanished = recover_scale(gradient, logits, labels)
         doubtful = doubtful | misfit | (vanished if current.labels is None else misfit)
-        self._doubtful.add(torch.tensor(len(labels), device=doubtful.device), doubtful.sum())
+        rows = torch.tensor(len(labels), dtype=torch.int64, device=doubtful.device)
+        self._doubtful.add(rows, doubtful.sum())
         self._make(seen, partial(self._weigh_rows, labels, scale, current))
 
     def _on_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -297,8 +297,10 @@ class LiveFeatures:
 
 def _made_heads(monitor: ModalityMonitor, out_features: int, seed: int | None) -> list[nn.Module]:
     chosen = shared_seed(monitor.group, seed)
-    device = next(p.device for params in monitor.parameters.values() for p in params)
-    return [OwnHead(out_features, (chosen + i) % 2**63, device) for i in range(len(monitor.modalities))]
+    first = next(p for params in monitor.parameters.values() for p in params)
+    dtype = torch.promote_types(first.dtype, torch.float32).to_real()
+    seeds = [(chosen + i) % 2**63 for i in range(len(monitor.modalities))]
+    return [OwnHead(out_features, seed, first.device, dtype) for seed in seeds]
 
 
 def _checked(

@@ -277,7 +277,7 @@ class Engine:
     def _any_nonzero(self, gradients: Iterable[Tensor]) -> bool:
         # Only on the way of steps without scores, which should not be: here waiting for the device is no matter. Ranks
         # agree, though a shard may be empty.
-        found = torch.zeros((), device=device_of(self.optimizer))
+        found = torch.zeros((), dtype=torch.float32, device=device_of(self.optimizer))
         for gradient in gradients:
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
             own = getattr(values, "_local_tensor", values)

@@ -55,7 +55,9 @@ def sample_kept(q: Tensor, samples: int, generator: torch.Generator, present: Te
     present = torch.ones_like(kept) if present is None else present.to(q.device)
     lost_all = ~(kept & present).any(0)
     least_dropped = torch.where(present, q.unsqueeze(1), torch.inf).argmin(0)
-    return kept | (lost_all & (torch.arange(len(q), device=q.device).unsqueeze(1) == least_dropped))
+    return kept | (
+        lost_all & (torch.arange(len(q), dtype=torch.int64, device=q.device).unsqueeze(1) == least_dropped)
+    )
 
 
 @torch.no_grad()

@@ -113,11 +113,11 @@ class OPM:
         self._seed = shared_seed(monitor.group, seed)
         self._forwards = self._dropping = self._updates = self._silent = 0
         self._epoch: int | None = None
-        self._q = torch.zeros(len(monitor.modalities), dtype=torch.float32)
+        self._q = torch.zeros(len(monitor.modalities), dtype=torch.float32, device="cpu")
         self._pending: Tensor | None = None
         self._repeats: dict[str, int] = {}
         self._widths: dict[str, int] = {}
-        self._width_cache: tuple[torch.device, list[int], Tensor] = torch.device("cpu"), [], torch.zeros(0)
+        self._width_cache: tuple[torch.device, list[int], Tensor] = torch.device("cpu"), [], self._q
         self._latest: Drop | None = None
         self._warned: set[str] = set()
         self._unusable = DeferredCounts(("unusable_scores",), partial(_tell_unusable, self._warned))
@@ -145,7 +145,8 @@ class OPM:
             self._scores.discard()
         if active_group(self.monitor.group) is not None:
             if sums is None:
-                sums = torch.zeros(2, len(self._q), device=next(self.monitor.model.parameters()).device)
+                device = next(self.monitor.model.parameters()).device
+                sums = torch.zeros(2, len(self._q), dtype=torch.float32, device=device)
             sums = sum_over_ranks(sums, self.monitor.group)
         host_value = None if sums is None else on_host(sums)
         if sums is None or (host_value is not None and not host_value[1].any()):

@@ -432,8 +432,12 @@ def _of_all_ranks(
     """The training (side 0) or validation samples of all ranks, in float32 or wider; this rank's may be missing."""
     own = parts[side]
     if own is None:
-        like = next((s.features for s in parts if s is not None), torch.empty(0))
-        own = Samples(like.new_empty(0, max(h.width for h in held)), torch.empty(0, dtype=torch.int64))
+        device = next((s.features.device for s in parts if s is not None), torch.device("cpu"))
+        width = max(h.width for h in held)
+        own = Samples(
+            torch.empty(0, width, dtype=torch.float32, device=device),
+            torch.empty(0, dtype=torch.int64, device="cpu"),
+        )
     # Half precision would be too coarse for the scaling too.
     features = own.features.to(torch.float64 if any(h.double for h in held) else torch.float32)
     rows = [h.val if side else h.train for h in held]
@@ -462,7 +466,9 @@ def _compare(
     nan = float("nan")
     train, val = ({name: purities.get(name, (nan, nan))[side] for name in modalities} for side in (0, 1))
     gap = {name: abs(train[name] - val[name]) for name in modalities}
-    strengths = reinit_strength(torch.tensor(list(gap.values()), dtype=torch.float64), lam).tolist()
+    strengths = reinit_strength(
+        torch.tensor(list(gap.values()), dtype=torch.float64, device="cpu"), lam
+    ).tolist()
     return Diagnosis(
         train_purity=train,
         val_purity=val,

@@ -60,7 +60,7 @@ class Samples:
         if len(self) <= count:
             return self
         generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(len(self), generator=generator)[:count].sort().values
+        index = torch.randperm(len(self), generator=generator, device="cpu")[:count].sort().values
         return Samples(self.features[index.to(self.features.device)], self.labels[index])
 
 
@@ -117,7 +117,9 @@ def balanced(labels: Tensor, keys: Tensor, limit: int) -> Tensor:
     first = counts.cumsum(0) - counts
     # The rank among the samples of its class. The lowest ranks stay, keys breaking ties.
     rank = torch.empty_like(order)
-    rank[by_class] = torch.arange(len(order)) - first.repeat_interleave(counts)
+    rank[by_class] = torch.arange(len(order), dtype=torch.int64, device="cpu") - first.repeat_interleave(
+        counts
+    )
     return order[torch.argsort(rank[order], stable=True)][:limit].sort().values
 
 
@@ -160,7 +162,7 @@ class Collector:
             TypeError: if labels are no numbers.
         """
         indices = self._class_indices(labels)
-        keys = torch.rand(len(indices), generator=self._generator, dtype=torch.float64)
+        keys = torch.rand(len(indices), generator=self._generator, dtype=torch.float64, device="cpu")
         counted = (indices != self._ignore_index).nonzero()[:, 0]
         for name, z in features.items():
             if len(z) != len(indices):

@@ -282,7 +282,9 @@ class ReLearnScheduler:
     def _report(self, diagnosis: Diagnosis) -> None:
         for listener in self.listeners:
             for quantity in _RECORDED:
-                values = torch.tensor(list(getattr(diagnosis, quantity).values()), dtype=torch.float64)
+                values = torch.tensor(
+                    list(getattr(diagnosis, quantity).values()), dtype=torch.float64, device="cpu"
+                )
                 listener(self.last_epoch, quantity, diagnosis.modalities, values)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
+
+from balanceopt._options import shown
 
 Pool = Literal["auto", "mean", "max", "flatten"] | Callable[[Tensor], Tensor]
 _RULES = get_args(get_args(Pool)[0])
@@ -19,6 +22,15 @@ def check_pool(pool: Pool) -> None:
     """
     if not callable(pool) and pool not in _RULES:
         raise ValueError(f"`pool` should be one of {_RULES} or a function. Found {pool!r}.")
+
+
+def as_real(features: Tensor) -> Tensor:
+    """Complex features as real ones, twice as many: the real parts, then the imaginary ones."""
+    if not features.is_complex():
+        return features
+    channels = -1 if features.dim() < 4 else 1
+    parts = (features.real, features.imag)
+    return torch.stack(parts, 1) if features.dim() == 1 else torch.cat(parts, channels)
 
 
 def pool_features(
@@ -39,9 +51,10 @@ def pool_features(
         raise ValueError("features should have one row for each sample. Found a single number.")
     if callable(pool):
         pooled = pool(features)
-        if pooled.dim() != 2 or len(pooled) != len(features):
-            raise ValueError(f"`pool` should return ({len(features)}, D). Found {tuple(pooled.shape)}.")
-        return pooled
+        if not isinstance(pooled, Tensor) or pooled.dim() != 2 or len(pooled) != len(features):
+            raise ValueError(f"`pool` should return ({len(features)}, D). Found {shown(pooled)}.")
+        return as_real(pooled)
+    features = as_real(features)
     if features.dim() <= 2:
         return features.unsqueeze(-1) if features.dim() == 1 else features
     if pool == "flatten":

@@ -6,7 +6,7 @@ from balanceopt.monitor._labels import two_classes
 from balanceopt.monitor._logits import check_layout
 from balanceopt.monitor._module_hooks import WeakHook
 from balanceopt.monitor._monitor import ModalityMonitor
-from balanceopt.monitor._outputs import logits_of, map_tensors, tensors_in
+from balanceopt.monitor._outputs import is_differentiable, logits_of, map_tensors, tensors_in
 from balanceopt.monitor._replay import State, evaluate, keep_random_states, without_gradients
 from balanceopt.monitor._scores import Accumulator
 from balanceopt.monitor._sums import ModalitySums
@@ -24,6 +24,7 @@ __all__ = [
     "evaluate",
     "in_backward",
     "is_batched",
+    "is_differentiable",
     "keep_random_states",
     "logits_of",
     "map_tensors",

@@ -65,8 +65,9 @@ def find_match(name: str, features: Tensor, head_input: Tensor) -> Match:
         NoMatchError: if they are nowhere.
         AmbiguousMatchError: if they are at several places.
     """
-    x = head_input.detach().float()
-    for project in _PROJECTIONS:
+    complex_numbers = features.is_complex() or head_input.is_complex()
+    x = head_input.detach() if complex_numbers else head_input.detach().float()
+    for project in () if complex_numbers else _PROJECTIONS:
         block = _applied(project, features, x.shape)
         if block is None:
             continue

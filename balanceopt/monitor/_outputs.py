@@ -24,6 +24,11 @@ def logits_of(output: Any) -> Tensor | None:
     return _pick(output, _LOGITS)
 
 
+def is_differentiable(x: Tensor) -> bool:
+    """Whether a tensor may hold features, real or complex: not masks, indices and lengths."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """`value` with `function` applied to each tensor in it, of the same types and structure."""
     if isinstance(value, Tensor):

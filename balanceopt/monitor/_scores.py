@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from balanceopt._pooling import as_real
 from balanceopt._undo import Undo
 from balanceopt.functional import feature_entropy
 from balanceopt.functional._labels import INVALID
@@ -163,7 +164,7 @@ class Scorer:
                 if any(accumulator.needs_entropy for accumulator in self.accumulators):
                     with torch.no_grad():
                         current.entropies = {
-                            name: feature_entropy(current.vectors.get(name, z))
+                            name: feature_entropy(as_real(current.vectors.get(name, z)))
                             for name, z in current.features.items()
                         }
         current.end_forward()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from balanceopt.modality import modules_outside
 from balanceopt.monitor._columns import logit_rows
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._outputs import logits_of, map_tensors, tensors_in
+from balanceopt.monitor._outputs import is_differentiable, logits_of, map_tensors, tensors_in
 from balanceopt.monitor._replay import State, quieten
 
 
@@ -36,7 +36,7 @@ class ZeroOut:
                 "parts. Call the model, or pass `scores=` with a function from features to uni-modal logits."
             )
         for name, outputs in current.outputs.items():
-            if not any(x.is_floating_point() for x in tensors_in(outputs)):
+            if not any(map(is_differentiable, tensors_in(outputs))):
                 raise RuntimeError(
                     f"the encoder of {name!r} returns a {type(outputs[0]).__name__}, in which nothing can be set to "
                     "zero. Return tensors, or pass `scores=` with a function from features to uni-modal logits."
@@ -131,4 +131,4 @@ class _Cached:
 
 def _zeros(x: Tensor) -> Tensor:
     """Zeros for features; masks and indices among an encoder's outputs stay."""
-    return torch.zeros_like(x) if x.is_floating_point() else x.clone()
+    return torch.zeros_like(x) if is_differentiable(x) else x.clone()

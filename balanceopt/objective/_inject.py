@@ -24,6 +24,7 @@ from balanceopt.monitor import (
     as_rows,
     in_backward,
     is_batched,
+    is_differentiable,
     logits_of,
     map_tensors,
     tensors_in,
@@ -131,7 +132,7 @@ class Injection:
                     self._hooked.add(parameter)
                     hook = partial(WeakHook(self._add_to_head), parameter)
                     self.handles.append(parameter.register_hook(hook))
-        for index, tensor in enumerate(x for x in tensors_in(output) if x.is_floating_point()):
+        for index, tensor in enumerate(x for x in tensors_in(output) if is_differentiable(x)):
             if (
                 tensor.requires_grad
             ):  # an encoder that is called again gets a list of its own, which stays empty
@@ -278,7 +279,7 @@ def _add(extras: list[Tensor | None], index: int, gradient: Tensor) -> Tensor | 
 
 def _leaf(leaves: list[Tensor], x: Tensor) -> Tensor:
     """A leaf in the place of a floating tensor, noted in `leaves`."""
-    if not x.is_floating_point():
+    if not is_differentiable(x):
         return x
     leaves.append(x.detach().requires_grad_())
     return leaves[-1]

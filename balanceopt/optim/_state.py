@@ -48,7 +48,7 @@ def check_state(optimizer: torch.optim.Optimizer, state: object) -> None:
             check_entries("each of the state's param groups", group, (STEP, SEED, EPOCH))
             check_count(STEP, group[STEP])
             check_count(SEED, group[SEED])
-            check_count(EPOCH, group[EPOCH], or_none=True)
+        check_count(EPOCH, group.get(EPOCH), or_none=True)
         refuse_differentiable(group)
 
 

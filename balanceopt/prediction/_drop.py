@@ -11,7 +11,7 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._random import generator_for, mixed
-from balanceopt.monitor import map_tensors, tensors_in
+from balanceopt.monitor import is_differentiable, map_tensors, tensors_in
 
 Rescale = Literal["none", "official"]
 
@@ -198,7 +198,7 @@ class Drop:
 
 def _is_feature(x: Tensor) -> bool:
     """Whether a tensor of an encoder's output is dropped from: not masks, indices, lengths or single numbers."""
-    return (x.is_floating_point() or x.is_complex()) and x.dim() > 0
+    return is_differentiable(x) and x.dim() > 0
 
 
 def _rows_of(name: str, output: Any) -> int:

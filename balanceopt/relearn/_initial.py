@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from balanceopt._options import check_kind, names_of, shown
 from balanceopt._warnings import warn_user
 from balanceopt.functional import soft_reinit_
-from balanceopt.monitor import ModalityMonitor
+from balanceopt.monitor import ModalityMonitor, is_differentiable
 
 OptimizerState = Literal["keep", "reset"]
 
@@ -59,7 +59,7 @@ class InitialWeights:
         for name, tensor in self._by_dotted_name().items():
             if name in self._waiting and tensor.requires_grad and not is_lazy(tensor):
                 self._waiting.discard(name)
-                if tensor.is_floating_point() or tensor.is_complex():
+                if is_differentiable(tensor):
                     self.values[name] = self.copy_of(_local(tensor.detach()), tensor)
 
     def give(self, state: Mapping[str, Any]) -> None:
@@ -110,7 +110,7 @@ class InitialWeights:
         """This rank's part of each trainable tensor, and of its initial value."""
         targets, starts, unknown = [], [], []
         for name, tensor in current.items():
-            if not tensor.requires_grad or is_lazy(tensor) or not tensor.is_floating_point():
+            if not tensor.requires_grad or is_lazy(tensor) or not is_differentiable(tensor):
                 continue
             if name not in self.values:
                 unknown.append(name)

@@ -10,6 +10,8 @@ from balanceopt.prediction import OPM
 from balanceopt.recording import Recorder
 from balanceopt.relearn import Diagnosis, ReLearnScheduler, diagnose
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AMSS",
     "MaskUnits",

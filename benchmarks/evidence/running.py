@@ -134,4 +134,4 @@ def _seed(job: Job) -> int:
     return job.seed + 1000 if job.part == "tune" else job.seed
 
 
-_VERSION = getattr(bo, "__version__", "0.1.0")
+_VERSION = bo.__version__

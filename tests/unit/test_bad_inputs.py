@@ -62,7 +62,7 @@ class World:
     def __init__(self) -> None:
         self.model = small_model()
         self.monitor = watch(self.model)
-        self.optimizer = sgd(groups_of(self.model))
+        self.optimizer: torch.optim.Optimizer = sgd(groups_of(self.model))
         self.inputs, self.labels = batch()
 
     @cached_property

@@ -138,6 +138,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
     subprocess.run(build, check=True, timeout=240)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.split("-")[1] == balanceopt.__version__
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     files = (path for path in PACKAGE.rglob("*") if path.suffix == ".py" or path.name == "py.typed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -11,7 +11,7 @@ import torch
 from balanceopt._options import check_flag, check_kind, check_seed
 from balanceopt._warnings import warn_user
 from balanceopt.modality import unwrap
-from balanceopt.modulation import Modulation
+from balanceopt.modulation import Modulation, Slot
 from balanceopt.monitor import ModalityMonitor
 
 # What modulates the steps of an optimizer, as long as it lives.
@@ -77,6 +77,33 @@ def refuse_differentiable(group: Mapping[str, Any]) -> None:
             "differentiable=True is not supported: gradients are changed in place, and the derivative would be "
             "that of the unmodulated step. Use differentiable=False."
         )
+
+
+def refuse_shared_gradients(slots: Iterable[Slot]) -> None:
+    """Raise for gradients that can't be changed in place one by one, as a loop that sets `.grad` may leave them.
+
+    Raises:
+        ValueError: saying what to do instead.
+    """
+    first: dict[int, Slot] = {}
+    for slot in slots:
+        gradient = slot.grad
+        if gradient.layout != torch.strided or hasattr(gradient, "device_mesh") or gradient.numel() == 0:
+            continue
+        expanded = any(
+            n > 1 and stride == 0 for n, stride in zip(gradient.shape, gradient.stride(), strict=True)
+        )
+        other = first.setdefault(gradient.data_ptr(), slot)
+        if expanded or (other is not slot and gradient.data_ptr() != 0):
+            found = (
+                "an expanded tensor, whose elements share memory"
+                if expanded
+                else f"the memory of the gradient of parameter {other.index}"
+            )
+            raise ValueError(
+                f"gradients are changed in place, so each should have memory of its own. Found {found}, as the .grad "
+                f"of parameter {slot.index} (shape {tuple(slot.parameter.shape)}): set it to a .clone()."
+            )
 
 
 def warn_of_known_defects(optimizer: torch.optim.Optimizer) -> None:

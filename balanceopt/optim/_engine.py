@@ -15,17 +15,25 @@ from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, Step
 from balanceopt.monitor import ModalityMonitor, ModalitySums
-from balanceopt.optim._checks import check_arguments, claim, release, steps_others, warn_of_known_defects
+from balanceopt.optim._checks import (
+    check_arguments,
+    claim,
+    refuse_shared_gradients,
+    release,
+    steps_others,
+    warn_of_known_defects,
+)
 from balanceopt.optim._owners import Owners
 from balanceopt.optim._state import Counters, device_of
 from balanceopt.optim._update import UpdateScaling
+from balanceopt.optim._useless import SILENT_STEPS, Useless
 
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
 
-_SILENT_STEPS = 10
 _ODDITIES = {
     "unusable_scores": "scores are not finite, all zero, or of fewer than two modalities: the step was left to the "
-    "base optimizer. stats() counts such steps.",
+    "base optimizer. stats() counts such steps apart from modulated ones; a fusion that divides by the norm of its "
+    "features makes NaN of zeroed ones.",
     "nonfinite_gradients": "gradients that are not finite were left as they are. stats() counts them.",
 }
 
@@ -40,7 +48,7 @@ class Engine:
         monitor: where scores come from.
         modulations: applied in order.
         seed: of all randomness; None for `torch.initial_seed()` of the first rank.
-        strict: raise after ten steps in a row without a score, where gradients are not zero.
+        strict: raise after ten steps in a row without a score that can be used, where gradients are not zero.
     """
 
     def __init__(
@@ -78,10 +86,12 @@ class Engine:
         self._has_own_groups = steps_others(optimizer)
         self._updates = UpdateScaling()
         self._silent = 0
+        self._looked = False
         self._warned: set[str] = set()
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
         self._oddities = DeferredCounts(tuple(_ODDITIES), partial(_warn_of_oddities, self._warned))
         self._odd: dict[str, Tensor] = {}
+        self._useless = Useless(monitor.modalities)
 
     # -- around a step -------------------------------------------------------------------------------------------
 
@@ -152,6 +162,7 @@ class Engine:
         self._owners.refresh()
         self.discard()
         self._silent = 0
+        self._useless.restart()
         if steps_others(self.optimizer) and not self._has_own_groups:
             self._warn(
                 "parted",
@@ -188,7 +199,12 @@ class Engine:
 
     def stats(self) -> dict[str, int]:
         """Steps modulated, left to the base for want of scores, outside the window; and oddities met."""
-        return {**self._steps, **self._oddities.read()}
+        oddities = self._oddities.read()
+        steps = dict(self._steps)
+        steps["modulated"] -= oddities[
+            "unusable_scores"
+        ]  # known only now, without waiting for a device in a step
+        return {**steps, **oddities}
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 
@@ -227,6 +243,9 @@ class Engine:
     def _modulate(
         self, acting: Sequence[Modulation], sums: ModalitySums, slots: dict[str, list[Slot]]
     ) -> None:
+        if not self._looked:  # what a loop does with `.grad` it does in every step
+            refuse_shared_gradients(slot for own in slots.values() for slot in own)
+            self._looked = True
         self._silent = 0
         self._steps["modulated"] += 1
         if not any(slots.values()):
@@ -248,9 +267,11 @@ class Engine:
         )
         for modulation in acting:
             modulation.modulate(step)
+        zero = torch.zeros((), dtype=torch.int64, device=sums.score.device)
         if self._odd:
-            zero = torch.zeros((), dtype=torch.int64, device=sums.score.device)
             self._oddities.add(*(self._odd.get(name, zero) for name in _ODDITIES))
+        if self.strict:
+            self._useless.note(sums, self._odd.get("unusable_scores", zero))
 
     def _take(self) -> ModalitySums | None:
         """This step's sums, over micro-batches and ranks; None where nobody has any."""
@@ -267,7 +288,7 @@ class Engine:
         self._steps["without_scores"] += 1
         self._silent += 1
         why = self.monitor.silence()
-        if self.strict and self._silent >= _SILENT_STEPS:
+        if self.strict and self._silent >= SILENT_STEPS:
             raise RuntimeError(
                 f"no scores in {self._silent} steps in a row: training goes on without balancing. "
                 f"Likely causes: {why}. Pass strict=False to go on regardless."
@@ -285,7 +306,12 @@ class Engine:
         return bool(sum_over_ranks(found, self.monitor.group) > 0)
 
     def _note(self, name: str, count: Tensor) -> None:
-        self._odd[name] = self._odd[name] + count if name in self._odd else count
+        if name not in self._odd:
+            self._odd[name] = count
+        elif name == "unusable_scores":  # by several modulations: still one step
+            self._odd[name] = torch.maximum(self._odd[name], count)
+        else:
+            self._odd[name] = self._odd[name] + count
 
     def _report(self, name: str, values: Tensor) -> None:
         for listener in self.listeners:

@@ -76,7 +76,6 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         _give_hooks(optimizer)
         _give_hooks(self)
         self._warned_capturable_if_run_uncaptured = True
-        self._patch_step_function()
 
     @property
     def monitor(self) -> ModalityMonitor:
@@ -140,6 +139,18 @@ class ModulatedOptimizer(torch.optim.Optimizer):
             TypeError: if `closure` is no function.
             RuntimeError: after `remove()`, or after ten steps in a row without any score.
         """
+        # Hooks on the wrapper run here. Those on all optimizers run in the base's step: a step is seen once.
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {}
+        for before in self._optimizer_step_pre_hooks.values():
+            changed = before(self, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
+        result = self._step(*args[1:], **kwargs)
+        for after in self._optimizer_step_post_hooks.values():
+            after(self, args, kwargs)
+        return result
+
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         engine = self._engine
         try:
             if closure is None:

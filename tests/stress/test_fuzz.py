@@ -97,8 +97,8 @@ class Training(RuleBasedStateMachine):
 
     def begin(self) -> None:
         """What objects just built have to show."""
-        self.counts = {"modulated": 0, "without_scores": 0, "outside_window": 0}
-        self.silent = 0
+        self.counts = {"modulated": 0, "unusable_scores": 0, "without_scores": 0, "outside_window": 0}
+        self.silent = self.useless = 0
         self.dead = False  # whether the latest forward in training has no backward
         self.left = False  # whether it was before this modulation: no step of it closes that pass
         self.discard()
@@ -107,6 +107,7 @@ class Training(RuleBasedStateMachine):
     def discard(self) -> None:
         """No pass is waiting for a step."""
         self.scored = self.unlabelled = False  # a step or zero_grad closed the pass
+        self.present: set[int] = set()  # modalities of the passes since
         self.sums: tuple[Tensor, Tensor] | None = (torch.zeros(self.modalities), torch.zeros(self.modalities))
 
     def new_model(self) -> Multimodal:
@@ -165,6 +166,7 @@ class Training(RuleBasedStateMachine):
         self.unlabelled, self.dead, self.left = not say, False, False
         if len(labels):
             self.scored = True
+            self.present |= {m for m, x in enumerate(inputs) if x is not None}
             if expected is None or self.sums is None:
                 self.sums = None
             else:
@@ -242,6 +244,10 @@ class Training(RuleBasedStateMachine):
             if self.silent >= 10:
                 with pytest.raises(RuntimeError, match=r"no scores in 1. steps in a row"):
                     self.all.optimizer.step()
+            elif self.useless >= 10:
+                self.useless = 0
+                with pytest.raises(RuntimeError, match=r"10 steps in a row had scores that can't be used"):
+                    self.all.optimizer.step()
             else:
                 self.all.optimizer.step()
         assert {name: self.stats[name] for name in self.counts} == self.counts
@@ -258,10 +264,13 @@ class Training(RuleBasedStateMachine):
         if not any(m.window.is_open(self.number, self.epoch) for m in self.methods):
             kind = "outside_window"
         else:
-            kind = "modulated" if self.scored else "without_scores"
+            usable = len(self.present) > 1
+            kind = ("modulated" if usable else "unusable_scores") if self.scored else "without_scores"
             self.silent = 0 if self.scored else self.silent + 1
+            if self.scored:
+                self.useless = 0 if usable else self.useless + 1
         self.counts[kind] += 1
-        self.number += self.silent < 10
+        self.number += self.silent < 10 and self.useless < 10
 
     def check_modulation(self, before: dict[Tensor, Tensor], heard: dict[str, Tensor]) -> None:
         """Gradients are what the coefficients say, and these are of the passes since the last step."""
@@ -289,7 +298,7 @@ class Training(RuleBasedStateMachine):
         self.forwards += 1
         self.dead = self.left = False
         self.all.model.zero_grad(set_to_none=False)
-        self.scored = True
+        self.scored, self.present = True, set(range(self.modalities))
         if self.all_finite() and next(self.all.model.parameters()).grad is None:
             self.backward(inputs, labels)  # gradients, for the account
         self.expect_step()
@@ -321,7 +330,7 @@ class Training(RuleBasedStateMachine):
         self.settle_bad_step(before)
         with allowing():
             self.all.load(state)
-        self.number, self.forwards, self.silent = number, forwards, 0
+        self.number, self.forwards, self.silent, self.useless = number, forwards, 0, 0
         self.zero_grad("model")  # of parameters too that the optimizer will get later
 
     def settle_bad_step(self, before: dict[str, int]) -> None:

@@ -73,7 +73,7 @@ def train(
         ("bare", "base", Cost(1, 1)),
         ("bare", "step", Cost(1, 2)),
         ("OGM-GE, AMSS", "base", Cost(2, 1)),
-        ("OGM-GE, AMSS", "step", Cost(2, 3)),
+        ("OGM-GE, AMSS", "step", Cost(2, 2)),
         ("bare", "model", Cost(1, 0)),
         ("OGM-GE, AMSS", "model", Cost(4, 4)),
         ("OGM-GE, AMSS", "model base", Cost(4 + 2, 4 + 1)),

@@ -12,9 +12,11 @@ from torch import Tensor
 import balanceopt as bo
 from tests.models import Concat, watch
 from tests.training import (
+    answering,
     backward,
     batch,
     batches,
+    class_zero,
     distance,
     grad_of,
     groups_of,
@@ -303,7 +305,7 @@ def test_noise_in_a_line_search_is_warned_of_once():
     model, optimizer = modulated(
         bo.OGM(0.5), lambda groups: torch.optim.LBFGS([p for g in groups for p in g["params"]], lr=0.01)
     )
-    with pytest.warns(UserWarning, match="LBFGS evaluates its closure several times.*noise=False") as warned:
+    with pytest.warns(UserWarning, match=r"LBFGS evaluates its closure several times.*noise=False") as warned:
         optimizer.step(closure_for(model, optimizer, 0))  # type: ignore[arg-type]
     optimizer.step(closure_for(model, optimizer, 1))  # type: ignore[arg-type]
     assert len(warned) == 1
@@ -486,3 +488,66 @@ def test_a_step_leaves_the_global_random_stream_alone(form: Make):
     before = torch.get_rng_state()
     optimizer.step()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# -- scores that can't be used ---------------------------------------------------------------------------------------
+
+
+def scored(form: Make, *certainty: float, **options: Any) -> tuple[Concat, Any]:
+    model = small_model()
+    monitor = watch(model, scores=answering(*certainty))
+    return model, form(sgd(groups_of(model)), monitor, bo.OGM(0.5, noise=False), seed=0, **options)
+
+
+@both_forms
+@pytest.mark.filterwarnings("ignore:scores are not finite")
+def test_ten_steps_in_a_row_with_unusable_scores_are_an_error_that_names_the_cause(form: Make):
+    model, optimizer = scored(form, float("nan"), 0.5)
+    train(model, optimizer, [class_zero(model, i) for i in range(9)])
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        RuntimeError, match=r"logits of \['audio'\] alone are not finite.*divides by their norm.*normal"
+    ):
+        train(model, optimizer, [class_zero(model, 9)])
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    stats = optimizer.stats()
+    assert (stats["modulated"], stats["unusable_scores"], stats["without_scores"]) == (0, 10, 0)
+
+
+@pytest.mark.filterwarnings("ignore:scores are not finite")
+def test_unusable_steps_go_on_where_not_strict_and_count_apart():
+    model, optimizer = scored(bo.ModulatedOptimizer, 0.0, 0.0, strict=False)
+    train(model, optimizer, [class_zero(model, i) for i in range(12)])
+    assert (optimizer.stats()["modulated"], optimizer.stats()["unusable_scores"]) == (0, 12)
+
+
+@pytest.mark.filterwarnings("ignore:scores are not finite")
+def test_a_usable_step_in_between_starts_the_row_anew():
+    model = small_model()
+    certainty = [0.8, 0.2]
+    monitor = watch(model, scores=lambda z: answering(*certainty)(z))
+    optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, bo.OGM(0.5, noise=False))
+    for step in range(25):
+        certainty[0] = 0.8 if step == 9 or step == 19 else float("inf")
+        train(model, optimizer, [class_zero(model, step)])
+    assert (optimizer.stats()["modulated"], optimizer.stats()["unusable_scores"]) == (2, 23)
+
+
+@pytest.mark.filterwarnings("ignore:scores are not finite")
+def test_an_unusable_step_of_two_methods_is_one_step():
+    model = small_model()
+    monitor = watch(model, scores=answering(0.0, 0.0))
+    methods = [bo.OGM(0.5, noise=False), bo.OGM(0.1, noise=False)]
+    optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, methods)
+    train(model, optimizer, [class_zero(model, i) for i in range(2)])
+    assert (optimizer.stats()["modulated"], optimizer.stats()["unusable_scores"]) == (0, 2)
+
+
+def test_scores_that_tell_nothing_ten_times_in_a_row_are_an_error():
+    model = small_model()
+    uniform = torch.zeros(8, 5)
+    monitor = watch(model, scores=lambda z: dict.fromkeys(z, uniform))
+    optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, bo.OGM(0.5, noise=False))
+    train(model, optimizer, [batch(i, model) for i in range(9)])
+    with pytest.raises(RuntimeError, match=r"every class the same probability.*contrastive.*scores="):
+        train(model, optimizer, [batch(9, model)])

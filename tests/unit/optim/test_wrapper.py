@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import balanceopt as bo
 from tests.models import Concat, watch
-from tests.training import batches, groups_of, modulated, sgd, small_model, train
+from tests.training import backward, batch, batches, grad_of, groups_of, modulated, sgd, small_model, train
 
 
 def test_it_is_an_optimizer_that_shows_its_base():
@@ -71,6 +72,51 @@ def test_step_hooks():
     before.remove()
     train(model, optimizer, batches(model, 1))
     assert called == ["before", "after", "after"]
+
+
+def test_hooks_on_all_optimizers_see_a_step_once():
+    model, optimizer = modulated()
+    called: list[str] = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: called.append("before")),
+        register_optimizer_step_post_hook(lambda *_: called.append("after")),
+    ]
+    try:
+        train(model, optimizer, batches(model, 2))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert called == ["before", "after"] * 2
+
+
+def test_a_step_hook_may_give_the_step_another_closure():
+    model, optimizer = modulated()
+    called: list[int] = []
+
+    def closure() -> float:
+        called.append(1)
+        optimizer.zero_grad()
+        return float(backward(model, batch(0, model)))
+
+    optimizer.register_step_pre_hook(lambda self, args, kwargs: ((self, closure), kwargs))
+    assert optimizer.step() is not None
+    assert called == [1]
+
+
+@pytest.mark.parametrize("kind", ["expanded", "shared"])
+def test_gradients_without_memory_of_their_own_are_refused(kind: str):
+    model, optimizer = modulated()
+    backward(model, batch(0, model))
+    first, second = (own for own in model.modalities["audio"].parameters() if own.dim() == 1)
+    weight = next(model.modalities["audio"].parameters())
+    if kind == "expanded":
+        weight.grad = grad_of(weight).mean(-1, keepdim=True).expand_as(weight)
+    else:
+        second.grad = grad_of(first)[: len(second)]
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"each should have memory of its own.*set it to a .clone\(\)"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 def test_state_dict_hooks():

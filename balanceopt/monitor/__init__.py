@@ -1,8 +1,9 @@
 """From hooks to scores: what each modality alone would have answered."""
 
 from balanceopt.monitor._columns import as_rows
+from balanceopt.monitor._company import enter, leave, refuse_company
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._labels import two_classes
+from balanceopt.monitor._labels import off_residual, two_classes
 from balanceopt.monitor._logits import check_layout
 from balanceopt.monitor._module_hooks import WeakHook
 from balanceopt.monitor._monitor import ModalityMonitor
@@ -21,13 +22,17 @@ __all__ = [
     "WeakHook",
     "as_rows",
     "check_layout",
+    "enter",
     "evaluate",
     "in_backward",
     "is_batched",
     "is_differentiable",
     "keep_random_states",
+    "leave",
     "logits_of",
     "map_tensors",
+    "off_residual",
+    "refuse_company",
     "tensors_in",
     "two_classes",
     "without_gradients",

@@ -47,12 +47,14 @@ class Pass:
         observed: what the user gave: labels, and `present`.
         labels: as given by the user, a loss module or the model's keyword; None to recover them.
         label_source: where `labels` come from.
+        counts: a backward that goes to parameters has reached the logits.
         gradients: of the loss at the joint logits, one a backward.
         head_calls: how often heads ran.
         answering_call: which run of the joint head made `logits`.
         listening: for the gradient of how many logits hooks were put on; only that of the last one counts.
         vectors: each modality's clean features as the head gets them `(N, D_m)`, where that is known.
         ignore_index: of the loss module that gave the labels, where it has one.
+        broke_off: its forward raised an exception.
         ended: nothing of its forward is awaited.
         closed: its scores were taken or discarded: labels that come now are for another pass.
         settled: its sums are made.
@@ -81,12 +83,14 @@ class Pass:
     observed: Observed | None = None
     labels: Tensor | None = None
     label_source: str = "gradient"
+    counts: bool = False
     gradients: list[Tensor] = field(default_factory=list)
     head_calls: int = 0
     answering_call: int = 0
     listening: int = 0
     vectors: dict[str, Tensor] = field(default_factory=dict)
     ignore_index: int | None = None
+    broke_off: bool = False
     ended: bool = False
     closed: bool = False
     settled: bool = False

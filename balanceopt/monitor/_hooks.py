@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from balanceopt.distributed import Group
 from balanceopt.monitor._columns import logit_rows
 from balanceopt.monitor._forward import Pass, Passes, answers_of
-from balanceopt.monitor._labels import Labels
+from balanceopt.monitor._labels import Labels, refuse_loss
 from balanceopt.monitor._module_hooks import Hook, remove_hooks
 from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors, tensors_in
 from balanceopt.monitor._scores import Scorer
@@ -49,6 +49,7 @@ Head = nn.Module | Mapping[str, nn.Module] | None
 Select = Mapping[str, Callable[[Any], Tensor]]
 Transform = Callable[[str, Pass, Any], Any]
 Tap = Callable[[str, Any, Pass | None], None]
+LogitListener = Callable[[Pass, Tensor], None]
 GradientListener = Callable[[Pass, Tensor], None]
 
 
@@ -58,7 +59,8 @@ class Capture:
     Attributes:
         transforms: change encoders' outputs on their way into the fusion.
         taps: are shown every encoder output.
-        gradient_listeners: are told the gradient at the joint logits.
+        logit_listeners: are told the joint logits.
+        gradient_listeners: are told the gradient at the joint logits, where it goes on to parameters.
         passes: the passes under way.
     """
 
@@ -81,6 +83,7 @@ class Capture:
         self.passes = Passes(labels, scorer, train_only=train_only, answers=answers_of(head))
         self.transforms: Listeners[Transform] = Listeners()
         self.taps: Listeners[Tap] = Listeners()
+        self.logit_listeners: Listeners[LogitListener] = Listeners()
         self.gradient_listeners: Listeners[GradientListener] = Listeners()
         self._labels = labels
         self._scorer = scorer
@@ -102,7 +105,12 @@ class Capture:
             self._hook(self.head, self._on_head, None).after()
 
     def watch_loss(self, module: nn.Module, reduce: str | None) -> Hook:
-        """Take labels from the calls of a loss module."""
+        """Take labels from the calls of a loss module.
+
+        Raises:
+            ValueError: if its targets are no classes.
+        """
+        refuse_loss(module)
         hook = self._hook(module, self._on_loss, reduce)
         hook.after()
         return hook
@@ -189,8 +197,10 @@ class Capture:
         if in_backward():
             return
         current = self.passes.end()
-        broke_off = output is None and sys.exc_info()[0] is not None
-        if current is None or broke_off:
+        if current is None:
+            return
+        current.broke_off = output is None and sys.exc_info()[0] is not None
+        if current.broke_off:
             return
         logits = logits_of(output)
         if logits is not None and self.head is self.model:
@@ -219,7 +229,7 @@ class Capture:
             self._scorer.end_forward(current)
         rows = logit_rows(head, gradient.detach())
         self._scorer.backward_reached(current, rows)
-        for listener in self.gradient_listeners:
+        for listener in self.gradient_listeners if current.counts else ():
             listener(current, rows)
 
     # -- steps of a pass -----------------------------------------------------------------------------------------
@@ -256,6 +266,8 @@ class Capture:
         else:
             current.head_outputs[name] = own
             current.logits = torch.stack(list(current.head_outputs.values())).sum(0)
+        for listener in self.logit_listeners:
+            listener(current, current.logits)
 
     def _listen(self, current: Pass, head: nn.Module, logits: Tensor) -> None:
         """Note when backward reaches the logits."""

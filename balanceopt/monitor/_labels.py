@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from balanceopt._deferred import DeferredCounts
+from balanceopt._deferred import DeferredCounts, on_host
 from balanceopt._warnings import warn_user
 from balanceopt.functional import recover_labels
 from balanceopt.functional._labels import INVALID
@@ -91,6 +91,40 @@ class Labels:
             current.labels, current.label_source = labels, "observe"
 
 
+# Losses of torch whose targets are no class for each sample.
+_OTHER_TARGETS = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.PoissonNLLLoss,
+    nn.GaussianNLLLoss,
+    nn.KLDivLoss,
+    nn.MultiLabelMarginLoss,
+    nn.MultiLabelSoftMarginLoss,
+    nn.SoftMarginLoss,
+    nn.MarginRankingLoss,
+    nn.HingeEmbeddingLoss,
+    nn.CosineEmbeddingLoss,
+    nn.TripletMarginLoss,
+    nn.TripletMarginWithDistanceLoss,
+    nn.CTCLoss,
+)
+
+
+def refuse_loss(module: nn.Module) -> None:
+    """Raise for a loss whose targets are known to be no classes.
+
+    Raises:
+        ValueError: saying what works.
+    """
+    if isinstance(module, _OTHER_TARGETS):
+        raise ValueError(
+            f"the loss to take labels from should have a class for each sample as its target, as nn.CrossEntropyLoss "
+            f"has. Found {type(module).__name__}. {NO_CLASSES}"
+        )
+
+
 def labels_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Class indices given to the model as `labels=`, or under "labels" in a batch that is a mapping."""
     batches = [kwargs, *(value for value in args[:1] if isinstance(value, Mapping))]
@@ -124,11 +158,19 @@ def labels_of_loss(args: tuple[Any, ...], kwargs: Mapping[str, Any], reduce: str
 
 # Under plain cross-entropy no row has two negative gradients; this many may come from rounding.
 _AMBIGUOUS_PART = 0.01
+# Rows that no loss on a softmax (or, of one logit, no binary cross-entropy) leaves; this many may come from rounding.
+_FOREIGN_PART = 0.1
+# How far a row's gradient may be from what such a loss leaves, in parts of it (of its square for a line).
+_OFF_SUM, _OFF_RESIDUAL, _OFF_LINE = 0.05, 0.005, 1e-3
 # Under plain cross-entropy every row with a gradient tells its label.
 _TOLD_PART = 0.5
 _FEWEST_CLASSES_FOR_LINE = 4
 
 _CURE = "Pass labels via monitor.observe(labels) or monitor.watch_loss(loss)."
+NO_CLASSES = (
+    "Regression and several labels a sample have no uni-modal score. What works there: UnimodalObjective(..., "
+    "loss=...) called in the loop, and re-learning where samples have a class too."
+)
 
 
 class Recovery:
@@ -137,32 +179,36 @@ class Recovery:
     def __init__(self, *, strict: bool) -> None:
         """Count rows; `strict` raises where labels are doubtful."""
         self.strict = strict
-        self._counts = DeferredCounts(("rows", "ambiguous", "told"), self._judge)
+        self._counts = DeferredCounts(("rows", "ambiguous", "told", "foreign"), self._judge)
         self._classes = 2
+        self._single = False
         self._warned: set[str] = set()
 
     def labels(self, gradients: Sequence[Tensor], logits: Tensor) -> Tensor:
         """`(N,)` labels from the first backward that shows them, row by row; -100 where none does.
 
         Raises:
-            RuntimeError: if too many rows are doubtful, and `strict` or few classes leave no better guess.
+            RuntimeError: if the loss is no cross-entropy, or too many rows are doubtful, and `strict` or few classes
+                leave no better guess.
         """
         labels = torch.full(logits.shape[:1], INVALID, dtype=torch.int64, device=logits.device)
-        ambiguous, graded = (
-            torch.zeros_like(labels, dtype=torch.bool),
-            torch.zeros_like(labels, dtype=torch.bool),
-        )
-        pairs = two_classes(logits)
+        ambiguous, graded, foreign = (torch.zeros_like(labels, dtype=torch.bool) for _ in range(3))
+        pairs, single = two_classes(logits), logits.shape[-1] == 1
         for gradient in gradients:
-            g = torch.cat([-gradient, gradient], -1) if logits.shape[-1] == 1 else gradient
+            g = of_two_classes(gradient)
             read = recover_labels(g, pairs)
             unknown = labels == INVALID
             labels = torch.where(unknown, read.labels, labels)
             ambiguous |= unknown & read.ambiguous
             largest = g.abs().amax(1)
-            graded |= torch.isfinite(largest) & (largest > 0)
-        self._classes = pairs.shape[-1]
-        self._counts.add(graded.sum(), ambiguous.sum(), (labels != INVALID).sum())
+            usable = torch.isfinite(largest) & (largest > 0)
+            graded |= usable
+            if single:
+                foreign |= unknown & usable & off_residual(gradient, logits, read.labels)
+            else:
+                foreign |= unknown & usable & _off_softmax(g, logits, read.labels, read.ambiguous)
+        self._classes, self._single = pairs.shape[-1], single
+        self._counts.add(graded.sum(), ambiguous.sum(), (labels != INVALID).sum(), foreign.sum())
         return labels
 
     def counts(self) -> dict[str, int]:
@@ -171,13 +217,20 @@ class Recovery:
         return {"rows": found["rows"], "ambiguous": found["ambiguous"]}
 
     def _judge(self, counts: dict[str, int]) -> None:
-        if counts["ambiguous"] > _AMBIGUOUS_PART * counts["rows"]:
+        foreign = counts["foreign"] > _FOREIGN_PART * counts["rows"]
+        if foreign and self._single:
+            raise RuntimeError(
+                "labels are read from the gradient at the logits, which should be that of one logit's binary "
+                f"cross-entropy: a common factor times sigmoid(logit) - label. {counts['foreign']} of {counts['rows']} "
+                f"rows are not: another loss (regression), soft labels or sample weights. {_CURE} {NO_CLASSES}"
+            )
+        if counts["ambiguous"] > _AMBIGUOUS_PART * counts["rows"] or foreign:
             message = (
                 f"{counts['ambiguous']} of {counts['rows']} rows have several negative gradients at the logits: soft "
-                "targets, label smoothing or an auxiliary loss on the logits. Labels recovered from them may be wrong. "
-                + _CURE
+                "targets, label smoothing, an auxiliary loss on the logits, several labels a sample or regression. "
+                f"Labels recovered from them may be wrong. {_CURE} {NO_CLASSES}"
             )
-            if self.strict or self._classes < _FEWEST_CLASSES_FOR_LINE:
+            if self.strict or foreign or self._classes < _FEWEST_CLASSES_FOR_LINE:
                 raise RuntimeError(message)
             self._warn("ambiguous", message)
         elif counts["told"] < _TOLD_PART * counts["rows"]:
@@ -193,6 +246,49 @@ class Recovery:
         if kind not in self._warned:
             self._warned.add(kind)
             warn_user(message)
+
+
+def _off_softmax(g: Tensor, logits: Tensor, labels: Tensor, ambiguous: Tensor) -> Tensor:
+    """Whether rows `(N, C)` of a gradient come through no softmax and show no single label: `(N,)`.
+
+    Through a softmax entries have the sum 0. What else acts on all logits alike leaves those but the label on a line
+    over the probabilities.
+    """
+    size = g.abs().sum(1, dtype=torch.float32)
+    off = (g.sum(1, dtype=torch.float32).abs() > _OFF_SUM * size) & (ambiguous | (labels == INVALID))
+    seen = on_host(off)
+    if g.shape[1] < _FEWEST_CLASSES_FOR_LINE or (seen is not None and not seen.any()):
+        return off
+    others = torch.ones_like(g, dtype=torch.float32).scatter_(1, labels.clamp(min=0).unsqueeze(1), 0)
+    p, g = logits.float().softmax(1), g.float() / size.clamp(min=1e-30).unsqueeze(1)
+    p, g = ((x - (x * others).sum(1, keepdim=True) / (g.shape[1] - 1)) * others for x in (p, g))
+    both, spread = (p * g).sum(1), (p * p).sum(1)
+    rest = (g * g).sum(1) - both**2 / spread.clamp(min=1e-30)
+    return off & (rest > _OFF_LINE * (g * g).sum(1))
+
+
+def of_two_classes(gradient: Tensor) -> Tensor:
+    """The gradient at a single logit z as that at the pair (0, z), up to a factor."""
+    return torch.cat([-gradient, gradient], -1) if gradient.shape[-1] == 1 else gradient
+
+
+def off_residual(gradient: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether rows `(N, 1)` of a gradient are not `s (sigmoid(logit) - label)` with one s for each class: `(N,)`.
+
+    So it is under a regression's loss, whose residual knows nothing of the sigmoid, and under soft labels.
+    """
+    z, size = logits[:, 0].float(), gradient[:, 0].float().abs()
+    residual = torch.where(labels == 1, -z, z).sigmoid()
+    info, counted = torch.finfo(gradient.dtype), (labels != INVALID) & torch.isfinite(size)
+    off = torch.zeros_like(counted)
+    for label in (0, 1):
+        own = counted & (labels == label)
+        factor = torch.where(own, size, 0).sum() / torch.where(own, residual, 0).sum().clamp(min=1e-30)
+        allowed = (
+            max(_OFF_RESIDUAL, 8 * info.eps) * factor * residual + 1e-5 * factor + 2 * info.smallest_normal
+        )
+        off |= own & ((size - factor * residual).abs() > allowed)
+    return off
 
 
 def two_classes(logits: Tensor) -> Tensor:

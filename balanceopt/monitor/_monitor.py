@@ -34,6 +34,7 @@ from balanceopt.monitor._scores import Accumulator, Scorer, is_compiled, why_sil
 from balanceopt.monitor._split import SplitHead
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._supported import refuse_model
+from balanceopt.monitor._traces import Traces
 
 
 class ModalityMonitor:
@@ -74,7 +75,9 @@ class ModalityMonitor:
         taps: functions `(modality, output, pass)` that see every clean output of an encoder, attached to its graph, in
             every mode; `pass` is None outside training. They and transforms are called again, with the same pass, when
             activation checkpointing runs an encoder a second time.
-        gradient_listeners: functions `(pass, gradient)` that see the gradient `(N, C)` at the joint logits.
+        logit_listeners: functions `(pass, logits)` that see the joint logits `(N, C)`, detached.
+        gradient_listeners: functions `(pass, gradient)` that see the gradient `(N, C)` at the joint logits, where it
+            goes on to parameters.
 
     Raises:
         ValueError: for encoders, a head, slices or options that do not fit the model.
@@ -163,6 +166,7 @@ class ModalityMonitor:
             ignore_index=ignore_index,
             strict=strict,
             recovers=self._labels.allows("gradient"),
+            traces=Traces(self.model, self.encoders, self.head),
         )
         self._capture = Capture(
             self.model,
@@ -176,6 +180,7 @@ class ModalityMonitor:
         )
         self.transforms = self._capture.transforms
         self.taps = self._capture.taps
+        self.logit_listeners = self._capture.logit_listeners
         self.gradient_listeners = self._capture.gradient_listeners
 
     def observe(self, labels: Any, *, present: Mapping[str, Tensor] | None = None) -> None:
@@ -262,9 +267,7 @@ class ModalityMonitor:
 
     def reset(self) -> None:
         """Forget every score that no step has used, as after `model.zero_grad()`."""
-        for accumulator in self._scorer.accumulators:
-            if accumulator.steps:  # the others use the scores of gradients that are gone
-                accumulator.discard()
+        self._scorer.discard()
         self._labels.forget()
 
     def remove(self) -> None:

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from balanceopt._deferred import on_host
 from balanceopt._pooling import as_real
 from balanceopt._undo import Undo
 from balanceopt.functional import feature_entropy
 from balanceopt.functional._labels import INVALID
 from balanceopt.functional._targets import Targets, as_targets
+from balanceopt.monitor._agreement import Agreement
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._labels import Recovery, two_classes
+from balanceopt.monitor._labels import NO_CLASSES, Recovery, two_classes
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._module_hooks import FunctionalHooks
 from balanceopt.monitor._sums import ModalitySums
+from balanceopt.monitor._traces import Traces
 
 if TYPE_CHECKING:
     from balanceopt.monitor._monitor import ModalityMonitor
@@ -56,8 +59,7 @@ class Accumulator:
     def take(self) -> ModalitySums | None:
         """The sums over the passes since the last take or discard, and start anew; None where no pass had any."""
         self._fold()
-        sums = self._sums
-        self.discard()
+        sums, self._sums = self._sums, None
         return sums
 
     def peek(self) -> ModalitySums | None:
@@ -69,6 +71,8 @@ class Accumulator:
         """Forget what was not taken."""
         if self._latest is not None:
             self._latest.closed = True
+        if self._latest is not None or self._sums is not None:
+            self._scorer.seen.note("thrown")
         self._sums, self._latest = None, None
 
     def remove(self) -> None:
@@ -114,12 +118,15 @@ class Scorer:
         ignore_index: int,
         strict: bool,
         recovers: bool,
+        traces: Traces,
     ) -> None:
         """Score by `unimodal`; `recovers` allows labels read from gradients."""
         self.modalities = tuple(modalities)
         self.unimodal = unimodal
         self.ignore_index = ignore_index
         self.recovery = Recovery(strict=strict) if recovers else None
+        self._agreement = Agreement(recovers=recovers)
+        self._traces = traces
         self.classes: int | None = None
         self.seen = Seen()
         self.undo = Undo()
@@ -170,8 +177,18 @@ class Scorer:
         current.end_forward()
 
     def backward_reached(self, current: Pass, gradient: Tensor) -> None:
-        """Take the gradient `(N, C)` at the joint logits; the first one makes the pass count."""
-        if not current.gradients:
+        """Take the gradient `(N, C)` at the joint logits; the first one makes the pass count.
+
+        Not where it goes to no parameter: an attack, a saliency map. Scores of gradients that were cleared past the
+        optimizer's wrapper go with them.
+        """
+        if not current.counts:
+            if self._traces.gone():
+                self.discard()
+            if not self._traces.left():
+                self.seen.note("to inputs")
+                return
+            current.counts = True
             self.seen.note("passes")
             current.closed = not self.accumulators  # nobody waits for its labels
             for accumulator in self.accumulators:
@@ -192,7 +209,7 @@ class Scorer:
         done.settled = True
         self._refuse_misfit(done)
         ignore = self.ignore_index if done.ignore_index is None else done.ignore_index
-        done.sums = settle(done, self.modalities, ignore, self.recovery)
+        done.sums = settle(done, self.modalities, ignore, self.recovery, self._agreement)
         if done.sums is not None:
             self.seen.note(f"labels:{done.label_source}")
             self.seen.note_score()
@@ -200,11 +217,18 @@ class Scorer:
             self.seen.note("unscored")
 
     def _refuse_misfit(self, done: Pass) -> None:
-        """What the model was given as `labels=` may be no class indices: then read them from the gradient."""
-        rows = None if done.logits is None else done.logits.shape[0]
-        misfit = done.label_source == "model" and done.labels is not None and done.labels.numel() != rows
+        """Read labels from the gradient where what the model was given as `labels=` is not the loss's class indices."""
+        if done.label_source != "model" or done.labels is None or done.logits is None:
+            return
+        misfit = self._agreement.refuted or done.labels.numel() != done.logits.shape[0]
         if misfit and self.recovery is not None:
             done.labels, done.label_source = None, "gradient"
+
+    def discard(self) -> None:
+        """Forget the scores of gradients that are gone, which no step will use."""
+        for accumulator in self.accumulators:
+            if accumulator.steps:
+                accumulator.discard()
 
     def clear(self) -> None:
         """Forget all scores, and leave nothing on the model."""
@@ -216,24 +240,32 @@ class Scorer:
 
 @torch.no_grad()
 def settle(
-    done: Pass, modalities: Sequence[str], ignore_index: int, recovery: Recovery | None = None
+    done: Pass,
+    modalities: Sequence[str],
+    ignore_index: int,
+    recovery: Recovery | None,
+    agreement: Agreement,
 ) -> ModalitySums | None:
     """The sums of a pass that backward has reached; None where it has no uni-modal logits or no labels.
 
     Raises:
         ValueError: if the labels given don't fit the logits.
-        RuntimeError: if those read from gradients are too doubtful.
+        RuntimeError: if the gradients contradict them, or those read from gradients are too doubtful.
     """
     if not done.unimodal or done.logits is None:
         return None
+    targets = None
     if done.labels is not None:
         targets = _given(done, ignore_index)
-    elif done.gradients and recovery is not None:
+        agreement.compare(done.label_source, targets, done.gradients, done.logits, done.labels.shape)
+        if done.label_source == "model" and agreement.refuted:
+            targets, done.label_source = None, "gradient"
+    if targets is not None:
+        return _sums(done, targets, modalities)
+    if done.gradients and recovery is not None:
         labels = recovery.labels(done.gradients, done.logits)
-        targets = as_targets(labels, max(done.logits.shape[-1], 2), INVALID)
-    else:
-        return None
-    return _sums(done, targets, modalities)
+        return _sums(done, as_targets(labels, max(done.logits.shape[-1], 2), INVALID), modalities)
+    return None
 
 
 def _given(done: Pass, ignore_index: int) -> Targets:
@@ -256,8 +288,13 @@ def _binary(labels: Tensor) -> Tensor:
     """Binary labels, often kept as floats for BCEWithLogitsLoss (and then perhaps smoothed), as class indices."""
     if not labels.is_floating_point():
         return labels.long()
-    inside = (labels > 0) & (labels < 1)
-    return torch.where(inside, labels.round(), labels).long()
+    seen = on_host(labels)
+    if seen is not None and seen.size and not (seen.min() >= 0 and seen.max() <= 1):
+        raise ValueError(
+            "labels of a single logit should be 0 or 1, or probabilities between them. Found numbers from "
+            f"{seen.min():g} to {seen.max():g}: a regression's targets? {NO_CLASSES}"
+        )
+    return labels.round().long()
 
 
 def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> ModalitySums:
@@ -333,13 +370,22 @@ def why_silent(seen: Seen, *, compiled: bool) -> str:
             "no forward of the model in training mode was seen (fine-tuning in eval mode: train_only=False; "
             "torch.func transforms are not watched: call loss.backward())"
         )
+    elif recent["thrown"]:
+        reasons.append(
+            "zero_grad (or monitor.reset) came between backward and step, and the scores went with the gradients: call "
+            "it before backward"
+        )
+    elif not recent["passes"] and recent["to inputs"]:
+        reasons.append(
+            "backward reached the head's output and no parameter (torch.autograd.grad to the inputs, frozen parameters)"
+        )
     elif not recent["passes"]:
         reasons.append("no backward reached the head's output (frozen model, or no loss on it)")
     elif recent["unscored"]:
         reasons.append("no labels or no features came with the pass: call monitor.observe(labels)")
     reasons.append(
-        "otherwise: model compiled before the monitor was built, wrong or replaced head, head used functionally, "
-        "frozen model"
+        ("otherwise: " if reasons else "")
+        + "model compiled before the monitor was built, wrong or replaced head, head used functionally, frozen model"
     )
     return "; ".join(reasons)
 

@@ -181,15 +181,17 @@ def as_target(labels: Tensor, logits: Tensor, name: str, ignore_index: int) -> T
 
     Raises:
         ValueError: if they are not one for each row of the logits, or (where looking does not wait for a device) lie
-            outside [0, C).
+            outside [0, C), or are no probabilities.
     """
     target = labels.to(logits.device)
-    soft = target.is_floating_point() and target.dim() == 2 and target.shape[1] > 1
     classes = logits.shape[-1]
-    if not soft:
-        if classes == 1:  # binary labels, often kept as floats for BCEWithLogitsLoss
-            target = target.flatten() if target.is_complex() else target.flatten().round().long()
-        target = target.flatten() if target.dim() == 2 and target.shape[1] == 1 else target
+    target = target.flatten() if target.dim() == 2 and target.shape[1] == 1 else target
+    if classes == 1 and target.dim() == 1:
+        if target.is_floating_point():  # of BCEWithLogitsLoss, hard or soft
+            pairs = torch.stack([1 - target, target], 1)
+            target = torch.where(target.unsqueeze(1) == ignore_index, 0, pairs)
+        target = target.long() if target.dtype == torch.bool else target
+    soft = target.is_floating_point() and target.dim() == 2
     if target.shape[:1] != logits.shape[:1] or (target.dim() != 1 and not soft):
         raise ValueError(
             f"`labels` should have one entry for each of the {len(logits)} samples of {name!r}. "
@@ -209,14 +211,15 @@ def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Ten
     """Mean over the rows whose label counts; 0 where none does."""
     soft = target.is_floating_point()
     total = row_cross_entropy(logits, target, ignore_index).sum()
-    count = torch.ones_like(target[:, 0]) if soft else target != ignore_index
+    count = target.sum(1) > 0 if soft else target != ignore_index
     return total / count.sum().clamp(min=1)
 
 
 def row_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """`(B,)`, in float32 or wider; 0 where the label does not count."""
     if target.is_floating_point():
-        return F.cross_entropy(widened(logits), target, reduction="none")
+        logits = widened(two_classes(logits))
+        return F.cross_entropy(logits, target.to(logits.dtype), reduction="none")
     return F.cross_entropy(widened(two_classes(logits)), target, reduction="none", ignore_index=ignore_index)
 
 

@@ -22,11 +22,15 @@ from balanceopt.monitor import (
     Pass,
     WeakHook,
     as_rows,
+    enter,
     in_backward,
     is_batched,
     is_differentiable,
+    leave,
     logits_of,
     map_tensors,
+    off_residual,
+    refuse_company,
     tensors_in,
     two_classes,
 )
@@ -78,6 +82,7 @@ class Injection:
         self._key = object()  # of this one's notes on a pass, which does not keep it alive
         self.handles: list[RemovableHandle] = []
         self._head_gradients: dict[nn.Parameter, Tensor] = {}
+        self._acted = False
         self._hooked: set[nn.Parameter] = set()
         self._doubtful = DeferredCounts(("rows", "doubtful"), _refuse_doubtful)
         if loss is not None and not isinstance(loss, nn.Module):
@@ -100,6 +105,7 @@ class Injection:
         """Put the hooks on."""
         if not any(self.weight.values()):
             return
+        enter(self)
         self.monitor.taps.add(self._on_output)
         if isinstance(self.loss, nn.Module):
             self.handles.append(self.loss.register_forward_hook(WeakHook(self._on_loss), with_kwargs=True))
@@ -111,6 +117,7 @@ class Injection:
 
     def remove(self) -> None:
         """Take the hooks off."""
+        leave(self)
         self.monitor.taps.drop(self._on_output)
         self.monitor.gradient_listeners.drop(self._on_gradient)
         remove_handles(self.handles)
@@ -119,6 +126,9 @@ class Injection:
         """An encoder has run: keep its output, and wait for the gradient that comes back to it."""
         if current is None or not self.weight[name]:
             return
+        if not self._acted:
+            refuse_company(self, "UnimodalObjective(inject=True)")
+            self._acted = True
         seen: _Seen = current.notes.setdefault(self._key, _Seen())
         if not in_backward():
             # A copy: what comes after the encoder may work in place.
@@ -159,7 +169,7 @@ class Injection:
         gradient = torch.cat([-gradient, gradient], -1) if gradient.shape[-1] == 1 else gradient
         labels, doubtful = self._labels(current, logits, gradient)
         scale, misfit, vanished = recover_scale(gradient, logits, labels)
-        doubtful = doubtful | misfit | (vanished if current.labels is None else misfit)
+        doubtful = doubtful | misfit | (scale < 0) | (vanished if current.labels is None else misfit)
         rows = torch.tensor(len(labels), dtype=torch.int64, device=doubtful.device)
         self._doubtful.add(rows, doubtful.sum())
         self._make(seen, partial(self._weigh_rows, labels, scale, current))
@@ -250,7 +260,11 @@ class Injection:
                 )
             read = recover_labels(gradient, logits)
             unknown = (read.labels == INVALID) & torch.isfinite(gradient).all(1) & (gradient != 0).any(1)
-            return read.labels, read.ambiguous | unknown
+            doubtful = read.ambiguous | unknown
+            if current.logits is not None and current.logits.shape[-1] == 1:
+                # Two classes fit any gradient, one factor a row: what tells a regression is that factors differ.
+                doubtful |= off_residual(gradient[:, 1:], logits[:, 1:], read.labels)
+            return read.labels, doubtful
         if labels.numel() != rows:
             raise ValueError(
                 f"inject=True without `loss=` needs a class index for each of the {rows} rows of the logits. Found "
@@ -299,7 +313,7 @@ def _refuse_doubtful(counts: dict[str, int]) -> None:
     if counts["doubtful"]:
         raise RuntimeError(
             f"the gradient at the joint logits is not that of a plain cross-entropy in {counts['doubtful']} of "
-            f"{counts['rows']} rows (label smoothing, another loss, a temperature), so inject=True can't have labels "
-            "and scale exactly. Pass `loss=`, the loss module that your loop calls on the logits, or add "
-            "objective(labels) to the loss."
+            f"{counts['rows']} rows (label smoothing, regression or another loss, other labels than given, a "
+            "temperature), so inject=True can't have labels and scale exactly. Pass `loss=`, the loss module that your "
+            "loop calls on the logits, or add objective(labels) to the loss."
         )

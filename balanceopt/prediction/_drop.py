@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from balanceopt._deferred import on_host
+from balanceopt._deferred import DeferredCounts, on_host
 from balanceopt._random import generator_for, mixed
 from balanceopt.monitor import is_differentiable, map_tensors, tensors_in
 
@@ -154,6 +154,14 @@ class Drop:
             or bool(host_value[self.modalities.index(name)] > 0)
         )
 
+    def dropped_rows(self, rows: int) -> Tensor | None:
+        """bool `(rows,)`, the rows of the logits of which a modality was dropped; None where that is not known."""
+        samples = 0 if self._mask is None else self._mask.shape[1]
+        if self._mask is None or samples == 0 or rows % samples:
+            return None
+        applied = [self.modalities.index(name) for name in self.rows if self.applies_to(name)]
+        return self._mask[applied].any(0).repeat_interleave(rows // samples)
+
     def _changed(self, name: str, x: Tensor) -> Tensor:
         if not _is_feature(x):
             return x
@@ -194,6 +202,51 @@ class Drop:
                     present[index] = flags.to(present)
             self._mask = ~sample_kept(self.q, samples, self.generator(self.q.device), present)
         return self._mask
+
+
+class Zeros:
+    """Whether the fusion takes features that are zero; one that can't would ruin every weight in a step.
+
+    Once in a run, in the first forward that may drop, this waits for the device; if nothing was dropped then, later
+    forwards are looked at when their numbers have arrived.
+
+    Attributes:
+        are_taken: samples were dropped, and the logits were numbers.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was dropped yet."""
+        self.are_taken = False
+        self._counts: DeferredCounts | None = None
+
+    def look(self, drop: Drop, features: Iterable[Tensor], logits: Tensor) -> None:
+        """Look at the logits `(N, C)` of a pass and at its clean `features`.
+
+        Raises:
+            RuntimeError: if the logits of dropped rows alone are NaN.
+        """
+        rows = drop.dropped_rows(len(logits))
+        finite = [z.isfinite().all() for z in features]
+        if rows is None or not finite:
+            return
+        clean = torch.stack([one.to(rows.device) for one in finite]).all()
+        lost = logits.isnan().any(1).to(rows.device)
+        counts = clean & rows.any(), clean & (lost & rows).any() & ~(lost & ~rows).any()
+        if self._counts is not None:
+            self._counts.add(*counts)
+        else:
+            self._counts = DeferredCounts(("dropped", "broken"), self._judge)
+            self._counts.add(*counts)
+            self._judge(self._counts.read())
+
+    def _judge(self, counts: dict[str, int]) -> None:
+        if counts["broken"]:
+            raise RuntimeError(
+                "the logits are NaN in the first forward in which OPM dropped features (set them to zero): the fusion "
+                "can't take zeros, as where it divides features by their norm (CLIP, SigLIP, cosine heads). Use "
+                "torch.nn.functional.normalize, which adds an eps, or do without OPM there."
+            )
+        self.are_taken = counts["dropped"] > 0
 
 
 def _is_feature(x: Tensor) -> bool:

@@ -22,10 +22,21 @@ from balanceopt.distributed import active_group, rank_in, shared_seed, sum_over_
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
 from balanceopt.modulation._ogm import scores_usable
-from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums, Pass, check_layout, in_backward
+from balanceopt.monitor import (
+    Accumulator,
+    ModalityMonitor,
+    ModalitySums,
+    Pass,
+    check_layout,
+    enter,
+    in_backward,
+    leave,
+    refuse_company,
+)
 from balanceopt.prediction._drop import (
     Drop,
     Rescale,
+    Zeros,
     feature_width,
     is_executed,
     mask_generator,
@@ -119,6 +130,9 @@ class OPM:
         self._widths: dict[str, int] = {}
         self._width_cache: tuple[torch.device, list[int], Tensor] = torch.device("cpu"), [], self._q
         self._latest: Drop | None = None
+        self._latest_pass: Pass | None = None
+        self._zeros = Zeros()
+        self._forwards_here = 0
         self._warned: set[str] = set()
         self._unusable = DeferredCounts(("unusable_scores",), partial(_tell_unusable, self._warned))
         self._key = object()  # of this one's notes on a pass, which does not keep it alive
@@ -245,12 +259,14 @@ class OPM:
 
     def remove(self) -> None:
         """Drop nothing any more. The monitor stays. May be called twice."""
+        leave(self)
         self.monitor.transforms.drop(self._on_output)
+        self.monitor.logit_listeners.drop(self._on_logits)
         if self._scores is not None:
             self._scores.remove()
         if self._watch is not None:
             self._watch.stop()
-        self._latest = None
+        self._latest = self._latest_pass = None
 
     def __enter__(self) -> OPM:
         return self
@@ -271,7 +287,8 @@ class OPM:
             "a copy of an OPM drops nothing. To balance a copy of the model too, build a monitor and an OPM on it, and "
             "give that OPM this one's state_dict()."
         )
-        return {**self.__dict__, "listeners": [], "_latest": None, "_scores": None, "_watch": None}
+        dropped = dict.fromkeys(("_latest", "_latest_pass", "_scores", "_watch"))
+        return {**self.__dict__, "listeners": [], **dropped}
 
     # -- in a forward --------------------------------------------------------------------------------------------
 
@@ -280,7 +297,9 @@ class OPM:
         self._watch = _BackwardWatch(self.monitor)
         weakref.finalize(self, self._watch.stop).atexit = False
         self._scores = self.monitor.accumulator(steps=False)
+        enter(self)
         self.monitor.transforms.add(self._on_output)
+        self.monitor.logit_listeners.add(self._on_logits)
 
     def _on_output(self, name: str, current: Pass, output: Any) -> Any:
         """What goes on into the fusion instead of an encoder's output; the same when the forward is run again."""
@@ -296,8 +315,17 @@ class OPM:
             self._widths[name] = feature_width(self.monitor.features(name, output))
         return drop.apply(name, output)
 
+    def _on_logits(self, current: Pass, logits: Tensor) -> None:
+        """Let the first pass with dropped samples be looked at."""
+        drop: Drop | None = current.notes.get(self._key)
+        if drop is not None and not self._zeros.are_taken:
+            self._zeros.look(drop, current.features.values(), logits)
+
     def _begin(self, current: Pass, device: torch.device) -> Drop:
         """Bring q up to date for a new pass, and choose what to do with it."""
+        if self._forwards_here == 0:
+            refuse_company(self, "OPM")
+        self._forwards_here += 1
         number = self._forwards
         acts = self._window.is_open(number, self._epoch)
         if self._watch is not None:
@@ -305,6 +333,7 @@ class OPM:
         self._warn_of_lost_samples()
         self.update()
         self._forwards += 1
+        self._latest_pass = current
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,
             generator=partial(mask_generator, self._seed, number, rank_in(self.monitor.group)),
@@ -370,8 +399,10 @@ class OPM:
 
         Whether an encoder will run can't be known before, so the samples that had only the dropped one have lost it.
         """
-        drop = self._latest
-        if drop is None or drop.present or len(drop.rows) == len(drop.modalities):
+        drop, earlier = self._latest, self._latest_pass
+        if drop is None or earlier is None or earlier.broke_off or drop.present:
+            return
+        if len(drop.rows) == len(drop.modalities):
             return
         if all(drop.applies_to(name) for name in drop.rows):
             missing = next(name for name in drop.modalities if name not in drop.rows)

@@ -588,3 +588,178 @@ def test_binary_labels_out_of_range():
         model(*batch(8)[0]).sum().backward()
         with pytest.raises(ValueError, match=r"lie in \[0, 2\)"):
             scores.take()
+
+
+# Labels that the gradient refutes
+
+
+class NextToken(Labelled):
+    """The loss shifts `labels=` by one position, as causal language models do."""
+
+    def __init__(self):
+        super().__init__(encoder=Tokens)
+
+
+def shifted_loss(logits, labels):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def tokens(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return batch(32)[0], torch.randint(5, (32, 3), generator=generator)
+
+
+def test_labels_that_the_model_shifts_are_read_from_the_gradient():
+    model = NextToken()
+    with watch(model) as monitor, watch(model, labels="gradient") as oracle:
+        scores, expected = monitor.accumulator(), oracle.accumulator()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for seed in range(3):
+                inputs, labels = tokens(seed)
+                shifted_loss(model(*inputs, labels=labels), labels).backward()
+                sums, want = scores.take(), expected.take()
+                assert sums is not None
+                assert want is not None
+                torch.testing.assert_close(sums.score, want.score, rtol=0, atol=0)
+        assert len(caught) == 1
+        assert "the model's own `labels=` are not those of the loss" in str(caught[0].message)
+        assert "the model shifts its labels" in str(caught[0].message)
+        assert monitor.stats()["labels"] == {"gradient": 3}
+
+
+@pytest.mark.parametrize("source", ["observe", "loss", "model"])
+def test_labels_that_the_gradient_refutes_are_an_error_where_the_user_named_their_source(source):
+    model = NextToken()
+    inputs, labels = tokens(0)
+    criterion = nn.CrossEntropyLoss()
+    with watch(model, labels=source) as monitor:
+        scores = monitor.accumulator()
+        monitor.watch_loss(criterion)
+        monitor.observe(labels)
+        logits = model(*inputs, labels=labels)
+        (0 * criterion(logits.flatten(0, 1), labels.flatten()) + shifted_loss(logits, labels)).backward()
+        with pytest.raises(
+            RuntimeError, match=r"contradicts them in \d+ of \d+ rows.*monitor.observe\(labels\)"
+        ):
+            scores.take()
+
+
+def test_labels_of_another_task_are_refuted():
+    model = Concat()
+    inputs, labels = batch(64)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        monitor.observe(labels.flip(0))
+        train_step(model, inputs, labels)
+        with pytest.raises(RuntimeError, match="another task's labels"):
+            scores.take()
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(label_smoothing=0.3),
+        nn.MultiMarginLoss(),
+        nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 1.0, 2.0, 3.0])),
+        lambda z, y: F.mse_loss(z, F.one_hot(y, 5).float()),
+        lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 5).float()),
+    ],
+)
+@pytest.mark.parametrize("sharpness", [1.0, 30.0])
+def test_labels_of_any_classifications_loss_are_not_refuted(criterion, sharpness):
+    model = Concat()
+    with torch.no_grad():
+        model.head.weight.mul_(sharpness)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        for _ in range(5):
+            inputs, labels = batch(64)
+            monitor.observe(labels)
+            optimizer.zero_grad()
+            criterion(model(*inputs), labels).backward()
+            optimizer.step()
+            assert scores.take() is not None
+
+
+# Losses without classes
+
+
+def regression(loss, mean=0.0, outputs=1):
+    def of(logits):
+        generator = torch.Generator().manual_seed(3)
+        return loss(logits, mean + torch.randn(logits.shape, generator=generator))
+
+    return pytest.param(of, outputs, id=f"{loss.__name__}-{mean}-{outputs}")
+
+
+def several_labels(logits):
+    generator = torch.Generator().manual_seed(3)
+    hot = torch.randint(2, logits.shape, generator=generator).float()
+    return F.binary_cross_entropy_with_logits(logits, hot)
+
+
+def smoothed(logits):
+    labels = (torch.arange(len(logits)) % 2).float().unsqueeze(1)
+    return F.binary_cross_entropy_with_logits(logits, 0.9 * labels + 0.05)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs"),
+    [
+        *(
+            regression(f, mean)
+            for f in (F.mse_loss, F.l1_loss, F.smooth_l1_loss)
+            for mean in (0.0, 3.0, 30.0)
+        ),
+        *(regression(F.mse_loss, 2.0, outputs) for outputs in (2, 3, 6)),
+        (several_labels, 6),
+        (smoothed, 1),
+    ],
+)
+def test_a_loss_without_one_class_for_each_sample_is_refused(loss, outputs):
+    model = Concat(classes=outputs)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        loss(model(*batch(16)[0])).backward()
+        with pytest.raises(
+            RuntimeError, match=r"regression.*monitor.observe\(labels\).*UnimodalObjective\(..., loss"
+        ):
+            scores.take()
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 65536.0])
+@pytest.mark.parametrize("weight", [None, 3.0])
+@pytest.mark.parametrize("sharpness", [1.0, 100.0])
+def test_a_binary_cross_entropy_of_any_scale_is_one(factor, weight, sharpness):
+    model = Concat(classes=1)
+    with torch.no_grad():
+        model.head.weight.mul_(sharpness)
+    labels = (torch.arange(64) % 3 == 0).float().unsqueeze(1)
+    pos_weight = None if weight is None else torch.tensor(weight)
+
+    def run():
+        logits = model(*batch(64)[0])
+        (factor * F.binary_cross_entropy_with_logits(logits, labels, pos_weight=pos_weight)).backward()
+
+    with watch(model) as monitor:
+        assert taken(monitor, run).count.min() >= 60  # gradients of sure rows vanish
+
+
+@pytest.mark.parametrize("targets", [torch.linspace(-2, 2, 8), torch.linspace(0, 5, 8)])
+def test_targets_of_a_regression_are_no_labels_of_a_single_logit(targets):
+    model = Concat(classes=1)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        monitor.observe(targets)
+        F.mse_loss(model(*batch(8)[0])[:, 0], targets).backward()
+        with pytest.raises(ValueError, match=r"0 or 1, or probabilities.*a regression's targets\?"):
+            scores.take()
+
+
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.HuberLoss(), nn.MultiLabelSoftMarginLoss()])
+def test_a_loss_whose_targets_are_no_classes_is_not_watched(criterion):
+    with pytest.raises(ValueError, match=f"Found {type(criterion).__name__}"):
+        watch(Concat(), labels=criterion)
+    assert not criterion._forward_hooks

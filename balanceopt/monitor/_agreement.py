@@ -1,0 +1,98 @@
+"""Labels that were given, compared with the gradient at the logits, which refutes those that are not the loss's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from balanceopt._deferred import DeferredCounts
+from balanceopt._warnings import warn_user
+from balanceopt.functional._targets import Targets
+from balanceopt.monitor._labels import of_two_classes, two_classes
+
+# Fewer rows may be those of one mixed batch (mixup).
+_FEWEST_ROWS = 32
+# Under a cross-entropy no row contradicts its label.
+_REFUTED_PART = 0.5
+
+
+class Agreement:
+    """Counts, by source, the rows whose gradient contradicts their label, without waiting for a device.
+
+    Only rows tell whose label is not the most probable class: there a classification's loss, smoothed or not, pulls
+    the label's logit up, and the most probable one down.
+
+    Attributes:
+        refuted: whether the model's own `labels=` were found to be others than the loss's.
+    """
+
+    def __init__(self, *, recovers: bool) -> None:
+        """Expect labels from any source; `recovers` tells that the gradient may replace the model's."""
+        self.refuted = False
+        self._recovers = recovers
+        self._counts: dict[str, DeferredCounts] = {}
+
+    def compare(
+        self, source: str, targets: Targets, gradients: Sequence[Tensor], logits: Tensor, shape: torch.Size
+    ) -> None:
+        """Count the rows of a pass with class indices of this `shape`, by the gradients `(N, C)` at its logits.
+
+        Raises:
+            RuntimeError: if most rows so far contradict their labels, and the gradient may not replace them.
+        """
+        if targets.index is None or not gradients:
+            return
+        top = two_classes(logits).argmax(1, keepdim=True)
+        index = targets.index.unsqueeze(1)
+        following = index.roll(-1, 0)
+        pulled, shifted, graded = (torch.zeros_like(targets.valid) for _ in range(3))
+        for gradient in gradients:
+            g = of_two_classes(gradient)
+            pulled |= (g.gather(1, index) < 0).squeeze(1)
+            shifted |= (g.gather(1, following) < 0).squeeze(1)
+            at_top = g.gather(1, top)
+            graded |= (torch.isfinite(at_top) & (at_top != 0)).squeeze(1)
+        tells = targets.valid & graded & (index != top).squeeze(1)
+        refuted = tells & ~pulled
+        if len(shape) < 2:
+            shifted = torch.zeros_like(shifted)
+        if source not in self._counts:
+            self._counts[source] = DeferredCounts(
+                ("rows", "refuted", "shifted"), partial(self._judge, source)
+            )
+        self._counts[source].add(tells.sum(), refuted.sum(), (refuted & shifted).sum())
+
+    def _judge(self, source: str, counts: dict[str, int]) -> None:
+        rows, refuted = counts["rows"], counts["refuted"]
+        if self.refuted or rows < _FEWEST_ROWS or refuted <= _REFUTED_PART * rows:
+            return
+        shift = counts["shifted"] > _REFUTED_PART * refuted
+        found = (
+            f"the labels from {_WORDS[source]} are not those of the loss: the gradient at the logits contradicts them "
+            f"in {refuted} of {rows} rows"
+            + (
+                " and fits the next position's label: the model shifts its labels, as causal language models do. "
+                if shift
+                else " (another task's labels, a second loss, mixed samples). "
+            )
+        )
+        if source == "model" and self._recovers:
+            self.refuted = True
+            warn_user(found + "From now on labels are read from the gradient.")
+            return
+        raise RuntimeError(
+            found
+            + "Give the label of each row of the logits by monitor.observe(labels), -100 where none counts"
+            + (" (logits[:, t] goes with labels[:, t + 1])" if shift else "")
+            + ", or build the monitor with labels='gradient'."
+        )
+
+
+_WORDS = {
+    "observe": "monitor.observe",
+    "loss": "the watched loss",
+    "model": "the model's own `labels=`",
+}

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from balanceopt._options import check_kind
 from balanceopt._pooling import Pool, pool_features
 from balanceopt._torch import after_backward, backward_number
+from balanceopt._warnings import warn_user
 from balanceopt.distributed import Group, active_group
 from balanceopt.functional._targets import as_targets
 from balanceopt.monitor import ModalityMonitor, two_classes
@@ -53,6 +54,10 @@ def build(head: nn.Linear, width: int) -> None:
             head(torch.empty(0, width, device=head.weight.device, dtype=head.weight.dtype))
 
 
+def _versions_of(params: Iterable[nn.Parameter]) -> int:
+    return sum(p._version for p in params if not is_lazy(p))
+
+
 class Heads:
     """Each modality's head: its own, or its part of the shared one.
 
@@ -68,6 +73,8 @@ class Heads:
         self.out_features = out_features
         self.pool: Pool = pool
         self.average = GradientAverage(own, monitor.group)
+        self._versions: tuple[int, int] | None = None
+        self._settled = len(own) == 0
 
     @property
     def shared(self) -> bool:
@@ -86,6 +93,27 @@ class Heads:
         modules: Iterable[nn.Module] = head.values() if isinstance(head, Mapping) else [head] if head else []
         modules = modules if self.shared else [self.of(name)]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def warn_if_untrained(self) -> None:
+        """Say once that no optimizer holds the own heads: a step moved the encoders, and not the heads.
+
+        To be called when a loss of the heads was made: the step for the one before is over. A step in place counts up
+        the version of what it moves.
+        """
+        if self._settled or torch.compiler.is_compiling():
+            return
+        encoders = [p for params in self.monitor.parameters.values() for p in params]
+        versions = _versions_of(encoders), _versions_of(self.own.parameters())
+        before = self._versions = self._versions or versions
+        self._settled = versions[1] != before[1]
+        graded = any(p.grad is not None for p in self.own.parameters())
+        if versions[0] != before[0] and not self._settled and graded:
+            self._settled = True
+            warn_user(
+                "the objective's own heads are not trained: a step moved the encoders, and left the heads, which have "
+                "gradients, as they were. Give their parameters to the optimizer too: "
+                "optimizer.add_param_group({'params': list(objective.parameters())})."
+            )
 
     def logits(self, name: str, features: Tensor) -> Tensor:
         """The logits `(B, C)` of a modality's features `(B, ...)`, attached to the graphs of both.

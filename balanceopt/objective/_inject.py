@@ -205,6 +205,7 @@ class Injection:
             for parameter, gradient in zip(params, gradients[len(leaves) :], strict=True):
                 if gradient is not None:
                     self._give(parameter, gradient)
+        self.heads.warn_if_untrained()
         if self.heads.shared:
             after_backward(self._head_gradients.clear)
         else:

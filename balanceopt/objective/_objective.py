@@ -151,6 +151,8 @@ class UnimodalObjective(nn.Module):
             for name, z in features.items()
             if self.weight[name]
         ]
+        if torch.is_grad_enabled():
+            self._heads.warn_if_untrained()
         total = torch.stack([widened(loss) for loss in losses]).sum()
         if self.own_heads and active_group(self.monitor.group) is not None and total.requires_grad:
             total = total + self._touched(features)

@@ -71,6 +71,7 @@ def trained(method: str, **options: bool) -> Tensor:
         held = bo.ReLearnScheduler(optimizer, monitor, [data(9, 60)], [data(8, 30)], every=2, seed=0)
     else:
         held = bo.UnimodalObjective(monitor, 4, seed=1, inject=method.endswith("injected"))
+        optimizer.add_param_group({"params": list(held.parameters())})
     for number in range(4):
         x, z, labels = data(number)
         optimizer.zero_grad()

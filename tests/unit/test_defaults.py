@@ -110,6 +110,7 @@ def trained_with(method: str, kind: type[Multimodal], dtype: torch.dtype) -> Run
         elif method.startswith("uni-modal"):
             inject = method.endswith("injected")
             objective = bo.UnimodalObjective(monitor, CLASSES, seed=3, inject=inject)
+            optimizer.add_param_group({"params": list(objective.parameters())})
         else:
             optimizer = bo.ModulatedOptimizer(optimizer, monitor, METHODS[method](), seed=3)
         for inputs, labels in given:

@@ -134,7 +134,7 @@ def test_a_cell_that_is_run_again_has_one_set_of_hooks(collects):
         for _ in range(3):
             monitor = watch(model)
             modulator = bo.OPM(monitor, seed=0)
-            objective = bo.UnimodalObjective(monitor, 5, inject=True)
+            objective = bo.UnimodalObjective(monitor, 5, heads="shared", inject=True)
             train(model, optimizer, 2)
     finally:
         gc.enable()

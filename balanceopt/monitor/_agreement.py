@@ -11,12 +11,14 @@ from torch import Tensor
 from balanceopt._deferred import DeferredCounts
 from balanceopt._warnings import warn_user
 from balanceopt.functional._targets import Targets
-from balanceopt.monitor._labels import of_two_classes, two_classes
+from balanceopt.monitor._labels import NO_CLASSES, of_two_classes, two_classes
 
 # Fewer rows may be those of one mixed batch (mixup).
 _FEWEST_ROWS = 32
 # Under a cross-entropy no row contradicts its label.
 _REFUTED_PART = 0.5
+# How far labels that are smoothed alike may be from each other by rounding, in bfloat16 too.
+_ALIKE = 0.01
 
 
 class Agreement:
@@ -34,6 +36,23 @@ class Agreement:
         self.refuted = False
         self._recovers = recovers
         self._counts: dict[str, DeferredCounts] = {}
+        self._graded = DeferredCounts(("graded",), _refuse_graded)
+
+    def binary(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Labels of a single logit, often kept as floats for BCEWithLogitsLoss, as class indices.
+
+        Raises:
+            ValueError: if they are neither 0 and 1 nor smoothed alike.
+        """
+        if labels.is_floating_point() and labels.numel():
+            valid = labels != ignore_index
+            graded = (valid & ~((labels >= 0) & (labels <= 1))).any()
+            for side in (valid & (labels > 0.5), valid & (labels <= 0.5)):
+                most, least = (torch.where(side, x, -torch.inf).max() for x in (labels, -labels))
+                graded |= most + least > _ALIKE
+            self._graded.add(graded)
+            labels = labels.round()
+        return labels.long()
 
     def compare(
         self, source: str, targets: Targets, gradients: Sequence[Tensor], logits: Tensor, shape: torch.Size
@@ -88,6 +107,15 @@ class Agreement:
             + "Give the label of each row of the logits by monitor.observe(labels), -100 where none counts"
             + (" (logits[:, t] goes with labels[:, t + 1])" if shift else "")
             + ", or build the monitor with labels='gradient'."
+        )
+
+
+def _refuse_graded(counts: dict[str, int]) -> None:
+    if counts["graded"]:
+        raise ValueError(
+            "labels of a single logit should be 0 or 1, or those of a class all smoothed by one amount. Found others: "
+            f"a regression's targets? {NO_CLASSES} Of probabilities of two classes give "
+            "monitor.observe(labels.round())."
         )
 
 

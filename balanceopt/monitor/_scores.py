@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from balanceopt._deferred import on_host
 from balanceopt._pooling import as_real
 from balanceopt._undo import Undo
 from balanceopt.functional import feature_entropy
@@ -19,7 +18,7 @@ from balanceopt.functional._labels import INVALID
 from balanceopt.functional._targets import Targets, as_targets
 from balanceopt.monitor._agreement import Agreement
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._labels import NO_CLASSES, Recovery, two_classes
+from balanceopt.monitor._labels import Recovery, two_classes
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._module_hooks import FunctionalHooks
 from balanceopt.monitor._sums import ModalitySums
@@ -256,7 +255,7 @@ def settle(
         return None
     targets = None
     if done.labels is not None:
-        targets = _given(done, ignore_index)
+        targets = _given(done, ignore_index, agreement)
         agreement.compare(done.label_source, targets, done.gradients, done.logits, done.labels.shape)
         if done.label_source == "model" and agreement.refuted:
             targets, done.label_source = None, "gradient"
@@ -268,12 +267,12 @@ def settle(
     return None
 
 
-def _given(done: Pass, ignore_index: int) -> Targets:
+def _given(done: Pass, ignore_index: int, agreement: Agreement) -> Targets:
     assert done.labels is not None and done.logits is not None
     rows, classes = done.logits.shape
     labels = done.labels.to(done.logits.device)
     if classes == 1:
-        labels, classes = _binary(labels), 2
+        labels, classes = agreement.binary(labels, ignore_index), 2
     soft = labels.is_floating_point() and labels.dim() > 1
     per_row = labels.flatten(0, -2) if soft else labels.flatten()
     if per_row.shape[0] != rows:
@@ -282,19 +281,6 @@ def _given(done: Pass, ignore_index: int) -> Targets:
             f"Found shape {tuple(labels.shape)}."
         )
     return as_targets(per_row, classes, ignore_index)
-
-
-def _binary(labels: Tensor) -> Tensor:
-    """Binary labels, often kept as floats for BCEWithLogitsLoss (and then perhaps smoothed), as class indices."""
-    if not labels.is_floating_point():
-        return labels.long()
-    seen = on_host(labels)
-    if seen is not None and seen.size and not (seen.min() >= 0 and seen.max() <= 1):
-        raise ValueError(
-            "labels of a single logit should be 0 or 1, or probabilities between them. Found numbers from "
-            f"{seen.min():g} to {seen.max():g}: a regression's targets? {NO_CLASSES}"
-        )
-    return labels.round().long()
 
 
 def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> ModalitySums:

@@ -747,15 +747,60 @@ def test_a_binary_cross_entropy_of_any_scale_is_one(factor, weight, sharpness):
         assert taken(monitor, run).count.min() >= 60  # gradients of sure rows vanish
 
 
-@pytest.mark.parametrize("targets", [torch.linspace(-2, 2, 8), torch.linspace(0, 5, 8)])
+GRADED = torch.tensor([torch.nan, 1, 0, 1, 0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.linspace(-2, 2, 8), torch.linspace(0, 5, 8), torch.linspace(0, 1, 8), GRADED]
+)
 def test_targets_of_a_regression_are_no_labels_of_a_single_logit(targets):
     model = Concat(classes=1)
     with watch(model) as monitor:
         scores = monitor.accumulator()
         monitor.observe(targets)
         F.mse_loss(model(*batch(8)[0])[:, 0], targets).backward()
-        with pytest.raises(ValueError, match=r"0 or 1, or probabilities.*a regression's targets\?"):
+        with pytest.raises(ValueError, match=r"0 or 1, or those of a class all.*a regression's targets\?"):
             scores.take()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("smoothed", [(0.1, 0.9), (0.0, 0.9), (0.05, 1.0)])
+def test_labels_of_a_single_logit_may_be_smoothed_and_ignored(dtype, smoothed):
+    model = Concat(classes=1)
+    index = torch.tensor([0, 1, 1, 0, 1, -100, -100, 0])
+    labels = torch.where(index < 0, -100.0, torch.tensor(smoothed)[index.clamp(min=0)]).to(dtype)
+    valid = index >= 0
+    with watch(model) as monitor:
+
+        def run():
+            monitor.observe(labels)
+            logits = model(*batch(8)[0])[:, 0]
+            F.binary_cross_entropy_with_logits(logits[valid], labels[valid].float()).backward()
+
+        assert taken(monitor, run).label_counts.tolist() == [3, 3]
+
+
+def test_a_batch_of_ignored_floats_has_no_labels():
+    model = Concat(classes=1)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        monitor.observe(torch.full((8,), -100.0))
+        model(*batch(8)[0]).sum().backward()
+        sums = scores.take()
+        assert sums is None or sums.count.sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_observed_labels_of_every_integer_dtype(dtype):
+    classes = 200 if dtype == torch.uint8 else 100
+    model = Concat(classes=classes)
+    inputs, labels = batch(64, classes=classes)
+    labels[:2] = classes - 44  # 156 is -100 in a byte
+    with watch(model) as monitor:
+        monitor.observe(labels.to(dtype))
+        sums = taken(monitor, lambda: F.cross_entropy(model(*inputs), labels).backward())
+    assert sums.label_counts.tolist() == counts_of(labels, classes)
+    assert sums.count.tolist() == [64, 64]
 
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.HuberLoss(), nn.MultiLabelSoftMarginLoss()])

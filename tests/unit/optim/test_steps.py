@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import balanceopt as bo
@@ -551,3 +552,35 @@ def test_scores_that_tell_nothing_ten_times_in_a_row_are_an_error():
     train(model, optimizer, [batch(i, model) for i in range(9)])
     with pytest.raises(RuntimeError, match=r"every class the same probability.*contrastive.*scores="):
         train(model, optimizer, [batch(9, model)])
+
+
+class Similarity(Concat):
+    """The logits of InfoNCE: how alike the modalities' features are, sample against sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = _Similarity()  # type: ignore[assignment]
+
+    def fuse(self, features: list[Tensor]) -> Tensor:
+        return cast(Tensor, self.head(*features))
+
+
+class _Similarity(torch.nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return 10 * F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+
+
+def test_contrastive_learning_is_refused():
+    plain, model = small_model(), Similarity()
+    optimizer = bo.ModulatedOptimizer(sgd(model.parameters()), watch(model), bo.OGM(0.5, noise=False))
+
+    def steps(n: int) -> None:
+        for i in range(n):
+            optimizer.zero_grad()
+            inputs, _ = batch(i, plain)
+            F.cross_entropy(model(*inputs), torch.arange(len(inputs[0]))).backward()
+            optimizer.step()
+
+    steps(9)
+    with pytest.raises(RuntimeError, match=r"contrastive learning.*UnimodalObjective, re-learning"):
+        steps(1)

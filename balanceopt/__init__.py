@@ -1,23 +1,39 @@
 """Balanced multimodal training for any PyTorch model: one line around the optimizer."""
 
 from balanceopt import functional
+from balanceopt._method import Method
 from balanceopt.modality import modality_groups
-from balanceopt.modulation import AMSS, OGM, MaskUnits, Modulation, OptimizerHintWarning, attention_heads
+from balanceopt.modulation import (
+    AGM,
+    AMSS,
+    OGM,
+    GradientScaling,
+    MaskUnits,
+    Modulation,
+    OptimizerHintWarning,
+    StepContext,
+    attention_heads,
+)
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.objective import UnimodalObjective
 from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
-from balanceopt.prediction import OPM
+from balanceopt.prediction import OPM, ForwardMethod
 from balanceopt.recording import Recorder
-from balanceopt.relearn import Diagnosis, ReLearnScheduler, diagnose
+from balanceopt.relearn import Diagnosis, EpochMethod, ReLearnScheduler, diagnose
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGM",
     "AMSS",
     "MaskUnits",
     "MaskedSubnetworkSGD",
     "OGM",
     "Diagnosis",
+    "EpochMethod",
+    "ForwardMethod",
+    "GradientScaling",
+    "Method",
     "ModalityMonitor",
     "ModulatedOptimizer",
     "Modulation",
@@ -25,6 +41,7 @@ __all__ = [
     "OPM",
     "ReLearnScheduler",
     "Recorder",
+    "StepContext",
     "UnimodalObjective",
     "attach",
     "attention_heads",

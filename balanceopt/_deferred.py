@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -26,48 +26,58 @@ class DeferredCounts:
     """Counters kept on their device, shown to a function as soon as they can be read without waiting.
 
     On the CPU that is at once. Elsewhere a copy is started, and looked at on a later call, when it has arrived.
+
+    Args:
+        names: counters that are read as 0 before anything was counted; others begin with the first count.
+        look: called with the values by name.
     """
 
-    def __init__(self, names: tuple[str, ...], look: Callable[[dict[str, int]], None]) -> None:
-        """Keep a counter for each of `names` and call `look` with their values."""
-        self.names = names
+    def __init__(
+        self, names: Iterable[str] = (), look: Callable[[dict[str, int]], None] | None = None
+    ) -> None:
+        self._names = tuple(names)
         self._look = look
-        self._total: Tensor | None = None
-        self._arriving: tuple[Tensor, torch.Event] | None = None
+        self._totals: dict[str, Tensor] = {}
+        self._arriving: tuple[tuple[str, ...], Tensor, torch.Event] | None = None
 
-    def add(self, *counts: Tensor) -> None:
-        """Add 0-d `counts`, one for each name."""
-        with torch.no_grad():
-            new = torch.stack([count.to(torch.int64) for count in counts])
-            self._total = new if self._total is None else self._total.to(new.device) + new
-        host = on_host(self._total)
-        if host is not None:
-            self._look(self._named(host))
-        else:
-            self._look_when_arrived(self._total)
+    @torch.no_grad()
+    def add(self, **counts: Tensor) -> None:
+        """Add 0-d counts of one device by name."""
+        for name, count in counts.items():
+            new = count.to(torch.int64)
+            earlier = self._totals.get(name)
+            self._totals[name] = new if earlier is None else earlier.to(new.device) + new
+        if self._look is not None and (values := self.arrived()) is not None:
+            self._look(values)
 
     def read(self) -> dict[str, int]:
         """The values now; waits for the device."""
-        if self._total is None:
-            return dict.fromkeys(self.names, 0)
-        return self._named(self._total.cpu().numpy())
+        return {
+            **dict.fromkeys(self._names, 0),
+            **{name: int(total.cpu().numpy()) for name, total in self._totals.items()},
+        }
 
-    def _look_when_arrived(self, total: Tensor) -> None:
+    def arrived(self) -> dict[str, int] | None:
+        """The latest values that can be read without waiting for a device; None where there are no new ones."""
+        if self._on_host():
+            return self.read()
+        values = None
         if self._arriving is not None:
-            copy, event = self._arriving
+            names, copy, event = self._arriving
             if not event.query():
-                return
-            self._arriving = None
-            self._look(self._named(copy.numpy()))
-        copy = torch.empty(total.shape, dtype=total.dtype, device="cpu", pin_memory=True).copy_(
-            total, non_blocking=True
-        )
-        event = torch.Event(total.device)
+                return None
+            values = {**dict.fromkeys(self._names, 0), **dict(zip(names, copy.tolist(), strict=True))}
+        device = next(iter(self._totals.values())).device
+        total = torch.stack([total.to(device) for total in self._totals.values()])
+        copy = torch.empty(total.shape, dtype=total.dtype, device="cpu", pin_memory=True)
+        copy.copy_(total, non_blocking=True)
+        event = torch.Event(device)
         event.record()
-        self._arriving = (copy, event)
+        self._arriving = (tuple(self._totals), copy, event)
+        return values
 
-    def _named(self, values: np.ndarray) -> dict[str, int]:
-        return {name: int(value) for name, value in zip(self.names, values, strict=True)}
+    def _on_host(self) -> bool:
+        return all(total.device.type == "cpu" for total in self._totals.values())
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_arriving": None}

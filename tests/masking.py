@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import balanceopt as bo
-from balanceopt.modulation import Slot, Step
+from balanceopt.modulation import Slot, StepContext
 from balanceopt.monitor import ModalitySums
 from tests.models import Multimodal, watch
 from tests.training import grad_of, groups_of, small_model
@@ -72,7 +72,7 @@ def fill_gradients(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 def step_of(
     model: Any, given: ModalitySums, *, number: int = 0, seed: int = 7, optimizer: Any = None, **options: Any
-) -> Step:
+) -> StepContext:
     """A step as the engine would make it."""
     groups = bo.modality_groups(model, model.modalities)
     base = torch.optim.SGD(groups, lr=0.1) if optimizer is None else optimizer
@@ -83,7 +83,7 @@ def step_of(
         for name, encoder in model.modalities.items()
     }
     monitor = bo.ModalityMonitor(model, model.modalities, head=model.head, scores="split", **options)
-    return Step(given, monitor.modalities, slots, base, seed, number, monitor=monitor)
+    return StepContext(given, monitor.modalities, slots, base, seed, number, monitor=monitor)
 
 
 def mask(modulation: bo.AMSS, model: Any, *significance: float | None, **options: Any) -> dict[str, Tensor]:

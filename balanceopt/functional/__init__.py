@@ -1,6 +1,6 @@
 """The papers' update rules as pure functions: tensors in, tensors out."""
 
-from balanceopt.functional._coefficients import drop_probability, modulation_coefficient
+from balanceopt.functional._coefficients import adaptive_coefficient, drop_probability, modulation_coefficient
 from balanceopt.functional._kmeans import KMeansResult, kmeans
 from balanceopt.functional._labels import recover_labels, recover_scale
 from balanceopt.functional._logits import linear_logits
@@ -26,6 +26,7 @@ from balanceopt.functional._scores import (
 
 __all__ = [
     "KMeansResult",
+    "adaptive_coefficient",
     "discrepancy_ratio",
     "drop_probability",
     "feature_entropy",

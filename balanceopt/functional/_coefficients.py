@@ -9,8 +9,12 @@ from torch import Tensor
 
 from balanceopt._options import check_choice, check_number, check_tensor
 from balanceopt.functional._dtypes import narrowed, wide
+from balanceopt.functional._scores import present_or_all
 
 CoefficientForm = Literal["cvpr", "cvpr_v0", "tpami"]
+
+# exp of more overflows in float32.
+_LARGEST_EXPONENT = 80.0
 
 
 @torch.no_grad()
@@ -90,3 +94,65 @@ def drop_probability(ratio: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Te
     growth = (lam * torch.tanh(rho - 1)).clamp(max=torch.finfo(rho.dtype).max)
     q = q_base * (1 + growth)
     return narrowed(torch.where(rho > 1, q.clamp(0, 1), 0), ratio)
+
+
+@torch.no_grad()
+def adaptive_coefficient(
+    cross_entropy: Tensor,
+    running: Tensor,
+    alpha: float = 1.0,
+    cap: float = 10.0,
+    present: Tensor | None = None,
+) -> Tensor:
+    r"""Factor k on each modality's gradient: below 1 where it is further ahead of the others than it has been so far.
+
+    $$r^m(c) = \exp\left(\frac{M}{M-1} (\bar c - c^m)\right), \qquad
+    k^m = \exp(\alpha \min(r^m(\text{running}) - r^m(\text{CE}), \text{cap}))$$
+
+    with \(\bar c\) the mean over modalities. A modality by itself has k = 1. Exponents of r above 80 are taken as 80,
+    which float32 can still hold.
+
+    Args:
+        cross_entropy: `(M,)` mean uni-modal cross-entropies of this step, nats.
+        running: `(M,)` their means over all steps so far, this one included, nats.
+        alpha: strength, >= 0; at 0 every coefficient is 1.
+        cap: most that the difference of the two r may be, >= 0.
+        present: bool `(M,)`; the others are left out of every mean and have k = 1. None for all.
+
+    Returns:
+        `(M,)` in [0, exp(alpha cap)].
+
+    Raises:
+        ValueError: if the tensors are not real of the same shape `(M,)`, or an option is outside its range.
+        TypeError: if one is no tensor.
+
+    Example:
+        >>> adaptive_coefficient(torch.tensor([0.5, 1.5]), torch.tensor([1.0, 1.0]))
+        tensor([0.1794, 1.8816])
+
+    Reference:
+        Li et al., Boosting Multi-modal Model Performance with Adaptive Gradient Modulation, ICCV 2023, and its
+        published code.
+    """
+    check_tensor("cross_entropy", cross_entropy, "(M,)", dims=(1,), empty=False)
+    check_tensor("running", running, "(M,)", dims=(1,), empty=False)
+    if running.shape != cross_entropy.shape:
+        raise ValueError(
+            f"`running` should have one entry for each of the {len(cross_entropy)} modalities. "
+            f"Found {len(running)}."
+        )
+    check_number("alpha", alpha, at_least=0)
+    check_number("cap", cap, at_least=0)
+    here = present_or_all(present, cross_entropy)
+    difference = _lead(wide(running), here) - _lead(wide(cross_entropy), here)
+    k = torch.exp(alpha * difference.clamp(max=cap))
+    return narrowed(torch.where(here, k, 1), cross_entropy)
+
+
+def _lead(cross_entropy: Tensor, here: Tensor) -> Tensor:
+    """How far each of the modalities that are `here` is ahead of all of them, r `(M,)`."""
+    count = here.sum()
+    mean = torch.where(here, cross_entropy, 0).sum() / count.clamp(min=1)
+    # Of one modality there is nothing to compare: its exponent is 0.
+    exponent = torch.where(count > 1, count / (count - 1).clamp(min=1) * (mean - cross_entropy), 0)
+    return exponent.clamp(max=_LARGEST_EXPONENT).exp()

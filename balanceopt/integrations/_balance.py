@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from operator import is_
@@ -10,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from balanceopt._method import Listener
 from balanceopt._options import check_flag, check_seed, names_of, shown
 from balanceopt.integrations._beside import Beside, Prediction, ReLearn
 from balanceopt.modality import Encoders, find_module, unwrap
@@ -18,7 +20,6 @@ from balanceopt.monitor import ModalityMonitor
 from balanceopt.monitor._labels import LabelSource
 from balanceopt.optim import AttachedModulation, attach
 from balanceopt.optim._checks import check_modulations
-from balanceopt.optim._engine import Listener
 from balanceopt.optim._state import SEED
 
 Head = nn.Module | str | Mapping[str, nn.Module | str] | None
@@ -195,7 +196,9 @@ class Balance:
                 if SEED in optimizer.param_groups[0]:
                     seed = None  # a checkpoint's seed holds: a run that is resumed goes on as it was
                 strict = {} if self.strict is None else {"strict": self.strict}
-                handle = attach(optimizer, self.monitor, self.modulation, seed=seed, **strict)
+                # One method acts in one optimizer.
+                modulation = copy.deepcopy(self.modulation) if place else self.modulation
+                handle = attach(optimizer, self.monitor, modulation, seed=seed, **strict)
                 handle.listeners.append(self._hear)
                 self.handles.append(handle)
         self._optimizers = list(optimizers)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from balanceopt._method import Listener
 from balanceopt._options import check_kind
 from balanceopt._warnings import warn_user
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.optim._engine import Listener
 from balanceopt.prediction import OPM
 from balanceopt.relearn import ReLearnScheduler
 

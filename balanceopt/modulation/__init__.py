@@ -1,19 +1,23 @@
 """The methods: from the sums of a step to a change of the modalities' gradients."""
 
+from balanceopt.modulation._agm import AGM
 from balanceopt.modulation._amss import AMSS
-from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step
+from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, StepContext
 from balanceopt.modulation._masks import MaskScale
 from balanceopt.modulation._ogm import OGM
+from balanceopt.modulation._scaling import GradientScaling
 from balanceopt.modulation._units import MaskUnits, attention_heads
 
 __all__ = [
+    "AGM",
     "AMSS",
+    "GradientScaling",
     "MaskScale",
     "MaskUnits",
     "Modulation",
     "OGM",
     "OptimizerHintWarning",
     "Slot",
-    "Step",
+    "StepContext",
     "attention_heads",
 ]

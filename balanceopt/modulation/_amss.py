@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
+from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_count, check_number
 from balanceopt._warnings import warn_user
-from balanceopt._window import Unit
 from balanceopt.functional import keep_ratio
 from balanceopt.functional._masks import check_clamp
-from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Step
+from balanceopt.modulation._base import Modulation, OptimizerHintWarning, StepContext
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._masks import Masks, MaskScale, part_of
-from balanceopt.modulation._ogm import scores_usable
 from balanceopt.modulation._units import UnitRule, check_units, find_units
 
 # How many sets of parameters with a gradient are remembered: alternating losses bring a few.
@@ -110,22 +109,22 @@ class AMSS(Modulation):
             )
 
     @torch.no_grad()
-    def modulate(self, step: Step) -> None:
+    def modulate(self, step: StepContext) -> None:
         """Draw the step's masks and multiply the gradients by them."""
         masks = self._masks_of(step)
         ratio, usable = self.ratios(step)
         host_value = on_host(usable)
         if masks.parts and (host_value is None or host_value):
-            active = step.sums.present & usable
+            active = step.scores.present & usable
             nonfinite = masks.apply_(ratio, active, self.scale, step.seed, step.number)
             step.count("nonfinite_gradients", nonfinite)
 
-    def ratios(self, step: Step) -> tuple[Tensor, Tensor]:
+    def ratios(self, step: StepContext) -> tuple[Tensor, Tensor]:
         """Compute the step's `(M,)` keep ratios, and whether its scores can be used at all, 0-d bool."""
-        sums = step.sums
-        significance = sums.significance(self.offset)
-        usable = scores_usable(sums) & ~(significance.isnan() & sums.present).any()
-        ratio = keep_ratio(significance, self.temperature, self.clamp, sums.present)
+        scores = step.scores
+        significance = scores.significance(self.offset)
+        usable = scores.usable.any() & ~(significance.isnan() & scores.present).any()
+        ratio = keep_ratio(significance, self.temperature, self.clamp, scores.present)
         ratio = torch.where(usable, ratio, 1)
         step.report("significance", significance)
         step.report("keep_ratio", ratio)
@@ -139,7 +138,7 @@ class AMSS(Modulation):
             shown["units"] = "..."
         return shown
 
-    def _masks_of(self, step: Step) -> Masks:
+    def _masks_of(self, step: StepContext) -> Masks:
         """The masks of all parameters that have a gradient, made anew when others have one than in earlier steps."""
         slots = [step.slots.get(name, ()) for name in step.modalities]
         key = tuple(tuple((slot.index, id(slot.parameter)) for slot in graded) for graded in slots)
@@ -149,7 +148,7 @@ class AMSS(Modulation):
             self._masks[key] = self._make_masks(step)
         return self._masks[key]
 
-    def _make_masks(self, step: Step) -> Masks:
+    def _make_masks(self, step: StepContext) -> Masks:
         if step.monitor is None:
             raise ValueError("AMSS needs the step's monitor, to know the modules that hold the parameters.")
         slots = [
@@ -169,4 +168,4 @@ class AMSS(Modulation):
         return Masks([part_of(slot, index, view) for slot, index, view in masked])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_masks": {}}
+        return {**super().__getstate__(), "_masks": {}}

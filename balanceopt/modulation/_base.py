@@ -1,20 +1,20 @@
-"""What a method is to the optimizer wrapper: something that changes gradients before a step."""
+"""What a gradient method is to the optimizer wrapper: something that changes gradients, or an update, in a step."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from balanceopt._window import Unit, Window
+from balanceopt._method import Method
 from balanceopt.monitor import ModalityMonitor, ModalitySums
 
-Report = Callable[[str, Tensor], None]
+Tell = Callable[[str, Tensor], None]
 ScaleUpdate = Callable[[Sequence[nn.Parameter], Tensor], None]
 
 
@@ -42,63 +42,75 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepContext:
     """What a modulation may use in one optimizer step.
 
     Attributes:
-        sums: over the samples that the gradients come from, all ranks.
-        modalities: names, in the order of the sums.
+        scores: sums over the samples that the gradients come from, of all ranks.
+        modalities: names, in the order of the scores.
         slots: each modality's parameters that have a gradient; none for a modality the optimizer does not hold.
         optimizer: the base optimizer.
         seed: of all randomness, the same on every rank.
         number: how many steps came before.
         report: takes what a `Recorder` may want, `(M,)` by name.
-        count: takes how often something odd happened, a 0-d tensor by name.
-        scale_update: scales how far this step moves some parameters, by a 0-d factor.
-        monitor: who watches the model; None where a modulation is called without one.
+        count: takes how often something odd happened, a 0-d tensor by name; `stats()` shows every name.
+        scale_update: scales how far this step moves some parameters, by a factor that is 0-d or broadcasts with them.
+        monitor: the monitor of the model; None where a modulation is called without one.
+        held: the optimizer's parameters, index by id.
     """
 
-    sums: ModalitySums
+    scores: ModalitySums
     modalities: tuple[str, ...]
     slots: Mapping[str, Sequence[Slot]]
     optimizer: torch.optim.Optimizer
     seed: int
     number: int
-    report: Report = field(default=lambda name, values: None)
-    count: Report = field(default=lambda name, values: None)
+    report: Tell = field(default=lambda name, values: None)
+    count: Tell = field(default=lambda name, count: None)
     scale_update: ScaleUpdate = field(default=lambda params, factor: None)
     monitor: ModalityMonitor | None = None
+    held: Mapping[int, int] = field(default_factory=dict)
+
+    def index_of(self, parameter: nn.Parameter) -> int | None:
+        """Return a parameter's place in the optimizer's `param_groups`, counted through; None if it is not in them."""
+        return self.held.get(id(parameter))
+
+    def params(self, name: str) -> list[nn.Parameter]:
+        """Return the parameters of a modality that this optimizer holds and that have a gradient."""
+        return [slot.parameter for slot in self.slots.get(name, ())]
 
 
-class Modulation(ABC):
-    """A method: from the sums of a step to a change of the modalities' gradients.
+class Modulation(Method, ABC):
+    """A method that changes the modalities' gradients before a step, or scales what the step does.
+
+    A subclass defines `modulate`; a method that is one factor for each modality is a `GradientScaling`. It acts in one
+    optimizer at a time.
 
     Args:
-        start: first step or epoch in which it acts, counted from 0.
+        start: first step or epoch in which the method acts, counted from 0.
         end: last one, inclusive; None for no end.
         unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
+
+    Attributes:
+        needs_entropy: whether `step.scores.feature_entropy` is needed.
+        engine: what the method acts in, held weakly; None while it is in no optimizer.
+
+    Raises:
+        ValueError: for a window that is none.
+
+    Reference:
+        docs/adding.md.
     """
 
     needs_entropy: ClassVar[bool] = False
-
-    def __init__(self, *, start: int = 0, end: int | None = None, unit: Unit = "step") -> None:
-        """Check the window."""
-        self.window = Window(start, end, unit)
-        self.start = start
-        self.end = end
-        self.unit: Unit = unit
+    engine: ref[Any] | None = None
 
     @abstractmethod
-    def modulate(self, step: Step) -> None:
+    def modulate(self, step: StepContext) -> None:
         """Change gradients in place, or ask for the step's update to be scaled."""
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Warn or raise where the base optimizer does not go with the method."""
 
-    def options(self) -> dict[str, Any]:
-        """What `repr` shows: the constructor's arguments, which have attributes of their names."""
-        return {name: getattr(self, name) for name in signature(type(self)).parameters}
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{key}={value!r}" for key, value in self.options().items())
-        return f"{type(self).__name__}({shown})"
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "engine": None}

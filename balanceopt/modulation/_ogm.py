@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
-from balanceopt._options import check_choice, check_count, check_number
-from balanceopt._warnings import warn_user
-from balanceopt._window import Unit
+from balanceopt._method import Unit
+from balanceopt._options import check_choice, check_number
 from balanceopt.functional import discrepancy_ratio, modulation_coefficient
 from balanceopt.functional._coefficients import CoefficientForm
 from balanceopt.functional._scores import RatioReduction
-from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, Step
-from balanceopt.modulation._bases import cancels_constant_factor
-from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
+from balanceopt.modulation._base import Slot, StepContext
+from balanceopt.modulation._gradients import scale_and_add_noise_
 from balanceopt.modulation._noise import Noise
 from balanceopt.modulation._noise_compiled import warm_up
-from balanceopt.monitor import ModalitySums
+from balanceopt.modulation._scaling import ApplyTo, GradientScaling
 
 
-class OGM(Modulation):
+class OGM(GradientScaling):
     r"""On-the-fly gradient modulation; with `noise=True` also generalization enhancement (OGM-GE).
 
     $$g^m \leftarrow k^m g^m + h^m, \qquad h^m \sim N(0, \text{noise\_scale}^2 \operatorname{std}(g^m)^2)$$
@@ -65,91 +63,67 @@ class OGM(Modulation):
         form: CoefficientForm = "cvpr",
         noise: bool | Noise = True,
         noise_scale: float = 1.0,
-        apply_to: Literal["grad", "update"] = "grad",
+        apply_to: ApplyTo = "grad",
         min_ndim: int = 2,
         ratio: RatioReduction = "mean_of_ratios",
         start: int = 0,
         end: int | None = None,
         unit: Unit = "step",
     ) -> None:
-        super().__init__(start=start, end=end, unit=unit)
+        super().__init__(apply_to=apply_to, min_ndim=min_ndim, start=start, end=end, unit=unit)
         check_number("alpha", alpha, at_least=0)
         check_choice("form", form, get_args(CoefficientForm))
         if not isinstance(noise, bool):
             check_choice("noise", noise, get_args(Noise), other=", True or False")
         check_number("noise_scale", noise_scale, at_least=0)
-        check_choice("apply_to", apply_to, ("grad", "update"))
-        check_count("min_ndim", min_ndim)
         check_choice("ratio", ratio, get_args(RatioReduction))
         self.alpha = alpha
         self.form: CoefficientForm = form
         self.noise: bool | Noise = noise
         self.noise_scale = noise_scale
-        self.apply_to = apply_to
-        self.min_ndim = min_ndim
         self.ratio: RatioReduction = ratio
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Warn where scaling gradients does nothing to the base; get the noise ready."""
-        if self.alpha > 0 and self.apply_to == "grad" and cancels_constant_factor(optimizer):
-            warn_user(
-                f"{type(optimizer).__name__} divides a constant gradient factor out again, so OGM's coefficient does "
-                "little. OGM(apply_to='update') scales what it does in the step instead.",
-                OptimizerHintWarning,
-            )
+        if self.alpha > 0:
+            super().check(optimizer)
         if self.noise == "compiled" and self.noise_scale > 0:
             for device in {p.device for group in optimizer.param_groups for p in group["params"]}:
                 warm_up(device)
 
-    def modulate(self, step: Step) -> None:
-        """Scale by the step's coefficients and add noise."""
-        slots = {
-            name: [slot for slot in own if slot.parameter.dim() >= self.min_ndim]
-            for name, own in step.slots.items()
-        }
-        noisy = self.noise and self.noise_scale > 0
-        if noisy:
-            _refuse_sparse(slots)
-        coefficient, usable = self.coefficient(step)
-        step.count("unusable_scores", ~usable)
-        if self.apply_to == "update" and self.alpha > 0:
-            for k, name in zip(coefficient, step.modalities, strict=True):
-                step.scale_update([slot.parameter for slot in slots.get(name, [])], k)
-        known_usable = on_host(usable)
-        if known_usable is not None and not known_usable:
-            return
-        scaled = coefficient if self.apply_to == "grad" else torch.ones_like(coefficient)
-        known = on_host(scaled)
-        for position, name in enumerate(step.modalities):
-            own = slots.get(name, [])
-            if not own:
-                continue
-            if noisy:
-                scale = self.noise_scale * usable.to(coefficient.dtype)
-                left = scale_and_add_noise_(
-                    own, scaled[position], scale, step.seed, step.number, compiled=self.noise == "compiled"
-                )
-            elif self.apply_to == "grad" and (known is None or known[position] != 1):
-                left = scale_grads_(own, scaled[position])
-            else:
-                continue
-            step.count("nonfinite_gradients", left)
-
-    def coefficient(self, step: Step) -> tuple[Tensor, Tensor]:
-        """The step's `(M,)` coefficients, and whether its scores can be used at all, 0-d bool."""
-        sums = step.sums
-        usable = scores_usable(sums)
-        ratio = discrepancy_ratio(sums.mean_score, self.ratio, sums.present)
-        k = torch.where(usable, modulation_coefficient(ratio, self.alpha, self.form), 1)
-        step.report("score", sums.mean_score)
+    def coefficients(self, step: StepContext) -> Tensor:
+        """Return the step's `(M,)` coefficients, 1 for modalities that do not dominate."""
+        scores = step.scores
+        ratio = discrepancy_ratio(scores.mean_score, self.ratio, scores.present)
         step.report("ratio", ratio)
-        step.report("coefficient", k)
-        return k, usable
+        return modulation_coefficient(ratio, self.alpha, self.form)
 
-
-def scores_usable(sums: ModalitySums) -> Tensor:
-    """Whether there is something to compare, 0-d bool: two modalities present, scores finite and not all zero."""
-    return (sums.present.sum() > 1) & torch.isfinite(sums.score).all() & (sums.score > 0).any()
+    @torch.no_grad()
+    def modulate(self, step: StepContext) -> None:
+        """Scale by the step's coefficients and add noise."""
+        if not self.noise or self.noise_scale == 0:
+            super().modulate(step)
+            return
+        slots = {
+            name: [slot for slot in step.slots.get(name, ()) if slot.parameter.dim() >= self.min_ndim]
+            for name in step.modalities
+        }
+        _refuse_sparse(slots)
+        k = self.usable_coefficients(step)
+        if self.apply_to == "update":
+            self.scale(step, k)
+            k = torch.ones_like(k)
+        usable = step.scores.usable.any()
+        host_value = on_host(usable)
+        if host_value is not None and not host_value:
+            return
+        sigma = self.noise_scale * usable.to(k.dtype)
+        for index, name in enumerate(step.modalities):
+            if slots[name]:
+                left = scale_and_add_noise_(
+                    slots[name], k[index], sigma, step.seed, step.number, compiled=self.noise == "compiled"
+                )
+                step.count("nonfinite_gradients", left)
 
 
 def _refuse_sparse(slots: dict[str, list[Slot]]) -> None:

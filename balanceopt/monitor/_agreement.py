@@ -50,7 +50,7 @@ class Agreement:
             for side in (valid & (labels > 0.5), valid & (labels <= 0.5)):
                 most, least = (torch.where(side, x, -torch.inf).max() for x in (labels, -labels))
                 graded |= most + least > _ALIKE
-            self._graded.add(graded)
+            self._graded.add(graded=graded)
             labels = labels.round()
         return labels.long()
 
@@ -82,7 +82,7 @@ class Agreement:
             self._counts[source] = DeferredCounts(
                 ("rows", "refuted", "shifted"), partial(self._judge, source)
             )
-        self._counts[source].add(tells.sum(), refuted.sum(), (refuted & shifted).sum())
+        self._counts[source].add(rows=tells.sum(), refuted=refuted.sum(), shifted=(refuted & shifted).sum())
 
     def _judge(self, source: str, counts: dict[str, int]) -> None:
         rows, refuted = counts["rows"], counts["refuted"]

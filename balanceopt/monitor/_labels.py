@@ -208,7 +208,12 @@ class Recovery:
             else:
                 foreign |= unknown & usable & _off_softmax(g, logits, read.labels, read.ambiguous)
         self._classes, self._single = pairs.shape[-1], single
-        self._counts.add(graded.sum(), ambiguous.sum(), (labels != INVALID).sum(), foreign.sum())
+        self._counts.add(
+            rows=graded.sum(),
+            ambiguous=ambiguous.sum(),
+            told=(labels != INVALID).sum(),
+            foreign=foreign.sum(),
+        )
         return labels
 
     def counts(self) -> dict[str, int]:

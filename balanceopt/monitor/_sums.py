@@ -42,6 +42,17 @@ class ModalitySums:
         """bool `(M,)`, modalities with at least one sample."""
         return self.count > 0
 
+    @property
+    def usable(self) -> Tensor:
+        """bool `(M,)`, the modalities that can be compared: present, with another one, scores finite and not all 0."""
+        comparable = (self.present.sum() > 1) & torch.isfinite(self.score).all() & (self.score > 0).any()
+        return self.present & comparable
+
+    @property
+    def mean_cross_entropy(self) -> Tensor:
+        """`(M,)` mean uni-modal cross-entropy, nats, over the samples that have the modality; 0 where none."""
+        return self.cross_entropy / self.count.clamp(min=1)
+
     def significance(self, offset: float) -> Tensor:
         """`(M,)`, the mutual-information rate (functional.modal_significance)."""
         return significance_from_sums(

@@ -171,7 +171,7 @@ class Injection:
         scale, misfit, vanished = recover_scale(gradient, logits, labels)
         doubtful = doubtful | misfit | (scale < 0) | (vanished if current.labels is None else misfit)
         rows = torch.tensor(len(labels), dtype=torch.int64, device=doubtful.device)
-        self._doubtful.add(rows, doubtful.sum())
+        self._doubtful.add(rows=rows, doubtful=doubtful.sum())
         self._make(seen, partial(self._weigh_rows, labels, scale, current))
 
     def _on_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from balanceopt._method import Listener
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.optim._engine import Engine, Listener
+from balanceopt.optim._engine import Engine
 from balanceopt.optim._state import Before, check_state
 
 
@@ -30,6 +31,7 @@ class AttachedModulation:
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_pre_hook(self._before_save),
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
@@ -96,6 +98,9 @@ class AttachedModulation:
         if self._depth <= 0:
             self._depth, self._wrapped = 0, None
             self._engine.after()
+
+    def _before_save(self, optimizer: torch.optim.Optimizer) -> None:
+        self._engine.before_save()
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         check_state(optimizer, state_dict)

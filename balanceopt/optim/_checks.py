@@ -14,18 +14,22 @@ from balanceopt.modality import unwrap
 from balanceopt.modulation import Modulation, Slot
 from balanceopt.monitor import ModalityMonitor
 
-# What modulates the steps of an optimizer, as long as it lives.
+# The engine that modulates an optimizer's steps, as long as the engine lives.
 _ENGINE_OF: WeakKeyDictionary[torch.optim.Optimizer, ref[Any]] = WeakKeyDictionary()
 
 
-def claim(optimizer: torch.optim.Optimizer, engine: object) -> None:
-    """Remember that `engine` modulates the steps of an optimizer."""
+def claim(engine: object, optimizer: torch.optim.Optimizer, modulations: Iterable[Modulation]) -> None:
+    """Remember that `engine` modulates an optimizer's steps by these modulations."""
     _ENGINE_OF[optimizer] = ref(engine)
+    for modulation in modulations:
+        modulation.engine = ref(engine)
 
 
-def release(optimizer: torch.optim.Optimizer) -> None:
-    """Forget it: the optimizer may be modulated anew."""
+def release(optimizer: torch.optim.Optimizer, modulations: Iterable[Modulation]) -> None:
+    """Forget the engine of an optimizer and of modulations, which may be used anew."""
     _ENGINE_OF.pop(optimizer, None)
+    for modulation in modulations:
+        modulation.engine = None
 
 
 def refuse_modulated(optimizer: torch.optim.Optimizer) -> None:
@@ -145,6 +149,12 @@ def check_arguments(
     check_seed(seed)
     check_flag("strict", strict)
     refuse_modulated(optimizer)
+    for modulation in chosen:
+        if modulation.engine is not None and modulation.engine() is not None:
+            raise ValueError(
+                f"this {type(modulation).__name__} acts in another optimizer already. Build one for each optimizer, or "
+                "call that optimizer's remove() first."
+            )
     monitor.expect_scores(type(chosen[0]).__name__)
     held = {id(p) for p in unwrap(monitor.model).parameters()}
     if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts, on_host
+from balanceopt._method import Listener
 from balanceopt._options import shown
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
-from balanceopt.modulation import Modulation, Slot, Step
+from balanceopt.modulation import Modulation, Slot, StepContext
 from balanceopt.monitor import ModalityMonitor, ModalitySums
 from balanceopt.optim._checks import (
     check_arguments,
@@ -24,11 +25,9 @@ from balanceopt.optim._checks import (
     warn_of_known_defects,
 )
 from balanceopt.optim._owners import Owners
-from balanceopt.optim._state import Counters, device_of
+from balanceopt.optim._state import Counters, MethodStates, device_of
 from balanceopt.optim._update import UpdateScaling
 from balanceopt.optim._useless import SILENT_STEPS, Useless
-
-Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
 
 _ODDITIES = {
     "unusable_scores": "scores are not finite, all zero, or of fewer than two modalities: the step was left to the "
@@ -79,8 +78,10 @@ class Engine:
         self._counters = Counters(optimizer, monitor, seed)
         # Nothing was changed until here, and nothing raises or warns from here on.
         self.accumulator = monitor.accumulator(needs_entropy=any(m.needs_entropy for m in chosen))
-        claim(optimizer, self)
+        claim(self, optimizer, chosen)
+        self._states = MethodStates(optimizer, chosen)
         self._counters.begin()
+        self._states.begin()
         self.removed = False
         self._number = self._counters.number
         self._has_own_groups = steps_others(optimizer)
@@ -89,8 +90,8 @@ class Engine:
         self._looked = False
         self._warned: set[str] = set()
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
-        self._oddities = DeferredCounts(tuple(_ODDITIES), partial(_warn_of_oddities, self._warned))
-        self._odd: dict[str, Tensor] = {}
+        self._oddities = DeferredCounts(_ODDITIES, partial(_warn_of_oddities, self._warned))
+        self._odd: dict[str, Tensor] = {}  # of the step under way
         self._useless = Useless(monitor.modalities)
 
     # -- around a step -------------------------------------------------------------------------------------------
@@ -145,6 +146,13 @@ class Engine:
         """Tell which epoch it is, for windows that count epochs."""
         self.refuse_removed()
         self._counters.set_epoch(epoch)
+        for modulation in self.modulations:
+            modulation.set_epoch(epoch)
+
+    def before_save(self) -> None:
+        """Put the methods' own states where the optimizer's checkpoint carries them."""
+        if not self.removed:
+            self._states.save()
 
     def refresh(self) -> None:
         """Learn who owns which parameter; give new groups the counters."""
@@ -152,6 +160,7 @@ class Engine:
             return
         self._owners.refresh()
         self._counters.fill()
+        self._states.fill()
 
     def after_load(self) -> None:
         """Take a checkpoint's state over: tags from this optimizer, counters from the checkpoint."""
@@ -159,6 +168,9 @@ class Engine:
             return
         self._owners.restore_tags()
         self._counters.load()
+        self._states.load()
+        for modulation in self.modulations:
+            modulation.epoch = self._counters.epoch
         self._owners.refresh()
         self.discard()
         self._silent = 0
@@ -180,9 +192,12 @@ class Engine:
             return
         self.abandon()
         self.accumulator.remove()
-        if not keep_state:
+        if keep_state:
+            self._states.save()
+        else:
             self._counters.clear()
-        release(self.optimizer)
+            self._states.clear()
+        release(self.optimizer, self.modulations)
         self.removed = True
 
     def refuse_removed(self) -> None:
@@ -230,8 +245,7 @@ class Engine:
         if (sums is None and not self._any_nonzero(gradients)) or not gradients:
             return
         balances = len(self.monitor.modalities) > 1
-        number, epoch = self._number, self._counters.epoch
-        acting = [m for m in self.modulations if balances and m.window.is_open(number, epoch)]
+        acting = [m for m in self.modulations if balances and not m.removed and m.is_open(self._number)]
         if not acting:
             self._steps["outside_window"] += 1
         elif sums is None:
@@ -252,26 +266,26 @@ class Engine:
             self._warn(
                 "idle", "no encoder's parameter in this optimizer has a gradient: nothing was modulated."
             )
-        self._odd.clear()
-        step = Step(
-            sums=sums,
-            modalities=self.monitor.modalities,
-            slots=slots,
-            optimizer=self.optimizer,
-            seed=self._counters.seed,
-            number=self._number,
-            report=self._report,
-            count=self._note,
-            scale_update=self._updates.scale,
-            monitor=self.monitor,
-        )
+        self._odd = {"unusable_scores": (~sums.usable.any()).to(torch.int64)}
         for modulation in acting:
-            modulation.modulate(step)
-        zero = torch.zeros((), dtype=torch.int64, device=sums.score.device)
-        if self._odd:
-            self._oddities.add(*(self._odd.get(name, zero) for name in _ODDITIES))
+            modulation.modulate(
+                StepContext(
+                    scores=sums,
+                    modalities=self.monitor.modalities,
+                    slots=slots,
+                    optimizer=self.optimizer,
+                    seed=self._counters.seed,
+                    number=self._number,
+                    report=partial(self._report, modulation),
+                    count=partial(self._count, modulation),
+                    scale_update=self._updates.scale,
+                    monitor=self.monitor,
+                    held=self._owners.held,
+                )
+            )
+        self._oddities.add(**self._odd)
         if self.strict:
-            self._useless.note(sums, self._odd.get("unusable_scores", zero))
+            self._useless.note(sums, self._odd["unusable_scores"])
 
     def _take(self) -> ModalitySums | None:
         """This step's sums, over micro-batches and ranks; None where nobody has any."""
@@ -305,15 +319,17 @@ class Engine:
             found += (own != 0).any().to(found.device)
         return bool(sum_over_ranks(found, self.monitor.group) > 0)
 
-    def _note(self, name: str, count: Tensor) -> None:
+    def _count(self, modulation: Modulation, name: str, count: Tensor) -> None:
+        modulation.count(**{name: count})
         if name not in self._odd:
             self._odd[name] = count
         elif name == "unusable_scores":  # by several modulations: still one step
-            self._odd[name] = torch.maximum(self._odd[name], count)
+            self._odd[name] = torch.maximum(self._odd[name], count.to(torch.int64))
         else:
             self._odd[name] = self._odd[name] + count
 
-    def _report(self, name: str, values: Tensor) -> None:
+    def _report(self, modulation: Modulation, name: str, values: Tensor) -> None:
+        modulation.report(self._number, name, self.monitor.modalities, values)
         for listener in self.listeners:
             listener(self._number, name, self.monitor.modalities, values)
 

@@ -8,9 +8,10 @@ from typing import Any, NoReturn, overload
 
 import torch
 
+from balanceopt._method import Listener
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.optim._engine import Engine, Listener
+from balanceopt.optim._engine import Engine
 from balanceopt.optim._state import Before, check_state
 
 _HOOKS = (
@@ -187,6 +188,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state; what balanceopt keeps is in its `param_groups`."""
+        self._engine.before_save()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state = self.optimizer.state_dict()

@@ -20,6 +20,9 @@ class Owners:
     Args:
         optimizer: the base.
         monitor: who knows the encoders.
+
+    Attributes:
+        held: the optimizer's parameters, index by id.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor) -> None:
@@ -28,6 +31,7 @@ class Owners:
         self._tags: list[str | None] = []
         self._slots: list[tuple[str | None, Slot]] = []
         self._seen: list[tuple[int, list[int]]] = []
+        self.held: dict[int, int] = {}
 
     def changed(self) -> bool:
         """Whether groups or parameters are others than at the last `refresh`."""
@@ -48,6 +52,7 @@ class Owners:
         modality_of = self._modalities(groups)
         parameters = [p for group in groups for p in group["params"]]
         self._slots = [(modality_of.get(id(p)), Slot(index, p)) for index, p in enumerate(parameters)]
+        self.held = {id(p): index for index, p in enumerate(parameters)}
         self._seen = self._identities()
 
     def restore_tags(self) -> None:

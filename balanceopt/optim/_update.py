@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,9 +39,12 @@ class UpdateScaling:
 
     @torch.no_grad()
     def scale(self, params: Sequence[nn.Parameter], factor: Tensor) -> None:
-        """Scale the update of `params` by a 0-d `factor`; one that is not finite leaves it as it is."""
+        """Scale the update of `params` by a `factor`, 0-d or one that broadcasts with each of them.
+
+        Elements of a factor that are not finite leave the update as it is.
+        """
         host_value = on_host(factor)
-        has_effect = host_value is None or (host_value != 1 and math.isfinite(host_value))
+        has_effect = host_value is None or bool(((host_value != 1) & np.isfinite(host_value)).any())
         if has_effect or self._has_closure:
             for p in params:
                 if p not in self._before:
@@ -81,10 +84,14 @@ def _layout_of(x: Tensor) -> Layout:
 def _scale_differences(values: list[Tensor], before: list[Tensor], factor: Tensor) -> None:
     """`values <- before + factor (values - before)` in place; exact where both are equal, and for a factor of 1."""
     host_value = on_host(factor)
-    if host_value is not None:
+    if host_value is not None and factor.dim() == 0:
         torch._foreach_lerp_(values, before, 1 - float(host_value))
         return
     rest = torch.where(torch.isfinite(factor), 1 - factor, 0)
+    if factor.dim():
+        for x, earlier in zip(values, before, strict=True):
+            x.add_((earlier - x).mul_(rest.to(x.device, x.dtype.to_real())))
+        return
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, x in enumerate(values):
         by_kind.setdefault((x.device, x.dtype), []).append(index)

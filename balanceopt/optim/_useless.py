@@ -44,7 +44,8 @@ class Useless:
         earlier = 0 if self._in_a_row is None else self._in_a_row.to(bad.device)
         self._in_a_row = torch.where(bad, earlier + 1, 0)
         self._sums = sums
-        self._counts.add(*(self._in_a_row >= SILENT_STEPS))
+        unusable, equal = self._in_a_row >= SILENT_STEPS
+        self._counts.add(unusable=unusable, equal=equal)
 
     def _judge(self, counts: dict[str, int]) -> None:
         cause = self._cause() if counts["unusable"] else ""

@@ -1,5 +1,6 @@
 """OPM: drop features of the dominant modality in the forward pass, so that the others get to learn."""
 
+from balanceopt.prediction._base import ForwardMethod
 from balanceopt.prediction._modulator import OPM
 
-__all__ = ["OPM"]
+__all__ = ["OPM", "ForwardMethod"]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts, on_host
 from balanceopt._random import generator_for, mixed
-from balanceopt.monitor import is_differentiable, map_tensors, tensors_in
+from balanceopt.monitor import tensors_in
+from balanceopt.prediction._base import is_feature
 
 Rescale = Literal["none", "official"]
 
@@ -107,8 +108,8 @@ class Drop:
         present: bool `(B,)` by modality, the samples that have it, as far as that is known before the forward.
         q: `(M,)`, None while nothing is dropped.
         factors: `(M,)`, what features are multiplied by; None for nothing.
-        training: by modality, whether its encoder was in training mode when it first ran.
         rows: by modality, how many rows its encoder returned.
+        applied: modalities whose features were changed.
     """
 
     modalities: Sequence[str]
@@ -117,35 +118,40 @@ class Drop:
     present: Mapping[str, Tensor] = field(default_factory=dict)
     q: Tensor | None = None
     factors: Tensor | None = None
-    training: dict[str, bool] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    applied: set[str] = field(default_factory=set)
     _mask: Tensor | None = None
 
-    def note(self, name: str, output: Any, training: bool) -> None:
-        """Remember the mode of an encoder and the rows of its first output.
+    def note(self, name: str, output: Any) -> None:
+        """Remember how many rows an encoder's first output has.
 
         Raises:
             TypeError: if there is no tensor of features in the output.
         """
-        if name in self.training:
+        if name in self.rows:
             return
-        self.training[name] = training
         self.rows[name] = _rows_of(name, output)
         fewest = min(self.rows.values())
         if len(self.rows) == len(self.modalities) and fewest > 0:
             self.repeats.update({m: rows // fewest for m, rows in self.rows.items() if rows % fewest == 0})
 
-    def apply(self, name: str, output: Any) -> Any:
-        """Return the output with its dropped samples zero; the output itself where there is nothing to do.
+    def apply(self, name: str, x: Tensor) -> Tensor:
+        """Return a modality's features with those of dropped samples zero; the tensor itself where nothing is done.
 
         Raises:
             ValueError: if its rows are not those of the samples.
         """
-        return map_tensors(lambda x: self._changed(name, x), output) if self.applies_to(name) else output
+        if not self.applies_to(name):
+            return x
+        self.applied.add(name)
+        x = x.masked_fill(self._mask_of(name, x), 0)
+        if self.factors is None:
+            return x
+        return x * self.factors[self.modalities.index(name)].to(x.device, x.dtype)
 
     def applies_to(self, name: str) -> bool:
         """Whether the modality's features may change in this pass, as far as the host knows."""
-        if self.q is None or not self.training.get(name, False):
+        if self.q is None:
             return False
         host_value = on_host(self.q)
         return (
@@ -159,16 +165,8 @@ class Drop:
         samples = 0 if self._mask is None else self._mask.shape[1]
         if self._mask is None or samples == 0 or rows % samples:
             return None
-        applied = [self.modalities.index(name) for name in self.rows if self.applies_to(name)]
+        applied = [self.modalities.index(name) for name in self.applied]
         return self._mask[applied].any(0).repeat_interleave(rows // samples)
-
-    def _changed(self, name: str, x: Tensor) -> Tensor:
-        if not _is_feature(x):
-            return x
-        x = x.masked_fill(self._mask_of(name, x), 0)
-        if self.factors is None:
-            return x
-        return x * self.factors[self.modalities.index(name)].to(x.device, x.dtype)
 
     def _mask_of(self, name: str, x: Tensor) -> Tensor:
         """bool, broadcastable to the modality's tensor `x`: what is dropped of it.
@@ -231,12 +229,12 @@ class Zeros:
             return
         clean = torch.stack([one.to(rows.device) for one in finite]).all()
         lost = logits.isnan().any(1).to(rows.device)
-        counts = clean & rows.any(), clean & (lost & rows).any() & ~(lost & ~rows).any()
+        dropped, broken = clean & rows.any(), clean & (lost & rows).any() & ~(lost & ~rows).any()
         if self._counts is not None:
-            self._counts.add(*counts)
+            self._counts.add(dropped=dropped, broken=broken)
         else:
             self._counts = DeferredCounts(("dropped", "broken"), self._judge)
-            self._counts.add(*counts)
+            self._counts.add(dropped=dropped, broken=broken)
             self._judge(self._counts.read())
 
     def _judge(self, counts: dict[str, int]) -> None:
@@ -249,13 +247,8 @@ class Zeros:
         self.are_taken = counts["dropped"] > 0
 
 
-def _is_feature(x: Tensor) -> bool:
-    """Whether a tensor of an encoder's output is dropped from: not masks, indices, lengths or single numbers."""
-    return is_differentiable(x) and x.dim() > 0
-
-
 def _rows_of(name: str, output: Any) -> int:
-    rows = next((len(x) for x in tensors_in(output) if _is_feature(x)), None)
+    rows = next((len(x) for x in tensors_in(output) if is_feature(x)), None)
     if rows is None:
         raise TypeError(
             f"the encoder of {name!r} should return a tensor of features (B, ...), or something that holds one. "

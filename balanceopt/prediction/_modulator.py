@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any, get_args
 
 import torch
@@ -14,14 +13,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from balanceopt._deferred import DeferredCounts, on_host
+from balanceopt._deferred import on_host
+from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_count, check_entries, check_kind, check_number, shown
 from balanceopt._warnings import warn_user
-from balanceopt._window import Unit, Window
-from balanceopt.distributed import active_group, rank_in, shared_seed, sum_over_ranks
+from balanceopt.distributed import active_group, rank_in, sum_over_ranks
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
-from balanceopt.modulation._ogm import scores_usable
 from balanceopt.monitor import (
     Accumulator,
     ModalityMonitor,
@@ -29,10 +27,10 @@ from balanceopt.monitor import (
     Pass,
     check_layout,
     enter,
-    in_backward,
     leave,
     refuse_company,
 )
+from balanceopt.prediction._base import ForwardMethod
 from balanceopt.prediction._drop import (
     Drop,
     Rescale,
@@ -43,8 +41,6 @@ from balanceopt.prediction._drop import (
     rescale_factors,
 )
 
-Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
-
 # Updates without any score before the user is told; two forwards before one backward are nothing unusual.
 _SILENT_UPDATES = 10
 _STAYS = "OPM leaves its drop probabilities as they are"
@@ -52,7 +48,7 @@ _STAYS = "OPM leaves its drop probabilities as they are"
 _UNSEEN_BACKWARDS = 10
 
 
-class OPM:
+class OPM(ForwardMethod):
     r"""On-the-fly prediction modulation (OPM): drop the dominant modality's features before the fusion.
 
     In each training forward a sample loses the features of modality m with probability
@@ -112,18 +108,16 @@ class OPM:
     ) -> None:
         _check_monitor(monitor)
         _check_options(q_base, lam, p_exe, rescale, ratio)
-        window = Window(start, end, unit)
-        self.monitor = monitor
+        alone = len(monitor.modalities) == 1
+        if alone:  # said before anything is hooked: a warning may be an error
+            warn_user(
+                f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: nothing is dropped."
+            )
+        super().__init__(monitor, start=start, end=end, unit=unit, seed=seed)
         self.q_base, self.lam, self.p_exe = q_base, lam, p_exe
         self.rescale: Rescale = rescale
         self.ratio: RatioReduction = ratio
-        self.start, self.end = start, end
-        self.unit: Unit = unit
-        self._window = window
-        self.listeners: list[Listener] = []
-        self._seed = shared_seed(monitor.group, seed)
-        self._forwards = self._dropping = self._updates = self._silent = 0
-        self._epoch: int | None = None
+        self._dropping = self._updates = self._silent = 0
         self._q = torch.zeros(len(monitor.modalities), dtype=torch.float32, device="cpu")
         self._pending: Tensor | None = None
         self._repeats: dict[str, int] = {}
@@ -134,16 +128,12 @@ class OPM:
         self._zeros = Zeros()
         self._forwards_here = 0
         self._warned: set[str] = set()
-        self._unusable = DeferredCounts(("unusable_scores",), partial(_tell_unusable, self._warned))
-        self._key = object()  # of this one's notes on a pass, which does not keep it alive
         self._scores: Accumulator | None = None
         self._watch: _BackwardWatch | None = None
-        if len(monitor.modalities) > 1:
-            self._hook()
+        if alone:
+            monitor.transforms.drop(self._on_output)
         else:
-            warn_user(
-                f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: nothing is dropped."
-            )
+            self._hook()
 
     # -- what the user calls -------------------------------------------------------------------------------------
 
@@ -175,22 +165,23 @@ class OPM:
         self._silent = 0
         self._follow(*sums)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tell which epoch it is, counted from 0, for a window with `unit="epoch"`.
-
-        Raises:
-            ValueError: if `epoch` is no whole number of at least 0.
-        """
-        check_count("epoch", epoch)
-        self._epoch = int(epoch)
+    def on_counts(self, counts: dict[str, int]) -> None:
+        """Warn of updates whose scores could not be used."""
+        if counts.get("unusable_scores"):
+            self._warn_once(
+                "scores",
+                f"scores are not finite, all zero, or of fewer than two modalities: {_STAYS}. stats() counts such "
+                "updates.",
+            )
 
     def stats(self) -> dict[str, int]:
         """Training forwards seen, those in which something may have been dropped, updates of q, and oddities."""
         return {
-            "forwards": self._forwards,
+            "forwards": self.forwards,
             "dropping": self._dropping,
             "updates": self._updates,
-            **self._unusable.read(),
+            "unusable_scores": 0,
+            **super().stats(),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,40 +195,37 @@ class OPM:
             "modalities": list(self.monitor.modalities),
             "q": self._q.cpu().clone(),
             "pending": None if pending is None else pending.cpu(),
-            "forwards": self._forwards,
-            "seed": self._seed,
-            "epoch": self._epoch,
+            **super().state_dict(),
             "repeats": dict(self._repeats),
             "widths": dict(self._widths),
             "layout": self.monitor.layout,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; options are this object's own. A load that fails changes nothing.
 
         Raises:
             TypeError, ValueError: if the state is of other modalities, or an entry of another kind.
             KeyError: if an entry is missing.
         """
-        self.check_state(state)
+        super().load_state_dict(state)
         self.monitor.layout = state["layout"]
         pending = state["pending"]
         self._q = state["q"].detach().clone()
         self._pending = None if pending is None else pending.detach().clone()
-        self._forwards, self._seed = int(state["forwards"]), int(state["seed"])
-        self._epoch = None if state["epoch"] is None else int(state["epoch"])
         self._repeats, self._widths = dict(state["repeats"]), dict(state["widths"])
         self._silent, self._latest = 0, None
         if self._scores is not None:
             self._scores.discard()
 
-    def check_state(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse what `load_state_dict` can't take.
 
         Raises:
             TypeError, ValueError, KeyError: as `load_state_dict`.
         """
-        check_entries("the state of an OPM", state, self.state_dict())
+        super().check_state(state)
+        check_entries("the state of OPM", state, self.state_dict())
         modalities = list(self.monitor.modalities)
         if state["modalities"] != modalities:
             raise ValueError(
@@ -248,9 +236,6 @@ class OPM:
             raise ValueError(f"the state's q should be probabilities. Found {state['q'].tolist()}.")
         if state["pending"] is not None:
             _check_numbers("pending", state["pending"], (2, len(modalities)))
-        check_count("forwards", state["forwards"])
-        check_count("seed", state["seed"])
-        check_count("epoch", state["epoch"], or_none=True)
         for entry in ("repeats", "widths"):
             check_kind(f"the state's {entry}", state[entry], Mapping, "a mapping from modality to numbers")
             for value in state[entry].values():
@@ -259,8 +244,8 @@ class OPM:
 
     def remove(self) -> None:
         """Drop nothing any more. The monitor stays. May be called twice."""
+        super().remove()
         leave(self)
-        self.monitor.transforms.drop(self._on_output)
         self.monitor.logit_listeners.drop(self._on_logits)
         if self._scores is not None:
             self._scores.remove()
@@ -268,18 +253,10 @@ class OPM:
             self._watch.stop()
         self._latest = self._latest_pass = None
 
-    def __enter__(self) -> OPM:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
     def __repr__(self) -> str:
         names = ("q_base", "lam", "p_exe", "rescale", "ratio", "start", "end", "unit")
         options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"OPM({options}, seed={self._seed})"
+        return f"OPM({options}, seed={self.seed})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks are on the model of this one's monitor; who listens, and a forward under way, are no part of a copy.
@@ -288,7 +265,7 @@ class OPM:
             "give that OPM this one's state_dict()."
         )
         dropped = dict.fromkeys(("_latest", "_latest_pass", "_scores", "_watch"))
-        return {**self.__dict__, "listeners": [], **dropped}
+        return {**super().__getstate__(), **dropped}
 
     # -- in a forward --------------------------------------------------------------------------------------------
 
@@ -298,53 +275,50 @@ class OPM:
         weakref.finalize(self, self._watch.stop).atexit = False
         self._scores = self.monitor.accumulator(steps=False)
         enter(self)
-        self.monitor.transforms.add(self._on_output)
         self.monitor.logit_listeners.add(self._on_logits)
 
-    def _on_output(self, name: str, current: Pass, output: Any) -> Any:
-        """What goes on into the fusion instead of an encoder's output; the same when the forward is run again."""
-        drop: Drop | None = current.notes.get(self._key)
-        if in_backward():
-            return output if drop is None else drop.apply(name, output)
-        encoder = self.monitor.encoders[name]
-        if drop is None:
-            drop = self._begin(current, next(encoder.parameters()).device)
-            current.notes[self._key] = drop
-        drop.note(name, output, encoder.training)
+    def transform(self, name: str, features: Tensor, current: Pass) -> Tensor:
+        """Return the features with those of dropped samples zero."""
+        drop: Drop = self.choice_in(current)
+        return drop.apply(name, features)
+
+    def look(self, name: str, output: Any, current: Pass) -> None:
+        """Learn how many rows and features an encoder returns."""
+        drop: Drop = self.choice_in(current)
+        drop.note(name, output)
         if self.rescale == "official" and name not in self._widths:
             self._widths[name] = feature_width(self.monitor.features(name, output))
-        return drop.apply(name, output)
 
     def _on_logits(self, current: Pass, logits: Tensor) -> None:
         """Let the first pass with dropped samples be looked at."""
-        drop: Drop | None = current.notes.get(self._key)
+        drop: Drop | None = self.choice_in(current)
         if drop is not None and not self._zeros.are_taken:
             self._zeros.look(drop, current.features.values(), logits)
 
-    def _begin(self, current: Pass, device: torch.device) -> Drop:
-        """Bring q up to date for a new pass, and choose what to do with it."""
+    def begin(self, current: Pass, acts: bool) -> Drop:
+        """Bring q up to date, and choose what is dropped in a training forward."""
         if self._forwards_here == 0:
             refuse_company(self, "OPM")
         self._forwards_here += 1
-        number = self._forwards
-        acts = self._window.is_open(number, self._epoch)
+        number = self.number_of(current)
         if self._watch is not None:
             self._watch.stop()
         self._warn_of_lost_samples()
         self.update()
-        self._forwards += 1
         self._latest_pass = current
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,
-            generator=partial(mask_generator, self._seed, number, rank_in(self.monitor.group)),
+            generator=partial(mask_generator, self.seed, number, rank_in(self.monitor.group)),
             repeats=self._repeats,
             present=dict(current.present),
         )
-        self._report(number, "drop_probability", self._q if acts else torch.zeros_like(self._q))
+        shown_q = self._q if acts else torch.zeros_like(self._q)
+        self.report(number, "drop_probability", self.monitor.modalities, shown_q)
         host_value = on_host(self._q)
         nothing = host_value is not None and not host_value.any()
-        if acts and not nothing and is_executed(self.p_exe, self._seed, number):
+        if acts and not nothing and is_executed(self.p_exe, self.seed, number):
             self._dropping += 1
+            device = next(self.monitor.model.parameters()).device
             drop.q = self._q.to(device)
             widths = self._widths_on(device) if self.rescale == "official" else None
             drop.factors = rescale_factors(drop.q, self.rescale, widths)
@@ -375,7 +349,7 @@ class OPM:
         """Set q from the summed scores `(M,)` of `count` `(M,)` samples of all ranks."""
         empty = ModalitySums.zeros(len(score), 2, score.device)
         sums = replace(empty, score=score, count=count)
-        usable = scores_usable(sums)
+        usable = sums.usable.any()
         ratio = discrepancy_ratio(sums.mean_score, self.ratio, sums.present)
         q = drop_probability(ratio, self.q_base, self.lam)  # TPAMI Eq. 8
         # Never the weakest, whatever the ratios' rounding says: no sample may lose all that it has.
@@ -383,13 +357,9 @@ class OPM:
         q = q.masked_fill((sums.mean_score <= weakest) | ~sums.present, 0)
         self._q = torch.where(usable, q, self._q.to(q.device))
         self._updates += 1
-        self._unusable.add(~usable & (count > 0).any())
+        self.count(unusable_scores=~usable & (count > 0).any())
         # Of the latest forward; the one under way is counted when q is up to date.
-        self._report(max(self._forwards - 1, 0), "ratio", ratio)
-
-    def _report(self, number: int, quantity: str, values: Tensor) -> None:
-        for listener in self.listeners:
-            listener(number, quantity, self.monitor.modalities, values)
+        self.report(max(self.forwards - 1, 0), "ratio", self.monitor.modalities, ratio)
 
     def _warn_once(self, kind: str, message: str) -> None:
         _warn_once(self._warned, kind, message)
@@ -443,15 +413,6 @@ class _BackwardWatch:
                 f"{_UNSEEN_BACKWARDS} backwards without a training forward that OPM saw: nothing is dropped. "
                 f"Likely causes: {monitor.silence()}."
             )
-
-
-def _tell_unusable(warned: set[str], counts: dict[str, int]) -> None:
-    if counts["unusable_scores"]:
-        _warn_once(
-            warned,
-            "scores",
-            f"scores are not finite, all zero, or of fewer than two modalities: {_STAYS}. stats() counts such updates.",
-        )
 
 
 def _warn_once(warned: set[str], kind: str, message: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
+from balanceopt._method import Listener
 from balanceopt._options import (
     check_choice,
     check_count,
@@ -32,8 +32,6 @@ from balanceopt.relearn._diagnosis import (
 )
 from balanceopt.relearn._features import Classes, Forward, Samples
 from balanceopt.relearn._initial import InitialWeights, OptimizerState, reinitialise
-
-Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
 
 # What a Recorder gets, attribute by attribute of a Diagnosis.
 _RECORDED = ("train_purity", "val_purity", "gap", "strength")

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 import balanceopt as bo
-from balanceopt.modulation import Step
+from balanceopt.modulation import StepContext
 from balanceopt.modulation._gradients import scale_grads_
 from tests.contract.bases import Base
 from tests.models import watch
@@ -27,7 +27,7 @@ class Constant(bo.Modulation):
         self.factor = factor
         self.apply_to = apply_to
 
-    def modulate(self, step: Step) -> None:
+    def modulate(self, step: StepContext) -> None:
         name = step.modalities[0]
         if self.apply_to == "update":
             step.scale_update([slot.parameter for slot in step.slots[name]], torch.tensor(self.factor))

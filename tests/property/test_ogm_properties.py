@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import balanceopt as bo
-from balanceopt.modulation import Slot, Step
+from balanceopt.modulation import Slot, StepContext
 from balanceopt.monitor import ModalitySums
 from tests.training import bits
 
@@ -57,8 +57,8 @@ class Situation:
 
     def modulate(self, modulation: bo.OGM) -> Situation:
         base = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        step = Step(
-            sums=self.sums,
+        step = StepContext(
+            scores=self.sums,
             modalities=self.names,
             slots=self.slots,
             optimizer=base,
@@ -129,10 +129,10 @@ def test_any_numbers_give_finite_gradients(score: Any, sizes: Any, chosen: Any, 
     assert all(bool(g.isfinite().all()) for g in found.grads)
     given_scores = torch.tensor(score)
     if not bool(given_scores.isfinite().all()) or not bool((given_scores > 0).any()):
-        assert bool(found.counted["unusable_scores"])
+        assert not bool(found.sums.usable.any())
         assert all(torch.equal(bits(g), bits(b)) for g, b in zip(found.grads, before, strict=True))
     else:
-        assert not bool(found.counted["unusable_scores"])
+        assert bool(found.sums.usable.all())
 
 
 @given(scores, st.lists(shapes, min_size=1, max_size=3), st.floats(0.0, 2.0), st.floats(0.0, 3.0))

@@ -32,11 +32,18 @@ def counter() -> tuple[DeferredCounts, list[dict[str, int]]]:
     return DeferredCounts(("rows", "odd"), seen.append), seen
 
 
+def test_any_name_is_counted():
+    counts = DeferredCounts()
+    counts.add(new=torch.tensor(2))
+    counts.add(new=torch.tensor(1), other=torch.tensor(True))
+    assert counts.read() == {"new": 3, "other": 1}
+
+
 def test_on_the_host_they_are_seen_at_once():
     counts, seen = counter()
     assert counts.read() == {"rows": 0, "odd": 0}
-    counts.add(torch.tensor(3), torch.tensor(True))
-    counts.add(torch.tensor(2), torch.tensor(False))
+    counts.add(rows=torch.tensor(3), odd=torch.tensor(True))
+    counts.add(rows=torch.tensor(2), odd=torch.tensor(False))
     assert seen == [{"rows": 3, "odd": 1}, {"rows": 5, "odd": 1}]
     assert counts.read() == seen[-1]
 
@@ -59,7 +66,7 @@ class Event:
 @pytest.fixture
 def _accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
-    monkeypatch.setattr("balanceopt._deferred.on_host", lambda tensor: None)
+    monkeypatch.setattr(DeferredCounts, "_on_host", lambda self: False)
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
     monkeypatch.setattr(Event, "done", False)
@@ -69,12 +76,12 @@ def _accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_elsewhere_they_are_seen_when_they_have_arrived():
     counts, seen = counter()
     for _ in range(3):
-        counts.add(torch.tensor(1), torch.tensor(0))
+        counts.add(rows=torch.tensor(1), odd=torch.tensor(0))
     assert seen == []
     Event.done = True
-    counts.add(torch.tensor(1), torch.tensor(0))
+    counts.add(rows=torch.tensor(1), odd=torch.tensor(0))
     assert seen == [{"rows": 1, "odd": 0}]  # what was sent first
-    counts.add(torch.tensor(1), torch.tensor(0))
+    counts.add(rows=torch.tensor(1), odd=torch.tensor(0))
     assert seen[-1] == {"rows": 4, "odd": 0}
     assert counts.read() == {"rows": 5, "odd": 0}
 
@@ -82,8 +89,8 @@ def test_elsewhere_they_are_seen_when_they_have_arrived():
 @pytest.mark.usefixtures("_accelerator")
 def test_a_copy_waits_for_nothing():
     counts, _ = counter()
-    counts.add(torch.tensor(1), torch.tensor(0))
+    counts.add(rows=torch.tensor(1), odd=torch.tensor(0))
     twin = copy.deepcopy(counts)
-    twin.add(torch.tensor(1), torch.tensor(0))
+    twin.add(rows=torch.tensor(1), odd=torch.tensor(0))
     assert twin.read()["rows"] == 2
     assert counts.read()["rows"] == 1

@@ -10,30 +10,36 @@ import pytest
 import torch
 
 import balanceopt as bo
+from balanceopt._method import Method, Unit
 from balanceopt._options import check_count
-from balanceopt._window import Window
 from tests.models import watch
 from tests.training import modulated, small_model
 
 
+def opens(step: int, epoch: int | None, start: int = 0, end: int | None = None, unit: Unit = "step") -> bool:
+    method = Method(start=start, end=end, unit=unit)
+    if epoch is not None:
+        method.set_epoch(epoch)
+    return method.is_open(step)
+
+
 def test_both_ends_are_inclusive():
-    window = Window(2, 4)
-    assert [window.is_open(step, None) for step in range(6)] == [False, False, True, True, True, False]
-    assert all(Window().is_open(step, None) for step in (0, 10**9))
+    assert [opens(step, None, 2, 4) for step in range(6)] == [False, False, True, True, True, False]
+    assert all(opens(step, None) for step in (0, 10**9))
 
 
 def test_each_unit_counts_itself_alone():
-    assert Window(2, 4).is_open(3, 0)
-    assert not Window(2, 4).is_open(0, 3)
-    assert Window(2, 4, "epoch").is_open(0, 3)
-    assert not Window(2, 4, "epoch").is_open(3, 0)
+    assert opens(3, 0, 2, 4)
+    assert not opens(0, 3, 2, 4)
+    assert opens(0, 3, 2, 4, "epoch")
+    assert not opens(3, 0, 2, 4, "epoch")
 
 
 def test_epochs_have_to_be_set():
     with pytest.raises(
         RuntimeError, match=r"Call set_epoch\(epoch\) when an epoch begins, before its first step"
     ):
-        Window(unit="epoch").is_open(0, None)
+        opens(0, None, unit="epoch")
 
 
 NO_COUNTS: list[Any] = [-1, 0.5, 2.0, math.nan, math.inf, True, "1", torch.tensor(1)]
@@ -59,13 +65,13 @@ def test_an_epoch_is_a_whole_number(value: Any):
 
 def test_numbers_of_numpy_count():
     check_count("n", np.int64(3))
-    assert Window(np.int64(1), np.int64(2)).is_open(2, None)  # type: ignore[arg-type]
+    assert opens(2, None, np.int64(1), np.int64(2))  # type: ignore[arg-type]
 
 
 def test_an_end_before_the_start_and_other_units_are_refused():
     with pytest.raises(
         ValueError, match=r"`end` should not be less than `start`. Found start = 3 and end = 2"
     ):
-        Window(3, 2)
+        Method(start=3, end=2)
     with pytest.raises(ValueError, match=r"`unit` should be one of .*'epoch'.*Found unit = 'epochs'"):
-        Window(unit="epochs")  # type: ignore[arg-type]
+        Method(unit="epochs")  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch_optimizer
 from torch import Tensor, nn
 
 import balanceopt as bo
-from balanceopt.modulation import Step
+from balanceopt.modulation import StepContext
 from balanceopt.optim import _update
 from tests.models import watch
 from tests.training import (
@@ -27,8 +28,8 @@ from tests.training import (
     train,
 )
 
-UPDATE = bo.OGM(0.5, noise=False, apply_to="update")
-GRAD = bo.OGM(0.5, noise=False)
+UPDATE = partial(bo.OGM, 0.5, noise=False, apply_to="update")
+GRAD = partial(bo.OGM, 0.5, noise=False)
 
 
 class Factors(bo.Modulation):
@@ -38,7 +39,7 @@ class Factors(bo.Modulation):
         super().__init__()
         self.factors = list(factors)
 
-    def modulate(self, step: Step) -> None:
+    def modulate(self, step: StepContext) -> None:
         factor = self.factors.pop(0) if len(self.factors) > 1 else self.factors[0]
         params = [slot.parameter for slot in step.slots[step.modalities[0]]]
         step.scale_update(params, torch.tensor(factor))
@@ -140,12 +141,12 @@ def test_it_equals_gradient_scaling_for_sgd(tagged: bool):
         train(model, bo.ModulatedOptimizer(optimizer, watch(model), modulation), batches(model, 5))
         return model
 
-    assert distance(run(UPDATE), run(GRAD)) < 1e-6
-    assert distance(run(UPDATE), run(bo.OGM(0, noise=False))) > 1e-3
+    assert distance(run(UPDATE()), run(GRAD())) < 1e-6
+    assert distance(run(UPDATE()), run(bo.OGM(0, noise=False))) > 1e-3
 
 
 def test_tensors_of_fewer_dimensions_and_other_modalities_are_the_bases_bit_for_bit():
-    model, optimizer = modulated(UPDATE)
+    model, optimizer = modulated(UPDATE())
     twin = small_model()
     train(model, optimizer, batches(model, 1))
     train(twin, sgd(groups_of(twin)), batches(twin, 1))
@@ -206,8 +207,8 @@ def test_of_a_closures_evaluations_the_last_factor_holds_for_the_whole_step(atta
 
 
 def test_zero_grad_in_a_closure_does_not_forget_where_the_step_began():
-    model, optimizer = modulated(UPDATE)
-    twin, plain = modulated(UPDATE)
+    model, optimizer = modulated(UPDATE())
+    twin, plain = modulated(UPDATE())
     for one in batches(model, 3):
 
         def closure(one: Any = one) -> Tensor:
@@ -257,7 +258,7 @@ def test_groups_and_schedulers_do_not_notice():
             assert all(a is b for a, b in zip(groups, optimizer.param_groups, strict=True))
         return rates
 
-    assert run(UPDATE) == run(bo.OGM(0, noise=False))
+    assert run(UPDATE()) == run(bo.OGM(0, noise=False))
 
 
 @pytest.mark.parametrize("host", [True, False])
@@ -278,7 +279,7 @@ def test_parameters_that_do_not_move_keep_every_bit(dtype: torch.dtype, host: bo
 
 
 def test_frozen_parameters_stay():
-    model, optimizer = modulated(UPDATE)
+    model, optimizer = modulated(UPDATE())
     frozen = next(model.modalities["audio"].parameters()).requires_grad_(False)
     before = frozen.clone()
     train(model, optimizer, batches(model, 3))
@@ -316,7 +317,7 @@ def test_the_formula(dtype: torch.dtype, host: bool, monkeypatch: Any):
 @pytest.mark.parametrize("make", [sgd, torch.optim.AdamW])
 def test_a_coefficient_that_is_not_read_gives_the_same_steps(make: Any, monkeypatch: Any):
     def run() -> nn.Module:
-        model, optimizer = modulated(UPDATE, make)
+        model, optimizer = modulated(UPDATE(), make)
         train(model, optimizer, batches(model, 5))
         return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,8 +31,8 @@ BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01),
 }
 MODULATIONS = {
-    "noise": bo.OGM(0.5),
-    "update": bo.OGM(0.5, noise=False, apply_to="update"),
+    "noise": partial(bo.OGM, 0.5),
+    "update": partial(bo.OGM, 0.5, noise=False, apply_to="update"),
 }
 
 
@@ -42,7 +43,7 @@ def hooked(base: Any, monitor: Any, modulation: Any, seed: int) -> Any:
 
 def run(form: Any, base: str, modulation: str, *, compiled: bool) -> torch.nn.Module:
     model = small_model()
-    optimizer = form(BASES[base](groups_of(model)), watch(model), MODULATIONS[modulation], seed=1)
+    optimizer = form(BASES[base](groups_of(model)), watch(model), MODULATIONS[modulation](), seed=1)
     step: Callable[[], Any] = lambda: optimizer.step()  # noqa: E731
     if compiled:
         step = torch.compile(step, backend="eager")

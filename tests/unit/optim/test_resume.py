@@ -212,7 +212,12 @@ def test_the_state_is_plain_numbers():
     optimizer.set_epoch(2)
     (group, *_) = optimizer.state_dict()["param_groups"]
     own = {key: value for key, value in group.items() if key.startswith("balanceopt_")}
-    assert own == {"balanceopt_step": 0, "balanceopt_seed": 7, "balanceopt_epoch": 2}
+    assert own == {
+        "balanceopt_step": 0,
+        "balanceopt_seed": 7,
+        "balanceopt_epoch": 2,
+        "balanceopt_methods": None,
+    }
 
 
 def test_the_seed_is_read_at_construction():

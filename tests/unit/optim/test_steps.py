@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -341,12 +342,14 @@ class Child(torch.optim.AdamW):
 
 
 @pytest.mark.parametrize(
-    "modulation", [bo.OGM(0.5), bo.OGM(0.5, noise=False, apply_to="update")], ids=["grad", "update"]
+    "modulation",
+    [partial(bo.OGM, 0.5), partial(bo.OGM, 0.5, noise=False, apply_to="update")],
+    ids=["grad", "update"],
 )
 @pytest.mark.parametrize("closure", [False, True])
 def test_a_step_within_a_step_is_one(modulation: Any, closure: bool):
-    model, optimizer = run(FORMS["wrapper"], modulation, torch.optim.AdamW)
-    twin, hooked = run(FORMS["hooks"], modulation, Child)
+    model, optimizer = run(FORMS["wrapper"], modulation(), torch.optim.AdamW)
+    twin, hooked = run(FORMS["hooks"], modulation(), Child)
     train(model, optimizer, batches(model, 3))
     for number in range(3):
         if closure:

@@ -1,0 +1,141 @@
+"""AGM: slow a modality that is further ahead than it has been so far, speed up one that has fallen back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from balanceopt._method import Unit
+from balanceopt._options import check_entries, check_flag, check_number, check_tensor
+from balanceopt.functional import adaptive_coefficient
+from balanceopt.modality import unwrap
+from balanceopt.modulation._base import StepContext
+from balanceopt.modulation._scaling import ApplyTo, GradientScaling
+from balanceopt.modulation._shards import all_finite, is_sharded
+
+
+class AGM(GradientScaling):
+    r"""Adaptive gradient modulation: factors that follow each modality's lead, compared with its lead so far.
+
+    $$g^m \leftarrow k^m g^m, \qquad k^m = \exp(\alpha \min(r^m(\text{running}) - r^m(\text{CE}), \text{cap}))$$
+
+    with the uni-modal cross-entropies CE of the step, their means over all steps so far, and r of
+    `functional.adaptive_coefficient`. The published code multiplies in backward the gradient of each modality's part of
+    the joint logits, a Shapley value; for a linear head over concatenated features that is the same as factors on the
+    gradients of the encoders and of the head's columns. Elsewhere only encoders are scaled.
+
+    Args:
+        alpha: strength, >= 0 (the authors advise 1.5 for CREMA-D, 2.5 for AV-MNIST).
+        cap: most that the difference of the two r may be, >= 0.
+        apply_to: `"grad"`, or `"update"` to scale what the base did in the step instead (Adam and its kin).
+        head: scale the columns of a linear head too, and its bias by the mean factor.
+        min_ndim: only tensors of the encoders with at least this many dimensions.
+        start: first step or epoch in which it acts, counted from 0.
+        end: last one, inclusive; None for no end.
+        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
+
+    Raises:
+        ValueError: for an option outside its range.
+
+    Example:
+        >>> AGM(alpha=1.5)
+        AGM(alpha=1.5, cap=10.0, apply_to='grad', head=True, min_ndim=0, start=0, end=None, unit='step')
+
+    Reference:
+        Li et al., Boosting Multi-modal Model Performance with Adaptive Gradient Modulation, ICCV 2023;
+        docs/methods/agm.md.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        *,
+        cap: float = 10.0,
+        apply_to: ApplyTo = "grad",
+        head: bool = True,
+        min_ndim: int = 0,
+        start: int = 0,
+        end: int | None = None,
+        unit: Unit = "step",
+    ) -> None:
+        super().__init__(apply_to=apply_to, min_ndim=min_ndim, start=start, end=end, unit=unit)
+        check_number("alpha", alpha, at_least=0)
+        check_number("cap", cap, at_least=0)
+        check_flag("head", head)
+        self.alpha = alpha
+        self.cap = cap
+        self.head = head
+        # Sums of the steps' cross-entropies, and how many steps they are of, by modality.
+        self._total = torch.zeros(0, dtype=torch.float32, device="cpu")
+        self._steps = torch.zeros(0, dtype=torch.float32, device="cpu")
+
+    def coefficients(self, step: StepContext) -> Tensor:
+        """Take the step's cross-entropies into the running means and return the `(M,)` factors."""
+        cross_entropy, usable = step.scores.mean_cross_entropy, step.scores.usable
+        counted = usable & torch.isfinite(cross_entropy)
+        if len(self._total) == 0:
+            self._total, self._steps = torch.zeros_like(cross_entropy), torch.zeros_like(cross_entropy)
+        self._total = self._total.to(cross_entropy.device) + torch.where(counted, cross_entropy, 0)
+        self._steps = self._steps.to(cross_entropy.device) + counted
+        running = torch.where(counted, self._total / self._steps.clamp(min=1), cross_entropy)
+        step.report("cross_entropy", cross_entropy)
+        return adaptive_coefficient(cross_entropy, running, self.alpha, self.cap, usable)
+
+    def scale(self, step: StepContext, k: Tensor) -> None:
+        """Scale each modality's parameters, and the head's columns, by their factors."""
+        head = self._linear_head(step)
+        super().scale(step, k)
+        if head is None or step.monitor is None:
+            return
+        by_column = torch.ones(head.in_features, dtype=k.dtype, device=k.device)
+        for index, name in enumerate(step.modalities):
+            by_column[step.monitor.head_columns[name]] = k[index]
+        for parameter, factor in ((head.weight, by_column), (head.bias, k.mean())):
+            if not isinstance(parameter, nn.Parameter) or parameter.grad is None:
+                continue  # a parametrized head makes its weight of other parameters
+            if step.index_of(parameter) is None:
+                continue
+            if self.apply_to == "update":
+                step.scale_update([parameter], factor)
+            else:
+                finite = all_finite([parameter.grad])
+                parameter.grad.mul_(torch.where(finite, factor, 1).to(parameter.grad.device))
+                step.count("nonfinite_gradients", (~finite).sum())
+
+    def _linear_head(self, step: StepContext) -> nn.Linear | None:
+        """The linear head whose columns are known for every modality; None where there is none."""
+        monitor = step.monitor
+        if not self.head or monitor is None or monitor.head_columns.keys() != set(step.modalities):
+            return None
+        head = unwrap(monitor.head) if isinstance(monitor.head, nn.Module) else None
+        if not isinstance(head, nn.Linear):
+            return None
+        if is_sharded(head.weight):
+            raise NotImplementedError(
+                "AGM does not scale the columns of a head that is sharded over ranks. Use AGM(head=False), which "
+                "scales the encoders alone."
+            )
+        return head
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running sums."""
+        return {"total": self._total.clone(), "steps": self._steps.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. A load that fails changes nothing.
+
+        Raises:
+            TypeError, KeyError, ValueError: if it is no state of an AGM.
+        """
+        check_entries("the state of an AGM", state, ("total", "steps"))
+        for name in ("total", "steps"):
+            check_tensor(name, state[name], "(M,)", dims=(1,))
+        if state["total"].shape != state["steps"].shape:
+            raise ValueError(
+                "the state's `total` and `steps` should have one entry for each modality. Found "
+                f"{len(state['total'])} and {len(state['steps'])}."
+            )
+        self._total, self._steps = (state[name].detach().clone() for name in ("total", "steps"))

@@ -1,0 +1,80 @@
+"""EpochMethod: methods that act between epochs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from balanceopt._method import Method
+from balanceopt._options import check_count, check_entries, check_kind
+from balanceopt.monitor import ModalityMonitor
+
+
+class EpochMethod(Method, ABC):
+    """A method that acts between epochs, stepped once an epoch like a learning-rate scheduler.
+
+    A subclass defines `run`.
+
+    Args:
+        monitor: a `ModalityMonitor` on the model; `head=None` is enough.
+        start: first epoch after which the method acts, counted from 0.
+        end: last one, inclusive; None for no end.
+
+    Attributes:
+        last_epoch: epochs that have ended.
+
+    Raises:
+        TypeError: if `monitor` is no `ModalityMonitor`.
+        ValueError: for a window that is none.
+
+    Reference:
+        docs/adding.md.
+    """
+
+    def __init__(self, monitor: ModalityMonitor, *, start: int = 0, end: int | None = None) -> None:
+        check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
+        super().__init__(start=start, end=end, unit="epoch")
+        self.monitor = monitor
+        self.last_epoch = 0
+
+    @abstractmethod
+    def run(self, epoch: int) -> Any:
+        """Act after an epoch, counted from 0; what is returned is what `step` returns."""
+
+    def step(self) -> Any:
+        """Count an epoch that has ended; act where it lies in the window.
+
+        Returns:
+            What `run` returns; None outside the window and after `remove()`.
+        """
+        epoch = self.last_epoch
+        self.set_epoch(epoch)
+        result = None if self.removed or not self.is_open(epoch) else self.run(epoch)
+        self.last_epoch = epoch + 1
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on bit for bit: plain numbers and tensors."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. A load that fails changes nothing.
+
+        Args:
+            state: from `state_dict()`.
+
+        Raises:
+            TypeError, KeyError, ValueError: if it is none of this method.
+        """
+        self.check_state(state)
+        self.last_epoch = int(state["last_epoch"])
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse what `load_state_dict` can't take.
+
+        Raises:
+            TypeError, KeyError, ValueError: as `load_state_dict`.
+        """
+        check_entries(f"the state of {type(self).__name__}", state, ("last_epoch",))
+        check_count("last_epoch", state["last_epoch"])

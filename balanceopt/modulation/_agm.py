@@ -14,7 +14,7 @@ from balanceopt.functional import adaptive_coefficient
 from balanceopt.modality import unwrap
 from balanceopt.modulation._base import StepContext
 from balanceopt.modulation._scaling import ApplyTo, GradientScaling
-from balanceopt.modulation._shards import all_finite, is_sharded
+from balanceopt.modulation._shards import all_finite, local_box
 
 
 class AGM(GradientScaling):
@@ -96,14 +96,27 @@ class AGM(GradientScaling):
         for parameter, factor in ((head.weight, by_column), (head.bias, k.mean())):
             if not isinstance(parameter, nn.Parameter) or parameter.grad is None:
                 continue  # a parametrized head makes its weight of other parameters
-            if step.index_of(parameter) is None:
-                continue
-            if self.apply_to == "update":
-                step.scale_update([parameter], factor)
-            else:
-                finite = all_finite([parameter.grad])
-                parameter.grad.mul_(torch.where(finite, factor, 1).to(parameter.grad.device))
-                step.count("nonfinite_gradients", (~finite).sum())
+            if step.index_of(parameter) is not None:
+                self._scale_one(step, parameter, factor)
+
+    def _scale_one(self, step: StepContext, parameter: nn.Parameter, factor: Tensor) -> None:
+        """Scale this rank's part of a parameter by a factor that is 0-d or has an entry for each column."""
+        grad = parameter.grad
+        assert grad is not None
+        part, offset = local_box(grad)
+        if part is None:
+            raise NotImplementedError(
+                "AGM does not scale the columns of a head whose shards are no slices of it. Use AGM(head=False), which "
+                "scales the encoders alone."
+            )
+        if factor.dim():
+            factor = factor[offset[1] : offset[1] + part.shape[1]]
+        if self.apply_to == "update":
+            step.scale_update([parameter], factor)
+            return
+        finite = all_finite([grad])
+        part.mul_(torch.where(finite, factor, 1).to(part.device))
+        step.count("nonfinite_gradients", (~finite).sum())
 
     def _linear_head(self, step: StepContext) -> nn.Linear | None:
         """The linear head whose columns are known for every modality; None where there is none."""
@@ -111,14 +124,7 @@ class AGM(GradientScaling):
         if not self.head or monitor is None or monitor.head_columns.keys() != set(step.modalities):
             return None
         head = unwrap(monitor.head) if isinstance(monitor.head, nn.Module) else None
-        if not isinstance(head, nn.Linear):
-            return None
-        if is_sharded(head.weight):
-            raise NotImplementedError(
-                "AGM does not scale the columns of a head that is sharded over ranks. Use AGM(head=False), which "
-                "scales the encoders alone."
-            )
-        return head
+        return head if isinstance(head, nn.Linear) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running sums."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ def method(**options: Any) -> bo.OGM:
 
 
 # Every method that changes gradients; each is tried under each framework.
-METHODS = {
-    "OGM": bo.OGM(0.5, noise=False),
-    "OGM-GE": bo.OGM(0.5),
-    "AMSS": bo.AMSS(),
-    "AMSS+": bo.AMSS(scale="unbiased"),
+METHODS: dict[str, Callable[[], bo.Modulation]] = {
+    "OGM": partial(bo.OGM, 0.5, noise=False),
+    "OGM-GE": partial(bo.OGM, 0.5),
+    "AGM": bo.AGM,
+    "AMSS": bo.AMSS,
+    "AMSS+": partial(bo.AMSS, scale="unbiased"),
 }
 
 

@@ -105,9 +105,9 @@ def test_the_loop_equals_the_plain_one(form, options, steps, same):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_equals_the_plain_loop(name):
-    parts = setup(modulation=METHODS[name])
+    parts = setup(modulation=METHODS[name]())
     train(parts, model_and_batches()[1])
-    assert same_bits(parts[1], plain(model_and_batches()[1], modulation=METHODS[name]))
+    assert same_bits(parts[1], plain(model_and_batches()[1], modulation=METHODS[name]()))
 
 
 @pytest.mark.parametrize("form", ["wrapper", "attach before", "attach after"])
@@ -122,6 +122,20 @@ def test_resuming_is_exact(form, tmp_path):
     resumed = setup(form, halving, dropout=True)
     resumed[0].load_state(tmp_path)
     assert counters(resumed[2].state_dict())["balanceopt_step"] == 5
+    train(resumed, given[5:])
+    assert same_bits(resumed[1], whole[1])
+
+
+def test_a_method_s_own_state_is_resumed(tmp_path):
+    given = model_and_batches(10)[1]
+    whole = setup(modulation=bo.AGM(2.0))
+    train(whole, given[:5])
+    whole[0].save_state(tmp_path)
+    train(whole, given[5:])
+
+    AcceleratorState._reset_state(True)
+    resumed = setup(modulation=bo.AGM(2.0))
+    resumed[0].load_state(tmp_path)
     train(resumed, given[5:])
     assert same_bits(resumed[1], whole[1])
 

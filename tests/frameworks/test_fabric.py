@@ -98,9 +98,9 @@ def test_the_loop_equals_the_plain_one(form, options, same):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_equals_the_plain_loop(name):
-    parts = setup(modulation=METHODS[name])
+    parts = setup(modulation=METHODS[name]())
     train(parts, model_and_batches()[1])
-    assert same_bits(parts[1].module, plain(model_and_batches()[1], modulation=METHODS[name]))
+    assert same_bits(parts[1].module, plain(model_and_batches()[1], modulation=METHODS[name]()))
 
 
 @pytest.mark.parametrize("form", ["wrapper", "attach before", "attach after"])

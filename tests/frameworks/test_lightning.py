@@ -52,8 +52,8 @@ def test_a_fit_equals_the_plain_loop(options, steps, same):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_equals_the_plain_loop(name):
     lit = Lit()
-    fit(lit, callback(METHODS[name]))
-    assert same_bits(lit.net, plain(model_and_batches()[1], modulation=METHODS[name]))
+    fit(lit, callback(METHODS[name]()))
+    assert same_bits(lit.net, plain(model_and_batches()[1], modulation=METHODS[name]()))
 
 
 def test_a_step_that_the_scaler_skips_is_none():

@@ -41,11 +41,22 @@ def test_resuming_is_exact(tmp_path):
         "balanceopt_step": STEPS,
         "balanceopt_seed": SEED,
         "balanceopt_epoch": 0,
+        "balanceopt_methods": None,
     }
 
     resumed, balance = Lit(schedule=halving), callback(seed=SEED + 1)  # the checkpoint's seed holds
     trainer(balance, max_epochs=3).fit(resumed, loader(), ckpt_path=path)
     assert balance.stats()["modulated"] == 2 * STEPS
+    assert same_bits(resumed.net, whole.net)
+
+
+def test_a_method_s_own_state_is_resumed(tmp_path):
+    whole = Lit()
+    fit(whole, callback(bo.AGM(2.0)), max_epochs=3)
+    saver = ModelCheckpoint(tmp_path, "{epoch}", every_n_epochs=1, save_top_k=-1)
+    trainer(callback(bo.AGM(2.0)), saver, max_epochs=1).fit(Lit(), loader())
+    resumed = Lit()
+    trainer(callback(bo.AGM(2.0)), max_epochs=3).fit(resumed, loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert same_bits(resumed.net, whole.net)
 
 

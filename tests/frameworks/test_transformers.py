@@ -73,11 +73,11 @@ def test_training_equals_the_plain_loop(options, steps, same, tmp_path):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_equals_the_plain_loop(name, tmp_path):
     model = Net()
-    trainer(tmp_path, model, callback(METHODS[name])).train()
+    trainer(tmp_path, model, callback(METHODS[name]())).train()
     make = default_optimizer(tmp_path)
     assert same_bits(
         model,
-        plain(model_and_batches()[1], modulation=METHODS[name], make=make, clip=1.0, schedule=linear),
+        plain(model_and_batches()[1], modulation=METHODS[name](), make=make, clip=1.0, schedule=linear),
     )
 
 

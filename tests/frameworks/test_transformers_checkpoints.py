@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import balanceopt as bo
 from tests.frameworks.loops import (
     SEED,
     counters,
@@ -50,7 +51,21 @@ def test_resuming_is_exact(tmp_path):
     assert balance.stats()["modulated"] == 5
     assert same_bits(resumed, whole)
     saved = torch.load(tmp_path / "checkpoint-5" / "optimizer.pt", weights_only=True)
-    assert counters(saved) == {"balanceopt_step": 5, "balanceopt_seed": SEED, "balanceopt_epoch": 1}
+    assert counters(saved) == {
+        "balanceopt_step": 5,
+        "balanceopt_seed": SEED,
+        "balanceopt_epoch": 1,
+        "balanceopt_methods": None,
+    }
+
+
+def test_a_method_s_own_state_is_resumed(tmp_path):
+    def agm(**options):
+        return callback(bo.AGM(2.0, apply_to="update"), **options)
+
+    whole, resumed, balance = resume(tmp_path, agm)
+    assert balance.stats()["modulated"] == 5
+    assert same_bits(resumed, whole)
 
 
 def test_resuming_is_exact_with_accumulation(tmp_path):

@@ -90,9 +90,10 @@ class Engine:
         self._looked = False
         self._warned: set[str] = set()
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
-        self._oddities = DeferredCounts(_ODDITIES, partial(_warn_of_oddities, self._warned))
-        self._odd: dict[str, Tensor] = {}  # of the step under way
         self._useless = Useless(monitor.modalities)
+        look = partial(_look_at_oddities, self._warned, self._useless if strict else None)
+        self._oddities = DeferredCounts(("steps", *_ODDITIES), look)
+        self._odd: dict[str, Tensor] = {}  # of the step under way
 
     # -- around a step -------------------------------------------------------------------------------------------
 
@@ -215,11 +216,9 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Steps modulated, left to the base for want of scores, outside the window; and oddities met."""
         oddities = self._oddities.read()
-        steps = dict(self._steps)
-        steps["modulated"] -= oddities[
-            "unusable_scores"
-        ]  # known only now, without waiting for a device in a step
-        return {**steps, **oddities}
+        del oddities["steps"]
+        modulated = self._steps["modulated"] - oddities["unusable_scores"]  # unknown to a step: it doesn't wait
+        return {**self._steps, "modulated": modulated, **oddities}
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 
@@ -266,7 +265,8 @@ class Engine:
             self._warn(
                 "idle", "no encoder's parameter in this optimizer has a gradient: nothing was modulated."
             )
-        self._odd = {"unusable_scores": (~sums.usable.any()).to(torch.int64)}
+        unusable = (~sums.usable.any()).to(torch.int64)
+        self._odd = {"steps": torch.ones_like(unusable), "unusable_scores": unusable}
         for modulation in acting:
             modulation.modulate(
                 StepContext(
@@ -283,9 +283,9 @@ class Engine:
                     held=self._owners.held,
                 )
             )
-        self._oddities.add(**self._odd)
         if self.strict:
-            self._useless.note(sums, self._odd["unusable_scores"])
+            self._useless.note(sums)
+        self._oddities.add(**self._odd)
 
     def _take(self) -> ModalitySums | None:
         """This step's sums, over micro-batches and ranks; None where nobody has any."""
@@ -343,7 +343,9 @@ def _warn_once(warned: set[str], kind: str, message: str) -> None:
         warn_user(message)
 
 
-def _warn_of_oddities(warned: set[str], counts: dict[str, int]) -> None:
+def _look_at_oddities(warned: set[str], useless: Useless | None, counts: dict[str, int]) -> None:
     for name, message in _ODDITIES.items():
         if counts[name]:
             _warn_once(warned, name, message)
+    if useless is not None:
+        useless.judge(counts["steps"], counts["unusable_scores"])

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from balanceopt._deferred import DeferredCounts
 from balanceopt.monitor import ModalitySums
 
@@ -18,45 +15,56 @@ _EQUAL = 1e-6
 
 
 class Useless:
-    """Count the steps in a row whose scores can't be used, or tell nothing, without waiting for a device."""
+    """Count the steps in a row whose scores can't be used, and those from the first on whose scores tell nothing."""
 
     def __init__(self, modalities: Sequence[str]) -> None:
         """Expect sums over the samples of these modalities."""
         self._modalities = modalities
+        self._counted = 0, 0  # steps, and those of them that were unusable
+        self._sums: ModalitySums | None = None
         self.restart()
 
     def restart(self) -> None:
         """Count from 0."""
-        self._in_a_row: Tensor | None = None
-        self._sums: ModalitySums | None = None
-        self._counts = DeferredCounts(("unusable", "equal"), self._judge)
+        self._before = self._counted
+        self._telling = False
+        self._equal = DeferredCounts(("telling", "equal"), self._judge_equal)
 
-    def note(self, sums: ModalitySums, unusable: Tensor) -> None:
-        """Note a step.
+    def note(self, sums: ModalitySums) -> None:
+        """Note the scores of a step.
 
         Raises:
-            RuntimeError: after ten in a row, as soon as that is known.
+            RuntimeError: after ten that are equal for each modality and class, as soon as that is known.
         """
-        # Without any information about the sample a softmax gives every class the same probability.
-        classes = sums.label_counts.numel()
-        equal = ((sums.mean_score * classes - 1).abs() < _EQUAL).all()
-        bad = torch.stack([unusable.bool(), equal])
-        earlier = 0 if self._in_a_row is None else self._in_a_row.to(bad.device)
-        self._in_a_row = torch.where(bad, earlier + 1, 0)
         self._sums = sums
-        unusable, equal = self._in_a_row >= SILENT_STEPS
-        self._counts.add(unusable=unusable, equal=equal)
+        if not self._telling:
+            # Without any information about the sample a softmax gives every class the same probability.
+            classes = sums.label_counts.numel()
+            equal = ((sums.mean_score * classes - 1).abs() < _EQUAL).all()
+            self._equal.add(telling=~equal, equal=equal)
 
-    def _judge(self, counts: dict[str, int]) -> None:
-        cause = self._cause() if counts["unusable"] else ""
-        if counts["unusable"] or counts["equal"]:
-            self.restart()  # a loop that goes on all the same is told again only if ten more follow
-        if counts["unusable"]:
+    def judge(self, steps: int, unusable: int) -> None:
+        """Look at how many `steps` there were so far, and how many of them were `unusable`.
+
+        Raises:
+            RuntimeError: if ten in a row were.
+        """
+        self._counted = steps, unusable
+        in_a_row = unusable - self._before[1]
+        if in_a_row < steps - self._before[0]:
+            self._before = self._counted
+        elif in_a_row >= SILENT_STEPS:
+            cause = self._cause()
+            self.restart()
             raise RuntimeError(
                 f"{SILENT_STEPS} steps in a row had scores that can't be used: training goes on without balancing. "
                 f"Likely cause: {cause}. Pass strict=False to go on regardless."
             )
-        if counts["equal"]:
+
+    def _judge_equal(self, counts: dict[str, int]) -> None:
+        self._telling = counts["telling"] > 0
+        if not self._telling and counts["equal"] >= SILENT_STEPS:
+            self.restart()
             raise RuntimeError(
                 f"in {SILENT_STEPS} steps in a row each modality alone gave every class the same probability: there "
                 "is nothing to compare. All uni-modal scores are equal where zeroing the others removes the comparison "

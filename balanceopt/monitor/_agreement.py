@@ -13,8 +13,8 @@ from balanceopt._warnings import warn_user
 from balanceopt.functional._targets import Targets
 from balanceopt.monitor._labels import NO_CLASSES, of_two_classes, two_classes
 
-# Fewer rows may be those of one mixed batch (mixup).
-_FEWEST_ROWS = 32
+# Fewer rows may be those of one mixed batch (mixup); a model's own loss mixes nothing.
+_FEWEST_ROWS, _FEWEST_ROWS_OF_MODEL = 32, 4
 # Under a cross-entropy no row contradicts its label.
 _REFUTED_PART = 0.5
 # How far labels that are smoothed alike may be from each other by rounding, in bfloat16 too.
@@ -86,7 +86,9 @@ class Agreement:
 
     def _judge(self, source: str, counts: dict[str, int]) -> None:
         rows, refuted = counts["rows"], counts["refuted"]
-        if self.refuted or rows < _FEWEST_ROWS or refuted <= _REFUTED_PART * rows:
+        replaceable = source == "model" and self._recovers
+        fewest = _FEWEST_ROWS_OF_MODEL if replaceable else _FEWEST_ROWS
+        if self.refuted or rows < fewest or refuted <= _REFUTED_PART * rows:
             return
         shift = counts["shifted"] > _REFUTED_PART * refuted
         found = (
@@ -98,7 +100,7 @@ class Agreement:
                 else " (another task's labels, a second loss, mixed samples). "
             )
         )
-        if source == "model" and self._recovers:
+        if replaceable:
             self.refuted = True
             warn_user(found + "From now on labels are read from the gradient.")
             return

@@ -92,7 +92,7 @@ class Engine:
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
         self._useless = Useless(monitor.modalities)
         look = partial(_look_at_oddities, self._warned, self._useless if strict else None)
-        self._oddities = DeferredCounts(("steps", *_ODDITIES), look)
+        self._oddities = DeferredCounts(("_steps", *_ODDITIES), look)
         self._odd: dict[str, Tensor] = {}  # of the step under way
 
     # -- around a step -------------------------------------------------------------------------------------------
@@ -216,8 +216,9 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Steps modulated, left to the base for want of scores, outside the window; and oddities met."""
         oddities = self._oddities.read()
-        del oddities["steps"]
-        modulated = self._steps["modulated"] - oddities["unusable_scores"]  # unknown to a step: it doesn't wait
+        del oddities["_steps"]
+        # A step does not wait for its device to know this.
+        modulated = self._steps["modulated"] - oddities["unusable_scores"]
         return {**self._steps, "modulated": modulated, **oddities}
 
     # -- parts of a step -----------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ class Engine:
                 "idle", "no encoder's parameter in this optimizer has a gradient: nothing was modulated."
             )
         unusable = (~sums.usable.any()).to(torch.int64)
-        self._odd = {"steps": torch.ones_like(unusable), "unusable_scores": unusable}
+        self._odd = {"_steps": torch.ones_like(unusable), "unusable_scores": unusable}
         for modulation in acting:
             modulation.modulate(
                 StepContext(
@@ -348,4 +349,4 @@ def _look_at_oddities(warned: set[str], useless: Useless | None, counts: dict[st
         if counts[name]:
             _warn_once(warned, name, message)
     if useless is not None:
-        useless.judge(counts["steps"], counts["unusable_scores"])
+        useless.judge(counts["_steps"], counts["unusable_scores"])

@@ -261,7 +261,7 @@ class Training(RuleBasedStateMachine):
         grads = self.gradients()
         if not grads or not (self.scored or any(bool((g != 0).any()) for g in grads)):
             return
-        if not any(m.window.is_open(self.number, self.epoch) for m in self.methods):
+        if not any(m.is_open(self.number) for m in self.methods):
             kind = "outside_window"
         else:
             usable = len(self.present) > 1

@@ -287,7 +287,9 @@ class TestShapes:
         model = Concat(encoder=Frames)
         inputs, labels = batch()
         monitor, loader = watch(model), [(*inputs, labels)]
-        with pytest.raises(ValueError, match="returned 24 rows for 8 labels from the training loader"):
+        with pytest.raises(
+            ValueError, match=r"returned 24 rows for 8 samples.*`select=`.*from the training loader"
+        ):
             features_of(monitor, loader, forward=lambda m, given: m.encode(*given[:-1]))
 
 

@@ -221,7 +221,8 @@ class Capture:
         self.passes.backward_reached(current)
         if not current.ended:  # the loop called parts of the model: only now is it known that none is left
             self._end_forward(current)
-        self._answers.learn(head, gradient.detach(), current)
+        if gradient.dim() > 2:
+            self._answers.learn(head, gradient.detach(), current)
         rows = self._answers.rows(head, gradient.detach())
         self._scorer.backward_reached(current, rows)
         for listener in self.gradient_listeners if current.counts else ():
@@ -236,7 +237,8 @@ class Capture:
         if not current.scored:
             return
         current.dropped.discard(name)
-        current.returned[name] = next((len(x) for x in self.features.candidates(name, output).values()), 0)
+        tensors = [output] if isinstance(output, Tensor) else self.features.candidates(name, output).values()
+        current.returned[name] = next((x.shape[0] for x in tensors if x.dim()), 0)
         settled = self.features.settled(name, output)
         if self._scorer.needs_outputs or not settled:
             output = map_tensors(_copied, output)
@@ -251,7 +253,8 @@ class Capture:
 
     def _end_forward(self, current: Pass) -> None:
         """Learn what the pass shows of the way from encoders to logits, and score it."""
-        self.features.learn(current)
+        if current.roots or current.pending:
+            self.features.learn(current)
         self._scorer.end_forward(current)
 
     def _take_logits(

@@ -190,7 +190,8 @@ class Collector:
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(
                 f"labels {self.where} should be integers, a class index each. Found dtype {values.dtype}: pass "
-                "`classes=`, a function from a batch's labels to class indices."
+                "`classes=`, a function from a batch's labels to class indices, or, where they stand elsewhere in the "
+                "batch, `forward=`, a function of (model, batch) that returns them."
             )
         if values.dim() == 2 and values.shape[1] == 1:
             values = values[:, 0]
@@ -290,20 +291,21 @@ def _call_with_mapping(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     try:
         inspect.signature(model.forward).bind(**inputs)
     except TypeError:  # a model that takes the whole batch as one argument
+        _refuse_arguments(model, [inputs], sorted(map(str, inputs)))
         model(inputs)
     else:
         model(**inputs)
 
 
-def _refuse_arguments(model: nn.Module, values: Sequence[Any]) -> None:
+def _refuse_arguments(model: nn.Module, values: Sequence[Any], keys: Sequence[str] = ()) -> None:
     """Raise where a model's forward needs others than a batch's inputs."""
     try:
         inspect.signature(model.forward).bind(*values)
     except TypeError as error:
         raise TypeError(
-            f"batches should be (*inputs, labels), with what {type(model).__name__}.forward takes as inputs. Found "
-            f"{len(values)} inputs: {error}. Pass `forward=`: a function of (model, batch) that runs the model and "
-            "returns the labels."
+            "batches should be (*inputs, labels), or mappings, with the inputs that the forward of "
+            f"{type(model).__name__} takes. Found {list(keys) or len(values)}: {error}. Pass `forward=`: a function of "
+            "(model, batch) that runs the model and returns the labels."
         ) from None
     except ValueError:  # no signature
         pass

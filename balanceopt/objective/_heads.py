@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from balanceopt._options import check_kind
-from balanceopt._pooling import Pool, pool_features, samples_in
+from balanceopt._pooling import Pool, pool_features
 from balanceopt._torch import after_backward, backward_number
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import Group, active_group
@@ -49,9 +50,13 @@ class OwnHead(nn.LazyLinear):
 def build(head: nn.Linear, width: int) -> None:
     """Build an `OwnHead` for features of this width, unless it is built or a checkpoint has brought its weights."""
     if isinstance(head, OwnHead):
+        device, dtype = head.weight.device, head.weight.dtype
         width = width if head.has_uninitialized_params() else head.weight.shape[1]
-        with torch.no_grad():
-            head(torch.empty(0, width, device=head.weight.device, dtype=head.weight.dtype))
+        # Outside autocast, whose cache would give the first batch a weight without a graph.
+        plain = torch.amp.is_autocast_available(device.type)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False) if plain else nullcontext():
+            head(torch.empty(0, width, device=device, dtype=dtype))
+        head.in_features = width  # torch before 2.8 leaves it at 0 where a checkpoint has brought the weights
 
 
 def _versions_of(params: Iterable[nn.Parameter]) -> int:
@@ -115,28 +120,15 @@ class Heads:
                 "optimizer.add_param_group({'params': list(objective.parameters())})."
             )
 
-    def logits(
-        self, name: str, features: Tensor, samples: int | None = None, present: Tensor | None = None
-    ) -> Tensor:
-        """The logits of a modality's features, attached to the graphs of both.
-
-        Args:
-            name: the modality.
-            features: `(B, ...)`, or several rows for each sample (frames).
-            samples: B, where it is known.
-            present: bool `(B,)`, the samples that have the modality, where the user told.
-
-        Returns:
-            `(B, C)`; of the samples that have the modality alone, where its encoder ran on these.
+    def logits(self, name: str, features: Tensor) -> Tensor:
+        """The logits `(B, C)` of a modality's features `(B, ...)`, attached to the graphs of both.
 
         Raises:
             ValueError: if the features have another width than the head was built for, or the shared head another
                 number of outputs than `out_features`.
         """
-        project = self.monitor.projection(name)
-        samples = samples_in(name, features, samples, present, frames=project is not None)
         if self.shared:
-            logits = self.monitor.live_logits(name, features, samples)
+            logits = self.monitor.live_logits(name, features)
             if logits.shape[-1] != self.out_features:
                 raise ValueError(
                     f"`out_features` should be that of the shared head, {logits.shape[-1]}. "
@@ -144,7 +136,7 @@ class Heads:
                 )
             return logits
         head = self.of(name)
-        vectors = pool_features(features, self.pool, project, samples)
+        vectors = pool_features(features, self.pool, self.monitor.projection(name))
         if isinstance(head, OwnHead):
             build(head.to(vectors.device), vectors.shape[1])
         if vectors.shape[1] != head.in_features:

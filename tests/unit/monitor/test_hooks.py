@@ -364,7 +364,7 @@ def test_exporting_the_model_in_eval_mode():
     model = Concat().eval()
     inputs, _ = batch()
     with watch(model):
-        exported = torch.export.export(model, tuple(inputs))
+        exported = torch.export.export(model, tuple(inputs), strict=False)
     torch.testing.assert_close(exported.module()(*inputs), model(*inputs))
 
 

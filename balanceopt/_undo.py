@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 _ABSENT = object()
 
 
@@ -52,6 +54,47 @@ class Undo:
 
     def __exit__(self, *error: object) -> None:
         self.restore()
+
+
+class Attempt(Undo):
+    """Changes that stay where the block `with attempt, attempt:` ends well, and go back where it does not."""
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self.restore()
+
+
+def optimizers_in(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return an optimizer and those that it holds in attributes or lists of whatever name, the outermost first."""
+    result = [optimizer]
+    for holder in result:
+        for value in vars(holder).values():
+            for inner in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(inner, torch.optim.Optimizer) and not any(inner is other for other in result):
+                    result.append(inner)
+    return result
+
+
+class Before:
+    """An optimizer and those inside it as they are before a change: attributes, groups, state; no copies of tensors.
+
+    Args:
+        optimizer: that is about to change.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._held: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        for inner in optimizers_in(optimizer):
+            state = inner.state
+            containers: list[dict[Any, Any]] = [vars(inner), *inner.param_groups, state]
+            containers += [own for own in state.values() if isinstance(own, dict)]
+            self._held += [(container, dict(container)) for container in containers]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for container, contents in self._held:
+            container.clear()
+            container.update(contents)
 
 
 def _try(step: Callable[[], object]) -> Exception | None:

@@ -82,7 +82,7 @@ def a_diagnosis() -> set[tuple[str, int, str]]:
     monitor = bo.ModalityMonitor(model, {"audio": "audio", "visual": "visual"})
     batches = [(torch.randn(16, 5), torch.randn(16, 7), torch.arange(16) % 4) for _ in range(3)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = bo.ReLearnScheduler(optimizer, monitor, batches, batches, every=1)
+    scheduler = bo.ReLearnScheduler(optimizer, monitor, batches, batches, every=1, epochs=9)
     scheduler.step()
     with functions_run() as seen:
         scheduler.step()

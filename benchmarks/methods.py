@@ -27,6 +27,7 @@ class Context:
         lr: learning rate.
         momentum: of SGD.
         seed: of this run.
+        epochs: of this run.
     """
 
     train_loader: Iterable[tuple[Tensor, ...]]
@@ -35,6 +36,7 @@ class Context:
     lr: float
     momentum: float
     seed: int
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def amss_plus(model: MultimodalClassifier, context: Context) -> Method:
 
 
 def with_relearning(build: Build, *, every: int = 5, lam: float = 7.0) -> Build:
-    """Diagnosing & Re-learning on top, three times at most; lam as its authors took for Kinetics-Sounds."""
+    """Diagnosing & Re-learning on top, three times at most, as its authors did it; lam as for Kinetics-Sounds."""
 
     def both(model: MultimodalClassifier, context: Context) -> Method:
         method = build(model, context)
@@ -105,8 +107,10 @@ def with_relearning(build: Build, *, every: int = 5, lam: float = 7.0) -> Build:
             optimizer.monitor,
             context.train_loader,
             context.val_loader,
-            every=every,
+            every=min(every, max(1, context.epochs // 2)),  # of a short run too
+            epochs=context.epochs,
             lam=lam,
+            equal_counts=False,
             seed=context.seed,
         )
         if method.recorder is not None:

@@ -148,7 +148,14 @@ def epochs_of(data: MultimodalData, recipe: Recipe, seed: int, *, relearns: bool
 
 def _scheduler(method: Method, context: Context, **options: Any) -> bo.ReLearnScheduler:
     optimizer: Any = method.optimizer
-    settings = {"every": 5, "lam": 7.0, "seed": context.seed, **options}
+    settings = {
+        "every": 5,
+        "epochs": context.epochs,
+        "lam": 7.0,
+        "equal_counts": False,
+        "seed": context.seed,
+        **options,
+    }
     return bo.ReLearnScheduler(
         optimizer, optimizer.monitor, context.train_loader, context.val_loader, **settings
     )

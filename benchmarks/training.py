@@ -59,7 +59,7 @@ def fit(
     modalities = tuple(model.encoders)
     loader = batches(data.train, modalities, recipe.batch_size, seed)
     val_loader = batches(data.val, modalities, recipe.batch_size, seed)
-    context = Context(loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed)
+    context = Context(loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed, recipe.epochs)
     method = build(model, context)
     loop(model, method, loader, recipe.epochs, recipe.decay_epoch, on_epoch)
     return method.recorder

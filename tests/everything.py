@@ -92,7 +92,7 @@ def everything(
         optimizer = bo.ModulatedOptimizer(optimizer, monitor, methods, seed=seed)
     own = loaders(len(model.modalities))
     scheduler = bo.ReLearnScheduler(
-        optimizer, monitor, *own, **{"every": 2, "lam": 0.5, "seed": seed, **relearn}
+        optimizer, monitor, *own, **{"every": 2, "lam": 0.5, "epochs": 99, "seed": seed, **relearn}
     )
     return Everything(model, monitor, optimizer, modulator, scheduler, handle)
 

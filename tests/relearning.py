@@ -42,7 +42,7 @@ def scheduled(
     model = make(modalities, **(model_options or {}))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train, val = loaders(modalities)
-    settings = {"every": 1, "seed": 0, **options}
+    settings = {"every": 1, "epochs": 99, "seed": 0, **options}
     return model, optimizer, bo.ReLearnScheduler(optimizer, watch(model), train, val, **settings)
 
 

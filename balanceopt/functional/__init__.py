@@ -5,8 +5,7 @@ from balanceopt.functional._kmeans import KMeansResult, kmeans
 from balanceopt.functional._labels import recover_labels, recover_scale
 from balanceopt.functional._logits import linear_logits
 from balanceopt.functional._masks import keep_ratio, kept_units, unit_importance
-from balanceopt.functional._purity import purity
-from balanceopt.functional._reinit import reinit_strength, soft_reinit_
+from balanceopt.functional._relearning import purity, reinit_strength, soft_reinit_
 from balanceopt.functional._sampling import (
     inclusion_probabilities,
     inclusion_probabilities_padded,

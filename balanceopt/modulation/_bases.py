@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from balanceopt._undo import optimizers_in
+
 # They normalise by the gradient's own size, element by element (Adam's kin) or as a matrix (Muon).
 _CANCELLING = frozenset(
     {
@@ -31,7 +33,5 @@ _CANCELLING_TOO = frozenset(
 
 def cancels_constant_factor(optimizer: torch.optim.Optimizer) -> bool:
     """Whether scaling every gradient by a constant leaves the optimizer's steps as they are."""
-    inside = getattr(optimizer, "optimizer", None)  # of Lookahead and other wrappers
-    if isinstance(inside, torch.optim.Optimizer):
-        return cancels_constant_factor(inside)
-    return any(kind.__name__ in _CANCELLING | _CANCELLING_TOO for kind in type(optimizer).__mro__)
+    kinds = [kind for inner in optimizers_in(optimizer) for kind in type(inner).__mro__]
+    return any(kind.__name__ in _CANCELLING | _CANCELLING_TOO for kind in kinds)

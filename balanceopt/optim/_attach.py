@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from balanceopt._method import Listener
+from balanceopt._undo import Before
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._engine import Engine
-from balanceopt.optim._state import Before, check_state
+from balanceopt.optim._state import check_state
 
 
 class AttachedModulation:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 
 from balanceopt._options import check_flag, check_kind, check_seed
+from balanceopt._undo import optimizers_in
 from balanceopt._warnings import warn_user
 from balanceopt.modality import unwrap
 from balanceopt.modulation import Modulation, Slot
@@ -38,8 +39,7 @@ def refuse_modulated(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         ValueError: saying what to do instead.
     """
-    inner: Any = optimizer
-    while isinstance(inner, torch.optim.Optimizer):
+    for inner in optimizers_in(optimizer):
         engine = _ENGINE_OF.get(inner)
         if engine is not None and engine() is not None:
             raise ValueError(
@@ -47,7 +47,6 @@ def refuse_modulated(optimizer: torch.optim.Optimizer) -> None:
                 "that one's remove() first. Several methods go into one wrapper: "
                 "ModulatedOptimizer(optimizer, monitor, [OGM(), AMSS()])."
             )
-        inner = getattr(inner, "optimizer", None)
 
 
 def refuse_groups(groups: Sequence[dict[str, Any]]) -> None:
@@ -125,8 +124,7 @@ def warn_of_known_defects(optimizer: torch.optim.Optimizer) -> None:
 
 def steps_others(optimizer: torch.optim.Optimizer) -> bool:
     """Whether another optimizer inside this one steps by groups of its own."""
-    inner = getattr(optimizer, "optimizer", None)
-    return isinstance(inner, torch.optim.Optimizer) and inner.param_groups is not optimizer.param_groups
+    return any(inner.param_groups is not optimizer.param_groups for inner in optimizers_in(optimizer))
 
 
 def check_arguments(

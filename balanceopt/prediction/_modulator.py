@@ -29,10 +29,8 @@ from balanceopt.monitor import (
     enter,
     leave,
     refuse_company,
-    samples_first,
-    tensors_in,
 )
-from balanceopt.prediction._base import ForwardMethod, is_feature
+from balanceopt.prediction._base import ForwardMethod
 from balanceopt.prediction._drop import (
     Drop,
     Rescale,
@@ -198,7 +196,7 @@ class OPM(ForwardMethod):
             "q": self._q.cpu().clone(),
             "pending": None if pending is None else pending.cpu(),
             **super().state_dict(),
-            "repeats": self._known_repeats(),
+            "repeats": dict(self._repeats),
             "widths": dict(self._widths),
             "layout": self.monitor.layout,
         }
@@ -287,11 +285,8 @@ class OPM(ForwardMethod):
     def look(self, name: str, output: Any, current: Pass) -> None:
         """Learn how many rows and features an encoder returns."""
         drop: Drop = self.choice_in(current)
-        encoder = self.monitor.encoders[name]
-        views = [samples_first(encoder, output, x) for x in tensors_in(output) if is_feature(x)]
-        drop.note(name, views, type(output).__name__)
-        unknown = self.rescale == "official" and name not in self._widths
-        if unknown and self.monitor.knows_features(name, output):
+        drop.note(name, output)
+        if self.rescale == "official" and name not in self._widths:
             self._widths[name] = feature_width(self.monitor.features(name, output))
 
     def _on_logits(self, current: Pass, logits: Tensor) -> None:
@@ -314,7 +309,7 @@ class OPM(ForwardMethod):
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,
             generator=partial(mask_generator, self.seed, number, rank_in(self.monitor.group)),
-            repeats=self._known_repeats(),
+            repeats=self._repeats,
             present=dict(current.present),
         )
         shown_q = self._q if acts else torch.zeros_like(self._q)
@@ -328,10 +323,6 @@ class OPM(ForwardMethod):
             widths = self._widths_on(device) if self.rescale == "official" else None
             drop.factors = rescale_factors(drop.q, self.rescale, widths)
         return drop
-
-    def _known_repeats(self) -> dict[str, int]:
-        """Rows of each modality's encoder for a sample, from a checkpoint or as passes have shown."""
-        return {**self._repeats, **self.monitor.repeats}
 
     def _widths_on(self, device: torch.device) -> Tensor:
         """`(M,)` features of each modality: a linear head's columns, else of the encoder's output; 1 if not seen."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -38,8 +39,15 @@ from balanceopt.monitor import ModalityMonitor
 from balanceopt.relearn._features import Classes, Collector, Forward, Samples, collect
 
 Normalize = Literal["minmax", "none"]
+Gap = Literal["absolute", "one-sided"]
 Features = tuple[Mapping[str, Tensor], Tensor]
 Source = Iterable[Any] | Features
+
+# Of the larger split at most so many parts of the smaller one's size are clustered.
+_PARTS = 5
+
+# Labels are shuffled so often; of the sorted gaps the one at this index is a bound of those of noise.
+_SHUFFLES, _WITHIN = 40, 37
 
 _COLUMNS = ("modality", "train purity", "val purity", "gap", "strength", "samples (train + val)")
 
@@ -54,18 +62,19 @@ class Diagnosis:
     $$g = |P_D - P_V|, \qquad \alpha = \tanh(\lambda g)$$
 
     An encoder with a large gap has fitted what does not carry over (the modality that training leaned on); one whose
-    purities are both low has learned little, or has little to say.
+    purities are both low has learned little, or has little to say. A gap within the one of noise says nothing.
 
     Attributes:
         train_purity: by modality, in (0, 1]; nan where skipped.
         val_purity: the same of the validation samples.
-        gap: by modality, in [0, 1); nan where skipped.
+        gap: by modality, in [0, 1); nan where skipped. A one-sided gap is 0 where the validation samples are purer.
         strength: by modality, in [0, 1); 0 where skipped.
-        train_count: samples clustered, over all ranks.
+        train_count: samples clustered at a time, over all ranks.
         val_count: the same of the validation samples.
         num_clusters: as many as there are different labels.
         skipped: why, for modalities without a diagnosis.
         epoch: when it was made, for one that a scheduler made.
+        noise_gap: by modality, the mean gap of features that say nothing of the class, in clusters of these sizes.
 
     Example:
         >>> print(Diagnosis({"a": 0.9}, {"a": 0.8}, {"a": 0.1}, {"a": 0.29}, {"a": 90}, {"a": 9}, num_clusters=3))
@@ -85,6 +94,7 @@ class Diagnosis:
     num_clusters: int
     skipped: dict[str, str] = field(default_factory=dict)
     epoch: int | None = None
+    noise_gap: dict[str, float] = field(default_factory=dict)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -93,8 +103,8 @@ class Diagnosis:
 
     @property
     def largest_gap(self) -> str | None:
-        """The modality whose encoder is furthest ahead of what carries over; None if all were skipped."""
-        names = [name for name in self.gap if name not in self.skipped]
+        """The modality whose encoder is furthest ahead of what carries over; None where no gap is above 0."""
+        names = [name for name in self.gap if self.gap[name] > 0]
         return max(names, key=lambda name: self.gap[name]) if names else None
 
     def __str__(self) -> str:
@@ -129,7 +139,8 @@ def diagnose(
     forward: Forward | None = None,
     classes: Classes | None = None,
     max_samples: int = 50_000,
-    equal_counts: bool = False,
+    equal_counts: bool = True,
+    gap: Gap = "absolute",
     pool: Pool = "auto",
     n_init: int = 1,
     seed: int | None = None,
@@ -153,7 +164,9 @@ def diagnose(
         classes: function from a batch's labels to class indices `(B,)`, of which as many different ones make as many
             clusters; None for labels that are class indices.
         max_samples: most samples a modality to keep of each split, over all ranks.
-        equal_counts: cluster only as many training samples as there are for validation.
+        equal_counts: cut the larger split into random parts of the smaller one's size, five at most, and take the mean
+            of their purities: of fewer samples it is higher. False clusters all samples, as published.
+        gap: `"absolute"`, as published; `"one-sided"` for $\max(0, P_D^m - P_V^m)$.
         pool: makes vectors of features with more dimensions.
         n_init: starts of k-means, the best of which counts.
         seed: of k-means; None for `torch.initial_seed()` of the first rank.
@@ -194,6 +207,7 @@ def diagnose(
         classes=classes,
         max_samples=max_samples,
         equal_counts=equal_counts,
+        gap=gap,
         pool=pool,
     )
     samples = [
@@ -215,7 +229,8 @@ class Options:
         n_init: starts of k-means, the best of which counts.
         classes: makes class indices `(B,)` of a batch's labels; None for labels that are class indices.
         max_samples: most samples of each modality to keep, of training and of validation, over all ranks.
-        equal_counts: cluster a random part of the training samples, as many as there are for validation.
+        equal_counts: cut the larger split into random parts of the smaller one's size.
+        gap: `"absolute"` or `"one-sided"`.
         pool: makes `(B, D)` of features with more dimensions.
         seed: of k-means and of any choice of samples.
         group: whose ranks hold a part of the samples each.
@@ -227,6 +242,7 @@ class Options:
     classes: Classes | None
     max_samples: int
     equal_counts: bool
+    gap: Gap
     pool: Pool
     seed: int
     group: Group
@@ -238,6 +254,7 @@ class Options:
         check_function("classes", self.classes, "a batch's labels that returns class indices")
         check_count("max_samples", self.max_samples, at_least=1)
         check_flag("equal_counts", self.equal_counts)
+        check_choice("gap", self.gap, get_args(Gap))
         check_pool(self.pool)
 
     @property
@@ -301,7 +318,7 @@ def collect_samples(
         tensors = {name: _numbers(f"the {split} features of {name!r}", z) for name, z in features.items()}
         collector = collector_of(
             modalities,
-            lambda _, z, samples: pool_features(z, chosen.pool, samples=samples),
+            lambda _, z: pool_features(z, chosen.pool),
             ignore_index=-100,
             where=f"given with the {split} features",
         )
@@ -316,10 +333,9 @@ def collect_samples(
     projection = monitor.projection
     collector = collector_of(
         monitor.modalities,
-        lambda name, z, samples: pool_features(z, chosen.pool, projection(name), samples),
+        lambda name, z: pool_features(z, chosen.pool, projection(name)),
         ignore_index=monitor.ignore_index,
         where=f"from the {split} loader",
-        has_frames=lambda name: projection(name) is not None,
     )
     collect(monitor, source, collector, split, forward, progress)
     return collector.samples()
@@ -333,6 +349,20 @@ def _numbers(role: str, features: Any) -> Tensor:
             f"{role} should be real numbers (N, D). Found shape {tuple(z.shape)}, dtype {z.dtype}."
         )
     return z if z.is_floating_point() else z.float()
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What a diagnosis says of one modality, and the gap below which 95 of 100 diagnoses of noise stay."""
+
+    train_purity: float
+    val_purity: float
+    gap: float
+    strength: float
+    noise_gap: float
+    noise_bound: float
+    train_count: int
+    val_count: int
 
 
 @dataclass(frozen=True)
@@ -354,8 +384,6 @@ def diagnose_samples(
     Raises:
         ValueError: if there are no training or no validation samples, or only one class.
     """
-    if chosen.equal_counts:
-        train = {name: s.random_part(len(val[name]), chosen.seed) for name, s in train.items() if name in val}
     held, classes = _survey(modalities, train, val, chosen.group)
     counts = {name: (sum(h.train for h in held[name]), sum(h.val for h in held[name])) for name in modalities}
     _check(counts, classes)
@@ -365,16 +393,17 @@ def diagnose_samples(
         warn_user(f"modality {name!r} was left out of the diagnosis: {why}.")
     ranks = active_group(chosen.group)
     first = ranks is None or dist.get_rank(ranks) == 0
-    purities = {}
+    compared: dict[str, _Comparison] = {}
     for name in modalities:
         if name not in skipped:
             parts = (train.get(name), val.get(name))
             both = [_of_all_ranks(parts, side, held[name], chosen.group) for side in (0, 1)]
             # Bounded features, clustered once: the other ranks wait for the answer.
             if first:
-                purities[name] = (_purity(both[0], clusters, chosen), _purity(both[1], clusters, chosen))
-    purities = of_first_rank(purities, chosen.group)
-    return _compare(modalities, purities, counts, skipped, clusters, chosen.lam)
+                compared[name] = _compare(both, clusters, chosen)
+    compared = of_first_rank(compared, chosen.group)
+    _warn_of_noise(compared)
+    return _diagnosis(modalities, compared, counts, skipped, clusters)
 
 
 def _survey(
@@ -446,37 +475,79 @@ def _of_all_ranks(
     return Samples(concatenate_over_ranks(features, rows, group), concatenate_over_ranks(labels, rows, group))
 
 
-def _purity(samples: Samples, clusters: int, chosen: Options) -> float:
+def _compare(both: Sequence[Samples], clusters: int, chosen: Options) -> _Comparison:
+    """Cluster one modality's training and validation samples, and see what clusters of these sizes give by chance."""
+    sizes = [len(samples) for samples in both]
+    if chosen.equal_counts:
+        number = min(_PARTS, max(sizes) // min(sizes))
+        splits = [samples.parts(min(sizes), number, chosen.seed) for samples in both]
+    else:
+        splits = [[samples] for samples in both]
+    clustered = [[_cluster(part, i, clusters, chosen) for i, part in enumerate(parts)] for parts in splits]
+    train, val = map(_purity, clustered)
+    gap = _gap(train, val, chosen.gap)
+    strength = float(reinit_strength(torch.tensor(gap, dtype=torch.float64, device="cpu"), chosen.lam))
+    # Labels in another order say of noise what it is: nothing.
+    generator = torch.Generator().manual_seed(chosen.seed)
+    shuffled = (map(partial(_purity, shuffled=generator), clustered) for _ in range(_SHUFFLES))
+    noise = sorted(_gap(by_chance, other, chosen.gap) for by_chance, other in shuffled)
+    counts = (len(parts[0]) for parts in splits)
+    return _Comparison(train, val, gap, strength, sum(noise) / _SHUFFLES, noise[_WITHIN], *counts)
+
+
+def _cluster(samples: Samples, number: int, clusters: int, chosen: Options) -> tuple[Tensor, Tensor]:
+    """The cluster of each sample, and its label."""
     features = minmax_scale(samples.features) if chosen.normalize == "minmax" else samples.features
     # The same start for every modality and split: equal features then have no gap.
-    generator = torch.Generator().manual_seed(chosen.seed)
-    found = kmeans(features, clusters, generator=generator, n_init=chosen.n_init)
-    share = float(purity(found.assignments, samples.labels))
-    return round(share * len(samples)) / len(samples)  # of integers: without float32's rounding
+    generator = torch.Generator().manual_seed(chosen.seed + number)
+    result = kmeans(features, clusters, generator=generator, n_init=chosen.n_init)
+    return result.assignments, samples.labels
 
 
-def _compare(
+def _purity(parts: Sequence[tuple[Tensor, Tensor]], shuffled: torch.Generator | None = None) -> float:
+    """The mean purity of parts of one size, with their labels in another order where a generator is given."""
+    size = len(parts[0][1])
+    order = None if shuffled is None else torch.randperm(size, generator=shuffled, device="cpu")
+    shares = (
+        float(purity(clusters, labels if order is None else labels[order.to(labels.device)]))
+        for clusters, labels in parts
+    )
+    return sum(round(share * size) for share in shares) / (size * len(parts))  # without float32's rounding
+
+
+def _gap(train: float, val: float, gap: Gap) -> float:
+    return abs(train - val) if gap == "absolute" else max(0.0, train - val)
+
+
+def _diagnosis(
     modalities: Sequence[str],
-    purities: Mapping[str, tuple[float, float]],
+    compared: Mapping[str, _Comparison],
     counts: Mapping[str, tuple[int, int]],
     skipped: dict[str, str],
     clusters: int,
-    lam: float,
 ) -> Diagnosis:
-    """The diagnosis of purities `(training, validation)`."""
-    nan = float("nan")
-    train, val = ({name: purities.get(name, (nan, nan))[side] for name in modalities} for side in (0, 1))
-    gap = {name: abs(train[name] - val[name]) for name in modalities}
-    strengths = reinit_strength(
-        torch.tensor(list(gap.values()), dtype=torch.float64, device="cpu"), lam
-    ).tolist()
-    return Diagnosis(
-        train_purity=train,
-        val_purity=val,
-        gap=gap,
-        strength={n: alpha if n in purities else 0.0 for n, alpha in zip(gap, strengths, strict=True)},
-        train_count={name: counts[name][0] for name in modalities},
-        val_count={name: counts[name][1] for name in modalities},
-        num_clusters=clusters,
-        skipped=skipped,
-    )
+    """The table of all modalities; those that were skipped have their samples counted as they came."""
+    nothing = math.nan, math.nan, math.nan, 0.0, math.nan, math.nan
+    rows = [compared.get(name) or _Comparison(*nothing, *counts[name]) for name in modalities]
+
+    def column(quantity: str) -> dict[str, Any]:
+        return {name: getattr(row, quantity) for name, row in zip(modalities, rows, strict=True)}
+
+    quantities = (f.name for f in fields(_Comparison) if f.name != "noise_bound")
+    columns: dict[str, Any] = {quantity: column(quantity) for quantity in quantities}
+    return Diagnosis(**columns, num_clusters=clusters, skipped=skipped)
+
+
+def _warn_of_noise(compared: Mapping[str, _Comparison]) -> None:
+    """Say which gaps mere noise would give as well."""
+    within = [
+        f"{name!r} {row.gap:.3f}, where noise gives {row.noise_gap:.3f} in the mean and up to {row.noise_bound:.3f}"
+        for name, row in compared.items()
+        if 0 < row.gap <= row.noise_bound
+    ]
+    if within:
+        warn_user(
+            f"the gap between training and validation purity says nothing of these modalities: {'; '.join(within)}. "
+            "More validation samples make it telling; gap='one-sided' leaves an encoder alone whose validation "
+            "samples are the purer ones."
+        )

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from balanceopt._options import check_kind, names_of, shown
+from balanceopt._undo import Before, Undo, optimizers_in
 from balanceopt._warnings import warn_user
 from balanceopt.functional import soft_reinit_
-from balanceopt.monitor import ModalityMonitor, is_differentiable
+from balanceopt.monitor import ModalityMonitor
 
 OptimizerState = Literal["keep", "reset"]
 
 # What torch.compile and activation checkpointing put into the names of a module's parameters.
 _INSIDE = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
+# What optimizers call a copy of the weights in their state: Lookahead's and Ranger's slow ones (torch_optimizer,
+# pytorch_optimizer, timm, the author's), Schedule-Free's z, ASGD's average, the single-precision ones of half weights.
+_COPIES = frozenset(
+    {"slow_param", "slow_params", "slow_buffer", "slow_weights", "lookahead_slow_buff", "cached_params"}
+    | {"z", "ax", "master_param", "master_params"}
+)
+
 
 class InitialWeights:
-    """A copy of the parameters that belong to one encoder alone, by dotted name.
+    """A copy of the parameters that belong to one encoder alone, each known by itself and not by its name.
 
     Parameters that are frozen, or not built yet (lazy modules), are copied when a forward finds them trainable and
-    built: before any step could have changed them.
+    built: before any step could have changed them. Those that come into the model later have no initial value.
 
     Args:
         monitor: knows the encoders.
@@ -34,20 +44,22 @@ class InitialWeights:
     def __init__(self, monitor: ModalityMonitor, device: torch.device | str | None) -> None:
         self.monitor = monitor
         self.device = None if device is None else _checked_device(device)
-        self.values: dict[str, Tensor] = {}
-        self._waiting = set(self._by_dotted_name())
+        # None of a parameter that is still to be copied.
+        self._values: MutableMapping[Tensor, Tensor | None] = WeakTensorKeyDictionary()
+        for parameter in self._by_dotted_name().values():
+            self._values[parameter] = None
         self._warn_of_shared()
         self.take()
 
     @property
     def waiting(self) -> bool:
         """Whether some parameters are still to be copied."""
-        return bool(self._waiting)
+        return any(value is None for value in self._values.values())
 
     @property
     def nbytes(self) -> int:
         """Memory of the copies."""
-        return sum(value.numel() * value.element_size() for value in self.values.values())
+        return sum(v.numel() * v.element_size() for v in self._values.values() if v is not None)
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
         """Each modality's own parameters by dotted name, as they are now."""
@@ -56,11 +68,9 @@ class InitialWeights:
 
     def take(self) -> None:
         """Copy the parameters that have become built and trainable."""
-        for name, tensor in self._by_dotted_name().items():
-            if name in self._waiting and tensor.requires_grad and not is_lazy(tensor):
-                self._waiting.discard(name)
-                if is_differentiable(tensor):
-                    self.values[name] = self.copy_of(_local(tensor.detach()), tensor)
+        for parameter, value in list(self._values.items()):
+            if value is None and parameter.requires_grad and not is_lazy(parameter):
+                self._values[parameter] = self.copy_of(_local(parameter.detach()), parameter)
 
     def give(self, state: Mapping[str, Any]) -> None:
         """Replace the copies by the user's values: a model's state dict, or one of each encoder by modality.
@@ -77,14 +87,13 @@ class InitialWeights:
             )
         self._set({name: value for name, value in given.items() if name in current}, current)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the copies by name, for a checkpoint: sharded where the parameters are."""
-        current = self._by_dotted_name()
-        return {
-            name: _as_saved(value, current[name]) for name, value in self.values.items() if name in current
-        }
+    def state(self) -> dict[str, Tensor | None]:
+        """Return the copies by name, for a checkpoint: sharded where the parameters are; None where there is none."""
+        values = {name: (p, self._values.get(p)) for name, p in self._by_dotted_name().items()}
+        later = {name: None for name, (p, _) in values.items() if p not in self._values}
+        return later | {name: _as_saved(v, p) for name, (p, v) in values.items() if v is not None}
 
-    def check(self, state: Mapping[str, Tensor]) -> None:
+    def check(self, state: Mapping[str, Tensor | None]) -> None:
         """Refuse a checkpoint of another model.
 
         Raises:
@@ -93,7 +102,8 @@ class InitialWeights:
         """
         check_kind("the state's initial weights", state, Mapping, "a mapping from name to tensor")
         current = self._by_dotted_name()
-        unknown, missing = state.keys() - current.keys(), self.values.keys() - state.keys()
+        copied = {name for name, p in current.items() if self._values.get(p) is not None}
+        unknown, missing = state.keys() - current.keys(), copied - state.keys()
         if unknown or missing:
             raise ValueError(
                 f"the state should hold this model's initial weights. Unknown: {names_of(unknown)}; missing: "
@@ -101,38 +111,38 @@ class InitialWeights:
             )
         _check_shapes(state, current)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor | None]) -> None:
         """Replace the copies by those of a checkpoint."""
         self.check(state)
         self._set(state, self._by_dotted_name())
 
-    def starts(self, current: Mapping[str, nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's part of each trainable tensor, and of its initial value."""
-        targets, starts, unknown = [], [], []
-        for name, tensor in current.items():
-            if not tensor.requires_grad or is_lazy(tensor) or not is_differentiable(tensor):
-                continue
-            if name not in self.values:
-                unknown.append(name)
-                continue
-            targets.append(_local(tensor.detach()))
-            starts.append(_local_start(self.values[name], tensor))
+    def starts(self, current: Mapping[str, nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each trainable parameter with this rank's part of its initial value."""
+        built = {name: p for name, p in current.items() if p.requires_grad and not is_lazy(p)}
+        values = {name: self._values.get(p) for name, p in built.items()}
+        unknown = [name for name, value in values.items() if value is None]
         if unknown:
             warn_user(
                 f"parameters {unknown} came after the scheduler was built: there is no initial value for them, and "
                 "they are left as they are."
             )
-        return targets, starts
+        return [(built[n], _local_start(v, built[n])) for n, v in values.items() if v is not None]
 
     def _by_dotted_name(self) -> dict[str, nn.Parameter]:
         """The parameters of all modalities."""
         return {name: p for params in self.parameters().values() for name, p in params.items()}
 
-    def _set(self, state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    def _set(self, state: Mapping[str, Tensor | None], current: Mapping[str, Tensor]) -> None:
         _check_shapes(state, current)
+        copies = {}
         for name, value in state.items():
-            self._waiting.discard(name)
-            self.values[name] = self.copy_of(_local_start(value.detach(), current[name]), current[name])
+            if value is not None:
+                value = self.copy_of(_local_start(value.detach(), current[name]), current[name])
+            copies[name] = value
+        for name, value in copies.items():
+            self._values.pop(current[name], None)
+            if value is not None:
+                self._values[current[name]] = value
 
     def copy_of(self, value: Tensor, like: Tensor) -> Tensor:
         """Copy a value to where initial weights are kept; `like` is the parameter that it belongs to."""
@@ -165,38 +175,51 @@ class InitialWeights:
 
 @torch.no_grad()
 def reinitialise(
+    undo: Undo,
     strength: Mapping[str, float],
     initial: InitialWeights,
     optimizer: torch.optim.Optimizer,
     optimizer_state: OptimizerState,
 ) -> None:
-    """Move each modality's encoder towards its initial weights by its own strength, in place.
+    """Move each modality's encoder towards its initial weights by its own strength, in place; note the way back.
 
-    After an exception nothing has changed: for the time of the call there is a copy of the weights beside the initial
-    ones.
+    Copies of a weight in the state of the optimizer, or of one inside it, move with it: the next step may go on from
+    them. For the way back there is a copy of all that moves beside the initial weights.
     """
-    targets: list[Tensor] = []
-    starts: list[Tensor] = []
-    strengths: list[float] = []
-    forgotten: list[Tensor] = []
+    holders = {id(o.state): o for o in optimizers_in(optimizer)}.values()  # a wrapper's state is its base's
+    moves: dict[int, tuple[Tensor, Tensor, float]] = {}
+    forgotten: list[tuple[torch.optim.Optimizer, Tensor]] = []
     for modality, params in initial.parameters().items():
         alpha = strength.get(modality, 0.0)
-        if alpha > 0:
-            current, start = initial.starts(params)
-            targets += current
-            starts += start
-            strengths += [alpha] * len(current)
-            forgotten += [p for p in params.values() if p.requires_grad and p in optimizer.state]
-    before = [initial.copy_of(target, target) for target in targets]
-    try:
-        soft_reinit_(targets, starts, strengths)
-    except BaseException:
-        for target, value in zip(targets, before, strict=True):
-            target.copy_(value)
-        raise
+        for parameter, start in initial.starts(params) if alpha > 0 else ():
+            states = [(o, o.state[parameter]) for o in holders if parameter in o.state]
+            copies = [value for _, own in states for key, value in own.items() if key in _COPIES]
+            for tensor in (parameter, *copies):
+                moves[id(tensor)] = (_local(tensor.detach()), start, alpha)
+            forgotten += [(o, parameter) for o, own in states if own.keys() - _COPIES]
+    targets = [target for target, _, _ in moves.values()]
+    undo.note(Before(optimizer).restore)
+    undo.note(partial(_put_back, targets, [initial.copy_of(target, target) for target in targets]))
+    soft_reinit_(targets, [start for _, start, _ in moves.values()], [alpha for *_, alpha in moves.values()])
     if optimizer_state == "reset":
-        for parameter in forgotten:
-            del optimizer.state[parameter]
+        for holder, owner in forgotten:
+            _forget(holder, owner)
+
+
+def _put_back(targets: list[Tensor], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
+
+
+def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """Make an optimizer's state of a parameter what it is before the first step."""
+    own = optimizer.state[parameter]
+    if isinstance(optimizer, torch.optim.Adagrad):  # makes its state when it is built, and not again
+        first = optimizer.defaults["initial_accumulator_value"]
+        own.update(step=torch.zeros_like(own["step"]), sum=torch.full_like(own["sum"], first))
+    else:
+        del optimizer.state[parameter]
 
 
 def _checked_device(device: torch.device | str) -> torch.device:
@@ -208,8 +231,10 @@ def _checked_device(device: torch.device | str) -> torch.device:
         ) from error
 
 
-def _check_shapes(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+def _check_shapes(state: Mapping[str, Tensor | None], current: Mapping[str, Tensor]) -> None:
     for name, value in state.items():
+        if value is None:
+            continue
         check_kind(f"the initial value of {name!r}", value, Tensor, "a tensor")
         tensor = current[name]
         if not is_lazy(tensor) and value.shape != tensor.shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -18,10 +19,13 @@ from balanceopt._options import (
     check_kind,
 )
 from balanceopt._pooling import Pool
+from balanceopt._undo import Attempt
+from balanceopt._warnings import warn_user
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.relearn._diagnosis import (
     Diagnosis,
     Features,
+    Gap,
     Normalize,
     Source,
     check_loader,
@@ -46,6 +50,8 @@ class ReLearnScheduler:
     $$\theta^m \leftarrow (1 - \alpha^m) \theta^m + \alpha^m \theta^m_{\text{init}}, \qquad
     \alpha^m = \tanh(\lambda |P_D^m - P_V^m|)$$
 
+    Accuracy falls at once and is back some epochs later, so with `epochs` none comes in the last `every` ones.
+
     Any number of modalities, any fusion; only the encoders' own trainable parameters change, in place. Either the whole
     step is done or, after an exception, nothing has changed.
 
@@ -56,6 +62,9 @@ class ReLearnScheduler:
             features are given to each `step`.
         val_loader: the same of held-out samples, none of them trained on.
         every: epochs (calls of `step`) between diagnoses.
+        epochs: of the whole run; where fewer than `every` are left nothing fires. None, with a warning, fires also
+            after the last epoch.
+        first: epochs before the first diagnosis; None for `every`. Published code has `every=20, first=21`.
         lam: of the strength; larger goes further back, 0 never.
         max_relearns: how often at most; None for no limit.
         classes: function from a batch's labels to class indices `(B,)`, of which as many different ones make as many
@@ -67,7 +76,9 @@ class ReLearnScheduler:
             are now (of lazy and frozen parameters: when they are first built and trainable in a forward).
         snapshot_device: where initial weights are kept; None for each parameter's own device.
         max_samples: most samples a modality to keep of each split, over all ranks: classes as equal as can be.
-        equal_counts: cluster only as many training samples as there are for validation.
+        equal_counts: cut the larger split into random parts of the smaller one's size, five at most, and take the mean
+            of their purities; False clusters all samples, as published.
+        gap: `"absolute"`, as published; `"one-sided"` for $\max(0, P_D^m - P_V^m)$.
         pool: `"auto"` (as the head gets them), `"mean"`, `"max"`, `"flatten"` or a function, to make vectors of
             features with more dimensions.
         n_init: starts of k-means, the best of which counts.
@@ -83,7 +94,7 @@ class ReLearnScheduler:
         >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b")})
         >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"})
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> scheduler = bo.ReLearnScheduler(optimizer, monitor, [], [], every=2)
+        >>> scheduler = bo.ReLearnScheduler(optimizer, monitor, [], [], every=2, epochs=10)
         >>> scheduler.step() is None, scheduler.last_epoch, scheduler.snapshot_bytes
         (True, 1, 72)
 
@@ -99,6 +110,8 @@ class ReLearnScheduler:
         val_loader: Iterable[Any] | None,
         *,
         every: int = 20,
+        epochs: int | None = None,
+        first: int | None = None,
         lam: float = 3.0,
         max_relearns: int | None = 3,
         classes: Classes | None = None,
@@ -108,13 +121,14 @@ class ReLearnScheduler:
         initial: Mapping[str, Any] | None = None,
         snapshot_device: torch.device | str | None = None,
         max_samples: int = 50_000,
-        equal_counts: bool = False,
+        equal_counts: bool = True,
+        gap: Gap = "absolute",
         pool: Pool = "auto",
         n_init: int = 1,
         seed: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        _check_arguments(optimizer, monitor, every, max_relearns, optimizer_state)
+        _check_arguments(optimizer, monitor, max_relearns, optimizer_state)
         _check_loaders(train_loader, val_loader)
         check_function("forward", forward, "(model, batch)")
         if initial is not None:
@@ -122,11 +136,16 @@ class ReLearnScheduler:
                 "`initial`", initial, Mapping, "a state dict of the model, or of each encoder by modality"
             )
         check_flag("progress", progress, or_none=True)
+        check_count("every", every, at_least=1)
+        check_count("epochs", epochs, at_least=1, or_none=True)
+        check_count("first", first, at_least=1, or_none=True)
         self.optimizer = optimizer
         self.monitor = monitor
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.every = every
+        self.epochs = epochs
+        self.first = every if first is None else first
         self.max_relearns = max_relearns
         self.forward = forward
         self.optimizer_state: OptimizerState = optimizer_state
@@ -143,8 +162,10 @@ class ReLearnScheduler:
             classes=classes,
             max_samples=max_samples,
             equal_counts=equal_counts,
+            gap=gap,
             pool=pool,
         )
+        _warn_of_schedule(every, epochs, self.first)
         self._initial = InitialWeights(monitor, snapshot_device)
         if initial is not None:
             self._initial.give(initial)
@@ -154,7 +175,7 @@ class ReLearnScheduler:
     # -- what the user calls -------------------------------------------------------------------------------------
 
     def step(self, *, train: Features | None = None, val: Features | None = None) -> Diagnosis | None:
-        """Count an epoch; on every `every`-th one diagnose and re-initialise.
+        """Count an epoch; on every `every`-th one that leaves time to recover diagnose and re-initialise.
 
         Args:
             train: features by modality and labels, to use instead of the loaders.
@@ -170,9 +191,13 @@ class ReLearnScheduler:
         diagnosis = None
         if self._due:
             diagnosis = replace(self.diagnose(train, val), epoch=self.last_epoch + 1)
-            reinitialise(diagnosis.strength, self._initial, self.optimizer, self.optimizer_state)
-            self.relearns += len(diagnosis.skipped) < len(diagnosis.modalities)
-        self.last_epoch += 1
+        attempt = Attempt()
+        with attempt, attempt:
+            attempt.note(partial(vars(self).update, last_epoch=self.last_epoch, relearns=self.relearns))
+            if diagnosis is not None:
+                reinitialise(attempt, diagnosis.strength, self._initial, self.optimizer, self.optimizer_state)
+                self.relearns += len(diagnosis.skipped) < len(diagnosis.modalities)
+            self.last_epoch += 1
         if diagnosis is not None:
             self._report(diagnosis)
         return diagnosis
@@ -248,7 +273,8 @@ class ReLearnScheduler:
 
     def __repr__(self) -> str:
         return (
-            f"ReLearnScheduler(every={self.every}, lam={self.lam}, max_relearns={self.max_relearns}, "
+            f"ReLearnScheduler(every={self.every}, epochs={self.epochs}, first={self.first}, lam={self.lam}, "
+            f"max_relearns={self.max_relearns}, "
             f"optimizer_state={self.optimizer_state!r}, "
             f"last_epoch={self.last_epoch}, relearns={self.relearns}, snapshot={self.snapshot_bytes} bytes)"
         )
@@ -259,7 +285,9 @@ class ReLearnScheduler:
     def _due(self) -> bool:
         """Whether the next step fires."""
         left = self.max_relearns is None or self.relearns < self.max_relearns
-        return left and (self.last_epoch + 1) % self.every == 0
+        epoch = self.last_epoch + 1
+        in_time = self.epochs is None or epoch + self.every <= self.epochs
+        return left and in_time and epoch >= self.first and (epoch - self.first) % self.every == 0
 
     def _samples(self, source: Source | None, split: str) -> dict[str, Samples]:
         loader = self.train_loader if split == "training" else self.val_loader
@@ -289,16 +317,28 @@ class ReLearnScheduler:
 def _check_arguments(
     optimizer: torch.optim.Optimizer,
     monitor: ModalityMonitor,
-    every: int,
     max_relearns: int | None,
     optimizer_state: OptimizerState,
 ) -> None:
     """Refuse arguments of another type, and options outside their range."""
     check_kind("`optimizer`", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
-    check_count("every", every, at_least=1)
     check_count("max_relearns", max_relearns, or_none=True)
     check_choice("optimizer_state", optimizer_state, get_args(OptimizerState))
+
+
+def _warn_of_schedule(every: int, epochs: int | None, first: int) -> None:
+    """Say where encoders may go back with no training after it, and where they never do."""
+    if epochs is None:
+        warn_user(
+            f"without `epochs=` encoders go back after every {every} epochs, also after the last one, and no training "
+            "follows it. Give the number of epochs of the run: then nothing fires in the last `every` ones."
+        )
+    elif first + every > epochs:
+        warn_user(
+            f"nothing fires in a run of {epochs} epochs: the first diagnosis comes after {first} of them, and "
+            f"`every` = {every} should be left after it. Give a smaller `every`."
+        )
 
 
 def _check_loaders(train: Any, val: Any) -> None:

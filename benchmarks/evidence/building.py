@@ -74,7 +74,9 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Mapping[st
             context.train_loader,
             context.val_loader,
             every=options.get("relearn_every", max(1, options["epochs"] // _PARTS)),
+            epochs=options["epochs"],
             max_relearns=_RELEARNS,
+            equal_counts=False,  # as published
             lam=options["relearn_lam"],
             seed=context.seed,
         )

@@ -110,7 +110,9 @@ def _train(
         part: OnDevice(_loader(clips, config.batch_size, workers, job.seed, shuffle=part == "train"), device)
         for part, clips in splits.items()
     }
-    context = Context(loaders["train"], loaders["val"], data.num_classes, config.lr, 0.9, job.seed)
+    context = Context(
+        loaders["train"], loaders["val"], data.num_classes, config.lr, 0.9, job.seed, config.epochs
+    )
     method = build_of(job.options)(model, context)  # type: ignore[arg-type]
     loop(model, method, loaders["train"], config.epochs, config.decay_epoch, on_epoch)
     plain = Clips(splits["train"].clips, splits["train"].readers, training=False)

@@ -93,7 +93,7 @@ def test_re_learning_opm_and_ogm_share_a_monitor():
     given = [batch(number, model) for number in BATCHES]
     loader = [(*inputs, labels) for inputs, labels in given]
     optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), monitor, bo.OGM(0.5))
-    scheduler = bo.ReLearnScheduler(optimizer, monitor, loader, loader, every=1)
+    scheduler = bo.ReLearnScheduler(optimizer, monitor, loader, loader, every=1, epochs=99)
     modulator = bo.OPM(monitor, seed=1)
     train(model, optimizer, given)
     forwards = modulator.stats()["forwards"]

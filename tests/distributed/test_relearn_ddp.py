@@ -49,7 +49,7 @@ def scheduler_of(model, initial, train, val, **settings):
     monitor = bo.ModalityMonitor(model, inner.modalities, head=inner.head)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     settings = {"every": 1, "lam": 20.0, "seed": 0, "initial": initial, **settings}
-    return bo.ReLearnScheduler(optimizer, monitor, train, val, **settings)
+    return bo.ReLearnScheduler(optimizer, monitor, train, val, epochs=99, **settings)
 
 
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -138,7 +138,7 @@ def go_back_sharded(rank, mesh, what, folder):
             fully_shard(encoder, mesh=mesh)
     if what == "later":  # the scheduler's copies are whole, the parameters become shards
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        early = bo.ReLearnScheduler(optimizer, watch(model), [], [], every=1, initial=initial)
+        early = bo.ReLearnScheduler(optimizer, watch(model), [], [], every=1, initial=initial, epochs=99)
     fully_shard(model, mesh=mesh)
     shards = [DataLoader(cut(part, (len(part) // 2,) * 2, rank), 16) for part in data()]
     if early is None:

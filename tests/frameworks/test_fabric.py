@@ -124,7 +124,7 @@ def beside(parts):
     _, model, optimizer, _, counter = parts
     modulator = bo.OPM(counter.monitor, seed=SEED)
     scheduler = bo.ReLearnScheduler(
-        optimizer.optimizer, counter.monitor, flat(3), flat(2, first=3), every=1, seed=SEED
+        optimizer.optimizer, counter.monitor, flat(3), flat(2, first=3), every=1, seed=SEED, epochs=99
     )
     return {"model": model, "optimizer": optimizer, "prediction": modulator, "relearn": scheduler}
 

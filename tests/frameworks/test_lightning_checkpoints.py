@@ -131,7 +131,7 @@ def plain_everything(epochs):
     optimizer = bo.ModulatedOptimizer(momentum(model), monitor, method(), seed=SEED)
     modulator = bo.OPM(monitor, seed=SEED)
     scheduler = bo.ReLearnScheduler(
-        optimizer, monitor, flat(3), flat(2, first=3), every=2, optimizer_state="keep", seed=SEED
+        optimizer, monitor, flat(3), flat(2, first=3), every=2, optimizer_state="keep", seed=SEED, epochs=99
     )
     for epoch in range(epochs):
         train(model, optimizer, given)

@@ -92,7 +92,7 @@ def everything(**options):
     return callback(
         prediction=lambda monitor: bo.OPM(monitor, seed=SEED),
         relearn=lambda optimizer, monitor: bo.ReLearnScheduler(
-            optimizer, monitor, flat(3), flat(2, first=3), every=2, seed=SEED
+            optimizer, monitor, flat(3), flat(2, first=3), every=2, seed=SEED, epochs=99
         ),
         **options,
     )

@@ -120,7 +120,7 @@ def wrapped(world: World, **given: Any) -> bo.ModulatedOptimizer:
 
 def scheduler(world: World, **given: Any) -> bo.ReLearnScheduler:
     loader = torch.utils.data.DataLoader(samples(20), batch_size=10)
-    defaults = {"optimizer": world.optimizer, "monitor": world.monitor, "every": 1, "seed": 0}
+    defaults = {"optimizer": world.optimizer, "monitor": world.monitor, "every": 1, "epochs": 9, "seed": 0}
     return bo.ReLearnScheduler(**{**defaults, "train_loader": loader, "val_loader": loader, **given})
 
 
@@ -173,6 +173,7 @@ DIAGNOSIS: dict[str, Sequence[Any]] = {
     "classes": NO_FUNCTION,
     "max_samples": NO_SIZE,
     "equal_counts": NO_FLAG,
+    "gap": NO_CHOICE,
     "pool": [3, "median", None],
     "n_init": NO_SIZE,
     "seed": NO_SEED,
@@ -580,6 +581,8 @@ ROWS: dict[str, Row] = {
             "train_loader": [*NO_LOADER, None, (FEATURES, TWENTY)],
             "val_loader": [*NO_LOADER, None, (FEATURES, TWENTY)],
             "every": NO_SIZE,
+            "epochs": [*NO_COUNT, 0],
+            "first": [*NO_COUNT, 0],
             "max_relearns": NO_COUNT,
             "optimizer_state": [*NO_CHOICE, "scale"],
             "initial": [*NO_MAPPING, {}, {"audio": {}}],

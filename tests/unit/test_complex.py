@@ -68,7 +68,9 @@ def trained(method: str, **options: bool) -> Tensor:
     elif method == "OPM":
         held = bo.OPM(monitor, seed=1)
     elif method == "re-learning":
-        held = bo.ReLearnScheduler(optimizer, monitor, [data(9, 60)], [data(8, 30)], every=2, seed=0)
+        held = bo.ReLearnScheduler(
+            optimizer, monitor, [data(9, 60)], [data(8, 30)], every=2, seed=0, epochs=99
+        )
     else:
         held = bo.UnimodalObjective(monitor, 4, seed=1, inject=method.endswith("injected"))
         optimizer.add_param_group({"params": list(held.parameters())})

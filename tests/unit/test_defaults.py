@@ -106,7 +106,7 @@ def trained_with(method: str, kind: type[Multimodal], dtype: torch.dtype) -> Run
         if method == "OPM":
             opm = bo.OPM(monitor, seed=3, rescale="official")
         elif method == "re-learning":
-            scheduler = bo.ReLearnScheduler(optimizer, monitor, loader, loader, every=2, seed=3)
+            scheduler = bo.ReLearnScheduler(optimizer, monitor, loader, loader, every=2, seed=3, epochs=99)
         elif method.startswith("uni-modal"):
             inject = method.endswith("injected")
             objective = bo.UnimodalObjective(monitor, CLASSES, seed=3, inject=inject)

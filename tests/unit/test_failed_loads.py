@@ -137,7 +137,7 @@ def of_scheduler(steps: int) -> Loaded:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(steps)
-    scheduler = bo.ReLearnScheduler(sgd(model.parameters()), watch(model), [], [], seed=steps)
+    scheduler = bo.ReLearnScheduler(sgd(model.parameters()), watch(model), [], [], seed=steps, epochs=99)
     for _ in range(steps):
         scheduler.step()
     return lambda: [scheduler.state_dict()], scheduler.load_state_dict
@@ -167,7 +167,7 @@ def of_callback(steps: int) -> Loaded:
     handle = bo.attach(optimizer, monitor, seed=steps)
     beside = Beside(
         lambda monitor: bo.OPM(monitor, seed=steps),
-        lambda optimizer, monitor: bo.ReLearnScheduler(optimizer, monitor, [], [], seed=steps),
+        lambda optimizer, monitor: bo.ReLearnScheduler(optimizer, monitor, [], [], seed=steps, epochs=99),
     )
     beside.start(monitor, optimizer, lambda *_: None, resumed=False)
     for one in batches(model, steps):

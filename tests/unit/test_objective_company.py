@@ -69,7 +69,7 @@ class TestCompany:
         objective = bo.UnimodalObjective(monitor, CLASSES, inject=True)
         optimizer = torch.optim.SGD([*model.parameters(), *objective.parameters()], lr=0.1)
         data = [(*batch(32)[0], torch.arange(32) % CLASSES) for _ in range(2)]
-        scheduler = bo.ReLearnScheduler(optimizer, monitor, data, data, every=1)
+        scheduler = bo.ReLearnScheduler(optimizer, monitor, data, data, every=1, epochs=99)
         train_epoch(model, optimizer, data)
         own: list[Any] = list(objective.parameters())
         before = [p.grad.clone() for p in own]

@@ -32,8 +32,10 @@ class TestNumbers:
         assert (found.train_purity["near"], found.val_purity["near"], found.gap["near"]) == (1, 1, 0)
         assert found.train_purity["noise"] < 0.7
         assert found.num_clusters == 3
-        assert found.train_count == {"near": 90, "noise": 90}
-        assert found.val_count == {"near": 60, "noise": 60}
+        assert found.train_count == found.val_count == {"near": 60, "noise": 60}
+        everything = bo.diagnose(*given(), seed=0, equal_counts=False)
+        assert everything.train_count == {"near": 90, "noise": 90}
+        assert everything.val_count == {"near": 60, "noise": 60}
 
     def test_an_overfitted_encoder_has_the_largest_gap(self):
         found = bo.diagnose(*given(0.1, 8.0), seed=0, lam=3.0)
@@ -70,6 +72,53 @@ class TestNumbers:
         assert scheduler.step() == dataclasses.replace(alone, epoch=1)
 
 
+class TestNoise:
+    @pytest.mark.parametrize("rows", [(600, 30), (90, 60)])
+    def test_its_gap_is_that_of_other_noise(self, rows):
+        gaps, expected = [], []
+        for seed in range(12):
+            parts = given(rows=rows, classes=10, seed=seed)
+            found = bo.diagnose(*parts, seed=seed, equal_counts=False)
+            gaps.append(found.gap["noise"])
+            expected.append(found.noise_gap["noise"])
+        # Both are means of 12 of the same quantity: five standard errors of their difference.
+        spread = 5 * math.sqrt((torch.tensor(gaps).var() + torch.tensor(expected).var()) / 12)
+        assert abs(sum(gaps) - sum(expected)) / 12 <= spread
+
+    def test_a_gap_of_noise_is_said(self):
+        parts = given(rows=(600, 30), classes=10)
+        with pytest.warns(UserWarning, match=r"'noise' 0\.\d+, where noise gives 0\.\d+ in the mean") as said:
+            found = bo.diagnose(*parts, seed=0, equal_counts=False)
+        assert f"'noise' {found.gap['noise']:.3f}" in str(said[0].message)
+        assert f"gives {found.noise_gap['noise']:.3f}" in str(said[0].message)
+
+    def test_a_gap_beyond_it_is_not(self, recwarn):
+        train, val = given(0.1, 8.0)
+        parts = [({"near": x["near"]}, y) for x, y in (train, val)]
+        found = bo.diagnose(*parts, seed=0)
+        assert found.gap["near"] > 2 * found.noise_gap["near"]
+        assert not recwarn.list
+
+    def test_no_gap_is_none(self, recwarn):
+        train, _ = given()
+        found = bo.diagnose(train, train, seed=0)
+        assert found.largest_gap is None
+        assert "largest gap" not in str(found)
+        assert not recwarn.list
+
+
+def test_a_one_sided_gap_is_none_where_validation_samples_are_purer():
+    purer, blurred = given(0.1, 8.0)
+    for parts in ((purer, blurred), (blurred, purer)):
+        both = bo.diagnose(*parts, seed=0)
+        one = bo.diagnose(*parts, seed=0, gap="one-sided")
+        for name in both.modalities:
+            difference = both.train_purity[name] - both.val_purity[name]
+            assert both.gap[name] == abs(difference)
+            assert one.gap[name] == max(0, difference)
+            assert one.strength[name] == pytest.approx(math.tanh(3 * one.gap[name]))
+
+
 class TestOptions:
     def test_normalize(self):
         # One feature's unit drowns the telling ones unless features are scaled.
@@ -99,8 +148,9 @@ class TestOptions:
         assert bo.diagnose(train, val).num_clusters == 3
 
     def test_equal_counts(self):
-        found = bo.diagnose(*given(rows=(300, 30)), equal_counts=True)
-        assert found.train_count == found.val_count == {"near": 30, "noise": 30}
+        for rows in ((300, 30), (30, 300)):
+            found = bo.diagnose(*given(rows=rows))
+            assert found.train_count == found.val_count == {"near": 30, "noise": 30}
 
     def test_unequal_counts_alone_make_a_gap_and_equal_ones_do_not(self):
         gaps = {False: 0.0, True: 0.0}
@@ -111,7 +161,7 @@ class TestOptions:
         assert gaps[False] > 3 * gaps[True]
 
     def test_max_samples(self):
-        found = bo.diagnose(*given(rows=(300, 30)), max_samples=60)
+        found = bo.diagnose(*given(rows=(300, 30)), max_samples=60, equal_counts=False)
         assert found.train_count["near"] == 60
 
     def test_ignored_labels(self):
@@ -130,7 +180,9 @@ def without_loaders(**options):
     return (
         model,
         optimizer,
-        bo.ReLearnScheduler(optimizer, scheduler.monitor, None, None, **{"every": 1, **options}),
+        bo.ReLearnScheduler(
+            optimizer, scheduler.monitor, None, None, **{"every": 1, "epochs": 99, **options}
+        ),
     )
 
 
@@ -170,7 +222,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_features_that_are_not_finite(self, bad):
-        train, val = given()
+        train, val = given(0.1, 8.0)
         val[0]["noise"][3, 1] = bad
         with pytest.warns(UserWarning, match="'noise' was left out"):
             found = bo.diagnose(train, val)
@@ -212,7 +264,7 @@ class TestTable:
         lines = str(bo.diagnose(*given(0.1, 8.0), seed=0)).splitlines()
         assert lines[0].split("  ")[0] == "modality"
         assert len({len(line) for line in lines[:3]}) == 1
-        assert lines[1].endswith("90 + 60")
+        assert lines[1].endswith("60 + 60")
         assert lines[3] == "largest gap: near"
 
     def test_frozen(self):

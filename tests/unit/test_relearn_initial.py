@@ -29,7 +29,7 @@ def scheduler_of(model, encoders, **options):
     monitor = bo.ModalityMonitor(model, encoders, head="head")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return optimizer, bo.ReLearnScheduler(
-        optimizer, monitor, *loaders(), every=1, lam=50.0, seed=0, **options
+        optimizer, monitor, *loaders(), every=1, lam=50.0, seed=0, epochs=99, **options
     )
 
 
@@ -68,7 +68,7 @@ def test_unfrozen_later():
     model = Concat()
     model.encoders["visual"].requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = bo.ReLearnScheduler(optimizer, watch(model), *loaders(), every=1, lam=50.0)
+    scheduler = bo.ReLearnScheduler(optimizer, watch(model), *loaders(), every=1, lam=50.0, epochs=99)
     frozen = sum(p.numel() for p in model.encoders["audio"].parameters())
     assert scheduler.snapshot_bytes == 4 * frozen
     start = weights(model)
@@ -83,13 +83,60 @@ def test_unfrozen_later():
 
 
 def test_parameters_that_came_later_are_left_alone_and_said():
-    model, _, scheduler = scheduled(lam=50.0)
+    model, _, scheduler = scheduled(lam=50.0, equal_counts=False)
     move_away(model)
     model.encoders["audio"].register_parameter("added", nn.Parameter(torch.ones(2)))
     model.encoders["visual"].register_parameter("added", nn.Parameter(torch.ones(2)))
     with pytest.warns(UserWarning, match="came after the scheduler was built"):
         scheduler.step()
     assert torch.equal(model.encoders["visual"].added, torch.ones(2))
+
+
+class TestSurgery:
+    """Layers that were taken out leave nothing to go back to, whatever the names of those in their place."""
+
+    @pytest.mark.parametrize("width", [8, 5], ids=["same shapes", "others"])
+    @pytest.mark.parametrize("reached", [False, True], ids=["left alone", "resumed"])
+    def test_new_layers_stay_and_old_ones_go_back(self, width, reached):
+        model, _, scheduler = scheduled(lam=50.0, equal_counts=False)
+        start = weights(model)
+        move_away(model)
+        audio = model.encoders["audio"]
+        hidden = audio[0].out_features
+        audio[0] = nn.Linear(audio[0].in_features, hidden if width == 8 else width)
+        if width != 8:
+            audio[2] = nn.Linear(width, audio[2].out_features)
+        before = weights(model)
+        if reached:
+            state = scheduler.state_dict()
+            scheduler.load_state_dict(state)
+            assert state["initial"]["encoders.audio.0.weight"] is None
+        with pytest.warns(UserWarning, match=r"\['encoders.audio.0.weight', 'encoders.audio.0.bias'"):
+            found: Any = scheduler.step()
+        assert found.strength["audio"] > 0
+        alpha = found.strength["visual"]
+        for name, value in model.state_dict().items():
+            if "audio.0" in name or (width != 8 and "audio" in name):
+                assert torch.equal(value, before[name])
+            elif "encoders" in name:
+                alpha = found.strength["audio" if "audio" in name else "visual"]
+                torch.testing.assert_close(value, (1 - alpha) * before[name] + alpha * start[name])
+
+    def test_a_layer_that_moves_to_another_name_keeps_its_start(self):
+        model, _, scheduler = scheduled(lam=50.0, equal_counts=False)
+        start = weights(model)
+        move_away(model)
+        model.encoders["audio"].insert(0, nn.Identity())
+        saved = scheduler.state_dict()["initial"]
+        assert torch.equal(saved["encoders.audio.1.weight"], start["encoders.audio.0.weight"])
+
+    def test_what_was_taken_out_is_not_counted_any_more(self):
+        model, optimizer, scheduler = scheduled()
+        model.encoders["audio"][0] = nn.Identity()
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        gc.collect()
+        left = [p for m in model.modalities.values() for p in m.parameters()]
+        assert scheduler.snapshot_bytes == sum(4 * p.numel() for p in left)
 
 
 class TestGiven:
@@ -99,6 +146,7 @@ class TestGiven:
             watch(model),
             *loaders(),
             initial=initial,
+            epochs=99,
             **options,
         )
         return scheduler.state_dict()["initial"]
@@ -150,9 +198,11 @@ def test_a_meta_snapshot_device_is_used():
 
 def test_names_do_not_depend_on_compilation():
     model: Any = Concat(encoder=batch_norm)
-    plain = bo.ReLearnScheduler(torch.optim.SGD(model.parameters(), 0.1), watch(model), *loaders())
+    plain = bo.ReLearnScheduler(torch.optim.SGD(model.parameters(), 0.1), watch(model), *loaders(), epochs=99)
     model.encoders["audio"] = torch.compile(model.encoders["audio"], backend="eager")
-    compiled = bo.ReLearnScheduler(torch.optim.SGD(model.parameters(), 0.1), watch(model), *loaders())
+    compiled = bo.ReLearnScheduler(
+        torch.optim.SGD(model.parameters(), 0.1), watch(model), *loaders(), epochs=99
+    )
     assert set(compiled.state_dict()["initial"]) == set(plain.state_dict()["initial"])
 
 

@@ -10,9 +10,7 @@ from balanceopt.relearn._features import Collector, Reservoir, Samples, balanced
 
 def collected(labels, limit, *, sizes=(7, 20), width=2):
     features = torch.arange(len(labels)).float()[:, None].expand(-1, width)
-    collector = Collector(
-        ("a",), lambda _, z, samples: z, limit=limit, seed=0, ignore_index=-100, where="here"
-    )
+    collector = Collector(("a",), lambda _, z: z, limit=limit, seed=0, ignore_index=-100, where="here")
     at, i = 0, 0
     while at < len(labels):
         rows = slice(at, at + sizes[i % len(sizes)])
@@ -68,10 +66,12 @@ def test_widths_must_agree():
         held.add(torch.zeros(2, 4), torch.zeros(2), torch.rand(2))
 
 
-def test_a_random_part():
+def test_random_parts():
     whole = Samples(torch.arange(20.0)[:, None], torch.arange(20))
-    part = whole.random_part(8, seed=1)
-    assert torch.equal(part.features[:, 0].long(), part.labels)
-    assert torch.equal(part.labels, whole.random_part(8, seed=1).labels)
-    assert not torch.equal(part.labels, whole.random_part(8, seed=2).labels)
-    assert whole.random_part(20, seed=1) is whole
+    one, two = whole.parts(8, 2, seed=1)
+    assert len(one) == len(two) == len({*one.labels.tolist(), *two.labels.tolist()}) // 2 == 8
+    for part in (one, two):
+        assert torch.equal(part.features[:, 0], part.labels.float())
+    assert torch.equal(one.labels, whole.parts(8, 2, seed=1)[0].labels)
+    assert not torch.equal(one.labels, whole.parts(8, 2, seed=2)[0].labels)
+    assert all(part is whole for part in whole.parts(20, 3, seed=1))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch_optimizer
 from torch import nn
 
 import balanceopt as bo
 from balanceopt.functional import soft_reinit_
 from balanceopt.relearn import _initial, _scheduler
+from tests.interrupts import first_and_last, interrupted, lines_of
 from tests.models import FUSIONS, INPUTS, Concat, batch, batch_norm, watch
 from tests.relearning import loaders, move_away, samples, scheduled, train_epoch, weights
 
@@ -27,6 +30,37 @@ class TestWhen:
         fired = [n for n in range(1, 10) if scheduler.step() is not None]
         assert fired == [3, 6, 9]
         assert scheduler.last_epoch == 9
+
+    @pytest.mark.parametrize(
+        ("every", "epochs", "first", "expected"),
+        [
+            (2, 6, None, [2, 4]),
+            (2, 7, None, [2, 4]),
+            (2, 8, None, [2, 4, 6]),
+            (3, 9, 1, [1, 4]),
+            (2, 9, 3, [3, 5, 7]),
+            (1, 2, None, [1]),
+        ],
+    )
+    def test_no_later_than_training_can_make_good(self, every, epochs, first, expected):
+        _, _, scheduler = scheduled(every=every, epochs=epochs, first=first, max_relearns=None)
+        assert [n for n in range(1, epochs + 1) if scheduler.step() is not None] == expected
+
+    def test_the_published_epochs(self):
+        _, _, scheduler = scheduled(every=20, epochs=90, first=21)
+        assert [n for n in range(1, 91) if scheduler.step() is not None] == [21, 41, 61]
+
+    def test_a_run_of_no_known_length_is_said(self):
+        with pytest.warns(UserWarning, match="without `epochs=` encoders go back after every 20 epochs"):
+            _, _, scheduler = scheduled(every=20, epochs=None)
+        scheduler.last_epoch = 19
+        assert scheduler.step() is not None
+
+    @pytest.mark.parametrize("options", [{"every": 20, "epochs": 39}, {"every": 2, "first": 5, "epochs": 6}])
+    def test_a_run_too_short_to_fire_is_said(self, options):
+        with pytest.warns(UserWarning, match=f"nothing fires in a run of {options['epochs']} epochs"):
+            _, _, scheduler = scheduled(**options)
+        assert all(scheduler.step() is None for _ in range(options["epochs"]))
 
     @pytest.mark.parametrize(("limit", "expected"), [(0, []), (2, [1, 2]), (None, [1, 2, 3, 4])])
     def test_no_more_often_than_asked(self, limit, expected):
@@ -54,7 +88,7 @@ class TestWhat:
     @pytest.mark.parametrize("make", FUSIONS.values(), ids=FUSIONS)
     @pytest.mark.parametrize("modalities", [2, 3])
     def test_encoders_go_back_by_their_own_strength(self, make, modalities):
-        model, _, scheduler = scheduled(make, modalities, lam=20.0)
+        model, _, scheduler = scheduled(make, modalities, lam=20.0, equal_counts=False)
         start = weights(model)
         move_away(model)
         current = weights(model)
@@ -81,7 +115,7 @@ class TestWhat:
         model = Concat()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         monitor = bo.ModalityMonitor(model, model.modalities)
-        assert bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1).step() is not None
+        assert bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1, epochs=99).step() is not None
 
     def test_one_modality_will_do(self):
         _, _, scheduler = scheduled(modalities=1)
@@ -92,7 +126,9 @@ class TestWhat:
         monitor = watch(model)
         base = torch.optim.SGD(bo.modality_groups(model, model.modalities), lr=0.1, momentum=0.9)
         optimizer = bo.ModulatedOptimizer(base, monitor)
-        scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1, optimizer_state="reset")
+        scheduler = bo.ReLearnScheduler(
+            optimizer, monitor, *loaders(), every=1, optimizer_state="reset", epochs=99
+        )
         train_epoch(model, optimizer, scheduler.train_loader)
         assert len(base.state) == len(list(model.parameters()))
         assert scheduler.step() is not None
@@ -114,7 +150,14 @@ class TestWhat:
         data = samples(60)
         train = [torch.utils.data.DataLoader(data, 16, shuffle=True) for _ in range(2)]
         scheduler = bo.ReLearnScheduler(
-            optimizers[1], watch(other), train[1], loaders()[1], every=1, lam=0.0, max_relearns=None
+            optimizers[1],
+            watch(other),
+            train[1],
+            loaders()[1],
+            every=1,
+            lam=0.0,
+            max_relearns=None,
+            epochs=99,
         )
         torch.manual_seed(3)
         for _ in range(3):
@@ -131,7 +174,7 @@ class TestOptimizerState:
         model = Concat()
         optimizer = make(model.parameters())
         scheduler = bo.ReLearnScheduler(
-            optimizer, watch(model), *loaders(), every=1, lam=20.0, optimizer_state=option, seed=0
+            optimizer, watch(model), *loaders(), every=1, lam=20.0, optimizer_state=option, seed=0, epochs=99
         )
         train_epoch(model, optimizer, scheduler.train_loader)
         before = self.state(model, optimizer)
@@ -154,6 +197,147 @@ class TestOptimizerState:
         back = {n for n in before if any(f".{m}." in n and alpha > 0 for m, alpha in found.strength.items())}
         assert back
         assert set(after) == set(before) - back
+
+
+def kept_copies(optimizer, model):
+    """Every tensor in the state of an optimizer and of those in it that has the size of its parameter."""
+    holders = [optimizer, *(x for x in vars(optimizer).values() if isinstance(x, torch.optim.Optimizer))]
+    return {
+        (i, name, key): value.detach().clone()
+        for i, holder in enumerate(holders)
+        for name, p in model.named_parameters()
+        for key, value in holder.state.get(p, {}).items()
+        if isinstance(value, torch.Tensor) and value.shape == p.shape
+    }
+
+
+class Held(torch.optim.Optimizer):
+    """Holds the optimizer that steps under a name of its own, and a slow copy of the weights, as timm's Lookahead."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self._base_optimizer = base
+
+    def step(self, closure=None):
+        self._base_optimizer.step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                own = self.state[p]
+                slow = own.setdefault("lookahead_slow_buff", p.detach().clone())
+                slow.lerp_(p.detach(), 0.5)
+                p.data.copy_(slow)
+
+
+def sgd(params, lr=0.1):
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
+class Listed(Held):
+    def __init__(self, base):
+        torch.optim.Optimizer.__init__(self, base.param_groups, {})
+        self.optimizers = [base]
+
+    @property
+    def _base_optimizer(self):
+        return self.optimizers[0]
+
+
+AROUND = {
+    "torch_optimizer.Lookahead": lambda params: torch_optimizer.Lookahead(sgd(params), k=3),
+    "another name": lambda params: Held(sgd(params)),
+    "a list": lambda params: Listed(sgd(params)),
+}
+
+
+class TestOptimizersInside:
+    @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
+    @pytest.mark.parametrize("name", AROUND)
+    def test_reset_reaches_them(self, name, wrapped):
+        model = Concat()
+        monitor = watch(model)
+        base: Any = AROUND[name](model.parameters())
+        optimizer: Any = bo.ModulatedOptimizer(base, monitor, seed=0) if wrapped else base
+        inner: Any = getattr(base, "_base_optimizer", getattr(base, "optimizer", None))
+        options: dict[str, Any] = {
+            "every": 1,
+            "epochs": 9,
+            "lam": 20.0,
+            "optimizer_state": "reset",
+            "equal_counts": False,
+        }
+        scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), **options)
+        train_epoch(model, optimizer, scheduler.train_loader)
+        found: Any = scheduler.step()
+        back = {m for m, alpha in found.strength.items() if alpha > 0}
+        assert back
+        for p_name, p in model.named_parameters():
+            assert (p in inner.state) == (not any(f".{m}." in p_name for m in back))
+        train_epoch(model, optimizer, scheduler.train_loader)
+
+    @pytest.mark.filterwarnings("ignore:This overload of:UserWarning")  # Ranger's
+    @pytest.mark.parametrize("option", ["keep", "reset"])
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda params: torch_optimizer.Lookahead(sgd(params, 0.0), k=3),
+            lambda params: Held(sgd(params, 0.0)),
+            lambda params: torch_optimizer.Ranger(params, lr=1e-30, k=3),
+        ],
+        ids=["Lookahead", "another", "Ranger"],
+    )
+    def test_copies_of_the_weights_go_back_too(self, make, option):
+        # With a learning rate of 0 the weights stay where re-learning has put them, copies or not.
+        model = Concat()
+        optimizer: Any = make(model.parameters())
+        options: dict[str, Any] = {
+            "every": 1,
+            "epochs": 9,
+            "lam": 20.0,
+            "optimizer_state": option,
+            "equal_counts": False,
+        }
+        scheduler = bo.ReLearnScheduler(optimizer, watch(model), *loaders(), **options)
+        move_away(model)
+        for _ in range(2):
+            train_epoch(model, optimizer, scheduler.train_loader)
+        found: Any = scheduler.step()
+        assert max(found.strength.values()) > 0.1
+        expected = weights(model)
+        for _ in range(3):
+            train_epoch(model, optimizer, scheduler.train_loader)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, expected[name], msg=name)
+
+    @pytest.mark.parametrize(
+        "kind", [torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Rprop]
+    )
+    def test_reset_is_as_before_the_first_step(self, kind):
+        model = Concat()
+        optimizer: Any = kind(model.parameters(), lr=0.1)
+        options: dict[str, Any] = {
+            "every": 1,
+            "epochs": 9,
+            "lam": 20.0,
+            "optimizer_state": "reset",
+            "equal_counts": False,
+        }
+        scheduler = bo.ReLearnScheduler(optimizer, watch(model), *loaders(), **options)
+        train_epoch(model, optimizer, scheduler.train_loader)
+        found: Any = scheduler.step()
+        back = [
+            p
+            for n, p in model.named_parameters()
+            if any(f".{m}." in n and a for m, a in found.strength.items())
+        ]
+        assert back
+        twins = [p.detach().clone().requires_grad_() for p in back]
+        for p, twin in zip(back, twins, strict=True):
+            p.grad = twin.grad = torch.randn_like(p)
+        for p in set(model.parameters()) - set(back):
+            p.grad = None
+        optimizer.step()
+        kind(twins, lr=0.1).step()
+        assert all(torch.equal(p, twin) for p, twin in zip(back, twins, strict=True))
 
 
 def test_running_statistics_stay():
@@ -253,6 +437,37 @@ class TestFailures:
         monkeypatch.setattr(_initial, "soft_reinit_", fail_late)
         self.broken(monkeypatch, model, scheduler, optimizer, KeyboardInterrupt)
 
+    def test_at_any_line_all_of_the_step_is_done_or_nothing(self):
+        _, _, scheduler = scheduled(equal_counts=False)
+        diagnosis = scheduler.diagnose()
+
+        def world():
+            torch.manual_seed(0)
+            model = Concat()
+            optimizer = torch_optimizer.Lookahead(sgd(model.parameters()), k=3)
+            scheduler: Any = bo.ReLearnScheduler(
+                optimizer, watch(model), *loaders(), every=1, epochs=9, optimizer_state="reset"
+            )
+            scheduler.diagnose = lambda train, val: diagnosis
+            train_epoch(model, optimizer, scheduler.train_loader)
+            return model, optimizer, scheduler
+
+        def fingerprint(model, optimizer, scheduler):
+            state = {**weights(model), **kept_copies(optimizer, model)}
+            return (scheduler.last_epoch, scheduler.relearns), {name: x.tolist() for name, x in state.items()}
+
+        before, whole = fingerprint(*world()), world()
+        lines = lines_of(whole[2].step)
+        after = fingerprint(*whole)
+        assert before[0] != after[0]
+        assert before[1].keys() > after[1].keys()
+        numbers = first_and_last(lines, {Path(name).name for name, _ in lines})
+        assert len(numbers) > 60
+        for number in numbers:
+            parts = world()
+            assert interrupted(parts[2].step, number, (KeyboardInterrupt, MemoryError)[number % 2])
+            assert fingerprint(*parts) in (before, after), lines[number]
+
     def test_a_step_that_failed_can_be_tried_again(self, monkeypatch):
         _, _, scheduler = scheduled(every=2)
         scheduler.step()
@@ -286,17 +501,17 @@ class TestBadInput:
         model = Concat()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(ValueError, match="`val_loader` should yield batches"):
-            bo.ReLearnScheduler(optimizer, watch(model), loaders()[0], None)
+            bo.ReLearnScheduler(optimizer, watch(model), loaders()[0], None, epochs=99)
         with pytest.raises(TypeError, match="None for both loaders"):
-            bo.ReLearnScheduler(optimizer, watch(model), ({}, torch.zeros(0)), loaders()[1])
+            bo.ReLearnScheduler(optimizer, watch(model), ({}, torch.zeros(0)), loaders()[1], epochs=99)
 
     def test_what_is_no_optimizer_or_monitor(self):
         model: Any = Concat()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with pytest.raises(TypeError, match="`optimizer` should be"):
-            bo.ReLearnScheduler(model, watch(model), *loaders())
+            bo.ReLearnScheduler(model, watch(model), *loaders(), epochs=99)
         with pytest.raises(TypeError, match="`monitor` should be"):
-            bo.ReLearnScheduler(optimizer, model, *loaders())
+            bo.ReLearnScheduler(optimizer, model, *loaders(), epochs=99)
 
     @pytest.mark.parametrize("empty", [0, 1])
     def test_a_loader_that_yields_nothing(self, empty):
@@ -315,7 +530,7 @@ class TestBadInput:
             (torch.rand(8) > 0.5, "should be integers"),
             (torch.rand(8, 3), "should be integers"),
             (torch.zeros(8, 3, dtype=torch.int64), r"should have shape \(N,\)"),
-            (torch.arange(5), "returned 8 rows for 5 samples"),
+            (torch.arange(5), "returned 8 rows for 5 labels"),
             (torch.ones(8, dtype=torch.int64), "two classes or more"),
         ],
     )
@@ -339,7 +554,7 @@ class TestBadInput:
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
     def test_a_modality_with_nan_is_left_alone(self):
-        model, _, scheduler = scheduled(lam=20.0)
+        model, _, scheduler = scheduled(lam=20.0, equal_counts=False)
         move_away(model)
         with torch.no_grad():
             model.encoders["audio"][2].bias[0] = math.nan
@@ -380,7 +595,7 @@ def test_shared_parameters_are_left_alone_and_said():
     monitor = bo.ModalityMonitor(model, {"left": "left", "right": "right"}, head="head")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"shared with other modules \(left: 2, right: 2\)"):
-        scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1, lam=50.0)
+        scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1, lam=50.0, epochs=99)
     move_away(model)
     before = weights(model)
     scheduler.step()

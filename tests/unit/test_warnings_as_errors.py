@@ -78,6 +78,10 @@ CASES: dict[str, tuple[Callable[[], World], Callable[[World], Any]]] = {
     ),
     "re-learning with shared layers": (
         lambda: world_of(Shared()),
+        lambda world: bo.ReLearnScheduler(world.optimizer, world.monitor, [], [], epochs=99),
+    ),
+    "re-learning of no known length": (
+        lambda: world_of(Concat(2)),
         lambda world: bo.ReLearnScheduler(world.optimizer, world.monitor, [], []),
     ),
 }

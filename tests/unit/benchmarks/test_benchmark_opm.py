@@ -25,7 +25,7 @@ def test_the_table_says_when_nine_tenths_were_reached() -> None:
 def test_fixed_dropout_takes_one_modality_from_half_of_the_samples(mfeat_file: Path) -> None:
     data = mfeat(mfeat_file, train_samples=40)
     model = classifier_for(data)
-    method = fixed_dropout(model, Context((), (), 10, 0.1, 0.9, 0))
+    method = fixed_dropout(model, Context((), (), 10, 0.1, 0.9, 0, 25))
     seen: list[torch.Tensor] = []
     model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     inputs = [x.repeat(25, 1) for x in data.train.inputs.values()]

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from balanceopt.functional import (
     KMeansResult,
     _kmeans,
-    _purity,
+    _relearning,
     _scaling,
     kmeans,
     minmax_scale,
@@ -402,7 +402,7 @@ class TestPurity:
     def test_table_and_pairs_agree(self, monkeypatch):
         assignments, labels = torch.randint(30, (500,)), torch.randint(-9, 30, (500,))
         expected = purity(assignments, labels)
-        monkeypatch.setattr(_purity, "TABLE_CELLS", 0)
+        monkeypatch.setattr(_relearning, "TABLE_CELLS", 0)
         assert torch.equal(purity(assignments, labels), expected)
 
     @pytest.mark.parametrize(

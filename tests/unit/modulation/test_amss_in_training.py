@@ -123,7 +123,7 @@ def test_re_learning_goes_on_beside_it():
     model = small_model()
     monitor = watch(model)
     optimizer = bo.MaskedSubnetworkSGD(groups_of(model), monitor, lr=0.1, momentum=0.9, seed=0)
-    scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1, seed=0)
+    scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), every=1, seed=0, epochs=99)
     for _ in range(2):
         train_epoch(model, optimizer, loaders()[0])
         before = [p.detach().clone() for p in model.parameters()]

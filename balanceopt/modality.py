@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from balanceopt._options import check_kind, names_of, shown
 
-Encoders = Mapping[str, nn.Module | str]
+Encoders = Mapping[str, nn.Module | str] | nn.ModuleDict
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -54,6 +54,8 @@ def resolve_encoders(model: nn.Module, encoders: Encoders) -> dict[str, nn.Modul
         ValueError: for no encoders, an unknown name, a module outside the model, or encoders that overlap.
         TypeError: if an encoder is neither a module nor a name.
     """
+    if isinstance(encoders, nn.ModuleDict):
+        encoders = dict(encoders.items())
     if not isinstance(encoders, Mapping) or not encoders:
         raise ValueError(
             "`encoders` should map each modality to its module, like {'audio': model.audio_net}. "
@@ -66,6 +68,7 @@ def resolve_encoders(model: nn.Module, encoders: Encoders) -> dict[str, nn.Modul
             )
     found = {name: find_module(model, module, f"encoders[{name!r}]") for name, module in encoders.items()}
     for name, encoder in found.items():
+        _refuse_container(name, encoder)
         if unwrap(encoder) is unwrap(model):
             raise ValueError(
                 f"encoders[{name!r}] should be a part of {type(unwrap(model)).__name__}. Found the model itself."
@@ -78,6 +81,19 @@ def resolve_encoders(model: nn.Module, encoders: Encoders) -> dict[str, nn.Modul
                     f"{'the same module as' if a is b else 'inside'} that of {first!r}."
                 )
     return found
+
+
+def _refuse_container(name: str, encoder: nn.Module) -> None:
+    inner = unwrap(encoder)
+    if (
+        "forward" not in vars(inner)
+        and getattr(type(inner).forward, "__name__", "") == "_forward_unimplemented"
+    ):
+        raise ValueError(
+            f"encoders[{name!r}] should be a module that the model calls. Found a {type(inner).__name__}, which has no "
+            "forward: its parts are called one by one. Put the modality's layers into a module of their own, whose "
+            "forward returns its features, or give the part whose output is the features."
+        )
 
 
 def resolve_head(

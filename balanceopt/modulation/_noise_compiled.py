@@ -1,7 +1,7 @@
 """Gaussian numbers by a compiled kernel: a hash of (seed, pair), and Box and Muller's transform, in one loop.
 
-The numbers have nothing to do with those of torch's generators. The logarithm is that of the compiler's library, cosine
-and sine are short polynomials, so that other processors give numbers that differ by a few units in the last place.
+The numbers have nothing to do with those of torch's generators. Logarithm, cosine and sine are short polynomials, which
+other processors and compilers round otherwise, so that their numbers differ by a few units in the last place.
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ _BITS = 2.0**-32
 _SHIFTS = (17, 11, 15, 14)
 _FACTORS = (0xED5AD4BB - 2**32, 0xAC4C1B51 - 2**32, 0x31848BAB)
 _GOLDEN = 0x9E3779B1 - 2**32
-# Least squares on Chebyshev nodes: sin(x) / x and cos(x) in x^2, for |x| <= pi / 2, to 4e-9 and 2e-10.
+# Least squares on Chebyshev nodes: sin(x) / x and cos(x) in x^2, for |x| <= pi / 2, to 4e-9 and 2e-10;
+# -2 log(1 + x) / x for 1 + x from sqrt(1/2) to sqrt(2), to 2e-7.
 _SINE = (0.99999999571, -0.16666657968, 0.00833305058, -0.000198090432, 2.60515895e-6)
 _COSINE = (0.99999999978, -0.49999999357, 0.04166663620, -0.00138883608, 2.476013213e-5, -2.60510154e-7)
+_LOGARITHM = (
+    *(-1.99999989, 1.00000726, -0.666702283, 0.499401434),
+    *(-0.397971301, 0.344940266, -0.324683796, 0.202681135),
+)
+# Of float32: the bits of 1 and of sqrt(1/2), and those of the fraction.
+_ONE, _ROOT, _FRACTION = 0x3F800000, 0x3F3504F3, 0x7FFFFF
+# The compiler takes the first size it sees for the usual one, and lets threads share it if it is large.
+_WARM_UP_SIZE = 2**18
 # For the compiler, where this torch has them: all in one loop, without buffers; fuse multiplications with additions.
 _OPTIONS: dict[str, int | str] = {
     "realize_opcount_threshold": 1000,
@@ -57,8 +66,6 @@ def scale_and_add_(flat: Tensor, factor: Tensor, scale: Tensor, seed: int) -> No
     key = sent(torch.tensor(signed, dtype=torch.int32, device="cpu"), flat.device)
     # As tensors of two memories: views of one would be copied by the compiled code before they are changed.
     halves = [from_dlpack(half) for half in flat.detach().view(2, -1).unbind()]
-    for half in halves:
-        torch._dynamo.mark_dynamic(half, 0)
     _kernel()(*halves, factor, scale, key)
 
 
@@ -68,11 +75,11 @@ def warm_up(device: torch.device) -> None:
     Raises:
         RuntimeError: if nothing can be compiled here.
     """
-    factor, scale = torch.ones(2, dtype=torch.float32, device=device).unbind()
+    factor, scale = (torch.ones((), dtype=torch.float32, device=device) for _ in range(2))
     try:
         with warnings.catch_warnings():  # torch's own, about itself
             warnings.simplefilter("ignore")
-            scale_and_add_(torch.zeros(2**10, dtype=torch.float32, device=device), factor, scale, 0)
+            scale_and_add_(torch.zeros(_WARM_UP_SIZE, dtype=torch.float32, device=device), factor, scale, 0)
     except Exception as error:  # what a missing compiler raises is different from platform to platform
         raise RuntimeError(
             f"noise='compiled' could not be compiled for {device.type}: the error above says why. It needs what "
@@ -88,7 +95,7 @@ def _kernel() -> Callable[..., Any]:
         for name, value in _OPTIONS.items()
         if name in known and (known[name] is None or type(known[name]) is type(value))
     }
-    return torch.compile(_scale_and_add, fullgraph=True, options=options)
+    return torch.compile(_scale_and_add, fullgraph=True, dynamic=True, options=options)
 
 
 def _scale_and_add(first: Tensor, second: Tensor, factor: Tensor, scale: Tensor, key: Tensor) -> None:
@@ -103,18 +110,27 @@ def _normal(pairs: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Ten
     word = (_mix(word, _SHIFTS[1]) + b) * _FACTORS[1]
     word = _mix(_mix(word, _SHIFTS[2]) * _FACTORS[2], _SHIFTS[3])
     half = (_mix(word * _GOLDEN, _SHIFTS[2]) + c).to(torch.float32) * (math.pi * _BITS)
-    # Words are signed: (word + 2^31 + 1/2) / 2^32 lies inside (0, 1), and turning by half a circle is no matter.
-    uniform = (word.to(torch.float32) * _BITS + 0.5).clamp(0.5 * _BITS, 1.0)
-    radius = (uniform.log() * -2).sqrt()
+    # 31 bits, all but the sign, and half of the last one more: above 0, at most 1.
+    uniform = (word & 0x7FFFFFFF).to(torch.float32) * (2 * _BITS) + _BITS
+    radius = _minus_twice_logarithm(uniform).sqrt()
     # Of half the angle, which needs no reduction, to the whole one.
     square = half * half
     cosine, sine = _polynomial(_COSINE, square), _polynomial(_SINE, square) * half
     return (1 - 2 * sine * sine) * radius, 2 * sine * cosine * radius
 
 
+def _minus_twice_logarithm(x: Tensor) -> Tensor:
+    """`-2 log(x)`: x is a power of two times a number around 1, which its bits give."""
+    bits = x.view(torch.int32) + (_ONE - _ROOT)
+    exponent = ((bits >> 23) - (_ONE >> 23)).to(torch.float32)
+    beyond_one = ((bits & _FRACTION) + _ROOT).view(torch.float32) - 1
+    return exponent * (-2 * math.log(2)) + _polynomial(_LOGARITHM, beyond_one) * beyond_one
+
+
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    value = torch.zeros_like(x)
-    for coefficient in reversed(coefficients):
+    *others, last = coefficients
+    value = torch.full_like(x, last)
+    for coefficient in reversed(others):
         value = value * x + coefficient
     return value
 

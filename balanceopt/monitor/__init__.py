@@ -2,12 +2,13 @@
 
 from balanceopt.monitor._columns import as_rows
 from balanceopt.monitor._company import enter, leave, refuse_company
+from balanceopt.monitor._features import samples_first
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._labels import off_residual, two_classes
 from balanceopt.monitor._logits import check_layout
 from balanceopt.monitor._module_hooks import WeakHook
 from balanceopt.monitor._monitor import ModalityMonitor
-from balanceopt.monitor._outputs import is_differentiable, logits_of, map_tensors, tensors_in
+from balanceopt.monitor._outputs import is_differentiable, map_tensors, tensors_in
 from balanceopt.monitor._replay import State, evaluate, keep_random_states, without_gradients
 from balanceopt.monitor._scores import Accumulator
 from balanceopt.monitor._sums import ModalitySums
@@ -29,10 +30,10 @@ __all__ = [
     "is_differentiable",
     "keep_random_states",
     "leave",
-    "logits_of",
     "map_tensors",
     "off_residual",
     "refuse_company",
+    "samples_first",
     "tensors_in",
     "two_classes",
     "without_gradients",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from balanceopt.modality import unwrap
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from balanceopt._pooling import Projection
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -18,18 +16,7 @@ def as_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(-1)
 
 
-def logit_rows(head: nn.Module, logits: Tensor) -> Tensor:
-    """A head's logits, or their gradient, as `(N, C)`.
-
-    Classes stand last, but first after the batch for convolutions, and for others with four dimensions or more, except
-    linear heads: as dense prediction has them.
-    """
-    inner = unwrap(head)
-    dense = isinstance(inner, _CONVOLUTIONS) or (logits.dim() > 3 and not isinstance(inner, nn.Linear))
-    return as_rows(logits.movedim(1, -1) if dense and logits.dim() > 2 else logits)
-
-
-Projection = Callable[[Tensor], Tensor]
+Rule = Callable[[Tensor], Tensor]
 
 # Pooling written in another way rounds differently.
 _TOLERANCE = 1e-5
@@ -51,7 +38,7 @@ class Match:
 
     Attributes:
         columns: the slice of the head's input.
-        project: from the encoder's output `(B, ...)` to `(B, D_m)`.
+        project: from the encoder's features `(B, ...)`, or `(B * T, ...)`, to `(B, D_m)`.
     """
 
     columns: slice
@@ -65,20 +52,23 @@ def find_match(name: str, features: Tensor, head_input: Tensor) -> Match:
         NoMatchError: if they are nowhere.
         AmbiguousMatchError: if they are at several places.
     """
-    complex_numbers = features.is_complex() or head_input.is_complex()
-    x = head_input.detach() if complex_numbers else head_input.detach().float()
-    for project in () if complex_numbers else _PROJECTIONS:
-        block = _applied(project, features, x.shape)
-        if block is None:
-            continue
-        places = [o for o in _plausible(block, x) if _same(block, x[:, o : o + block.shape[1]])]
-        if len(places) > 1:
+    matches: list[Match] = []
+    for project, width, places in _placed(features, head_input):
+        if len(places) > 1 and not matches:
             raise AmbiguousMatchError(
                 f"the output of encoder {name!r} stands at columns {places} of the head's input. "
                 "Pass `slices={modality: slice(start, stop)}` for every modality."
             )
-        if places:
-            return Match(slice(places[0], places[0] + block.shape[1]), project)
+        matches += [Match(slice(o, o + width), project) for o in places]
+    if matches:
+        widest = max(matches, key=lambda match: match.columns.stop - match.columns.start)
+        inside = range(widest.columns.start, widest.columns.stop + 1)
+        if all(m.columns.start in inside and m.columns.stop in inside for m in matches):
+            return widest
+        raise NoMatchError(
+            f"the head's input holds the output of encoder {name!r} in more than one form. Pass `select=` with a "
+            "function that makes its features of it, or use `scores='zero-out'`."
+        )
     raise NoMatchError(
         f"the output of encoder {name!r} (shape {tuple(features.shape)}) stands nowhere in the head's input "
         f"(shape {tuple(head_input.shape)}). Pass `slices={{modality: slice(start, stop)}}` for every modality, "
@@ -86,13 +76,24 @@ def find_match(name: str, features: Tensor, head_input: Tensor) -> Match:
     )
 
 
-def projection_onto(features: Tensor, block: Tensor) -> Projection | None:
-    """The projection that turns `features` into `block` `(B, D_m)`, or None."""
+def _placed(features: Tensor, x: Tensor) -> Iterator[tuple[Projection, int, list[int]]]:
+    """Each projection of `features` that stands in `x` `(B, D)`, with its width, and at which columns it begins."""
+    if features.is_complex() or x.is_complex():
+        return
+    x = x.detach().float()
     for project in _PROJECTIONS:
-        found = _applied(project, features, block.shape)
-        if found is not None and found.shape == block.shape and _same(found, block.float()):
-            return project
-    return None
+        block = _applied(project, features, x.shape)
+        if block is not None:
+            width = block.shape[1]
+            places = [o for o in _plausible(block, x) if _same(block, x[:, o : o + width])]
+            if places:
+                yield project, width, places
+
+
+def projection_onto(features: Tensor, x: Tensor, *, within: bool = False) -> Projection | None:
+    """The projection that turns `features` into `x` `(B, D_m)`, or into most of its columns (`within`); or None."""
+    placed = [(width, project) for project, width, _ in _placed(features, x) if within or width == x.shape[1]]
+    return max(placed, key=lambda pair: pair[0])[1] if placed else None
 
 
 def projection_number(project: Projection | None) -> int:
@@ -110,7 +111,7 @@ def projection_numbered(number: int) -> Projection | None:
     return None if number < 0 else _PROJECTIONS[number]
 
 
-def projected(name: str, project: Projection | None, features: Tensor) -> Tensor:
+def projected(name: str, project: Projection | None, features: Tensor, samples: int) -> Tensor:
     """Features as the head gets them.
 
     Raises:
@@ -121,14 +122,18 @@ def projected(name: str, project: Projection | None, features: Tensor) -> Tensor
             f"it is not known how the output of encoder {name!r} becomes its head's input: no training pass has shown "
             "it, or something unknown lies between. Pass `select=` with a function from one to the other."
         )
-    return project(features)
+    return project(features, samples)
 
 
 def _applied(project: Projection, features: Tensor, room: torch.Size) -> Tensor | None:
     """`features` projected to `(B, D_m)` float32, or None where that can't stand in a head's input of shape `room`."""
     try:
-        block = project(features.detach().float())
-    except (IndexError, RuntimeError):  # the projection asks for dimensions that these features don't have
+        block = project(features.detach().float(), room[0])
+    except (
+        IndexError,
+        RuntimeError,
+        ZeroDivisionError,
+    ):  # the projection asks for dimensions that these features don't have
         return None
     fits = block.dim() == 2 and block.shape[0] == room[0] and 0 < block.shape[1] <= room[1]
     return block if fits else None
@@ -193,31 +198,63 @@ def _spread(z: Tensor) -> Tensor:
     return z.unsqueeze(-1) if z.dim() == 1 else z
 
 
+def _rectified(z: Tensor) -> Tensor:
+    return z.relu()
+
+
+def _as_is(z: Tensor) -> Tensor:
+    return z
+
+
+def _last_two_tokens(z: Tensor) -> Tensor:
+    return z[:, -2:].flatten(1)
+
+
+def _states_first(z: Tensor, samples: int) -> Tensor:
+    """States `(L, B, H)` of a recurrent encoder as `(B, L, H)`."""
+    if z.dim() != 3 or z.shape[1] != samples:
+        raise IndexError("no states of layers")
+    return z.transpose(0, 1)
+
+
 @dataclass(frozen=True)
-class _Rectified:
-    """A projection with a ReLU before it (as good as after it for all but means, which `_RectifiedLast` serves)."""
+class _Pooled:
+    """A rule, with what is done before and after it (a ReLU), for rows that are samples, states or frames.
 
-    project: Projection
+    Attributes:
+        rule: from `(B, ...)` to `(B, D)`.
+        before: of the features.
+        after: of the result.
+        states: features are `(L, B, H)`.
+        over: from `(B, T, D)` to `(B, D')`, where a sample has several rows, T frames one after the other.
+    """
 
-    def __call__(self, z: Tensor) -> Tensor:
-        return self.project(z.relu())
+    rule: Rule
+    before: Rule = _as_is
+    after: Rule = _as_is
+    states: bool = False
+    over: Rule | None = None
 
-
-@dataclass(frozen=True)
-class _RectifiedLast:
-    project: Projection
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return self.project(z).relu()
+    def __call__(self, z: Tensor, samples: int) -> Tensor:
+        if self.over is not None and (samples == 0 or len(z) == samples or len(z) % samples):
+            raise IndexError("no frames")
+        z = _states_first(z, samples) if self.states else z
+        vectors = self.after(self.rule(self.before(z)))
+        return vectors if self.over is None else self.over(vectors.unflatten(0, (samples, -1)))
 
 
 def _projections() -> Iterator[Projection]:
     plain = (_flat, _mean_spatial, _max_spatial, _first_token, _last_token, _mean_token, _max_token, _spread)
-    yield from plain
-    for project in plain:
-        yield _Rectified(project)
-    for project in (_mean_spatial, _mean_token):
-        yield _RectifiedLast(project)
+    rules = [_Pooled(rule) for rule in plain]
+    # A ReLU before the rule is as good as after it for all but means.
+    rules += [_Pooled(rule, before=_rectified) for rule in plain]
+    rules += [_Pooled(rule, after=_rectified) for rule in (_mean_spatial, _mean_token)]
+    yield from rules
+    for over in (_mean_token, _max_token, _flat, _first_token, _last_token):
+        yield from (replace(pooled, over=over) for pooled in rules)
+    for rule in (_flat, _last_two_tokens, _last_token, _first_token, _mean_token, _max_token):
+        yield _Pooled(rule, states=True)
+    yield _Pooled(_last_two_tokens)
 
 
 _PROJECTIONS: tuple[Projection, ...] = tuple(_projections())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from balanceopt.monitor._labels import Labels
     from balanceopt.monitor._scores import Scorer
 
+Edge = tuple[Any, int]
 Observed = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -29,6 +30,7 @@ class Pass:
 
     Attributes:
         scored: uni-modal logits are made of it.
+        rehearsal: a forward, not of training, that only shows the way from encoders to logits.
         undo: the way back from what scoring changes for a while.
         hooks: tell which hooks on modules are part of the model's function.
         replayed: the modules that scoring may run once more.
@@ -38,6 +40,15 @@ class Pass:
         outputs: each modality's encoder outputs, one a call, clean (before any drop), copied; for zero-out only.
         features: each modality's clean feature tensor, batch first, from its last call; a copy.
         sent_features: the same as it went on into the fusion (after any drop).
+        pending: copies of whole encoder outputs, while it is not known which of their tensors are the features.
+        pending_sent: the same as they went on into the fusion, where that is something else.
+        dropped: the modalities whose features something (OPM) changed on their way into the fusion.
+        edges: by modality, the places in the graph of its encoder's output tensors, until their use is known.
+        bases: the same of what those tensors are views of, each with its modality and tensor.
+        roots: what to follow the graph back from: the logits, each head's by modality.
+        samples: how many samples the batch has, by the head's output.
+        rows: by modality, how many rows its features have.
+        returned: by modality, how many rows the first tensor of its encoder's output has.
         head_inputs: what each head got, by modality; under None what the joint head got.
         head_outputs: each modality's own head's logits `(N, C)`, for per-head fusion.
         logits: the joint logits `(N, C)`, N rows.
@@ -65,6 +76,7 @@ class Pass:
     """
 
     scored: bool = True
+    rehearsal: bool = False
     undo: Undo = field(default_factory=Undo)
     hooks: FunctionalHooks = field(default_factory=FunctionalHooks)
     replayed: list[nn.Module] = field(default_factory=list)
@@ -74,6 +86,15 @@ class Pass:
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
     sent_features: dict[str, Tensor] = field(default_factory=dict)
+    pending: dict[str, Any] = field(default_factory=dict)
+    pending_sent: dict[str, Any] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+    edges: dict[str, dict[Edge, str]] = field(default_factory=dict)
+    bases: dict[Edge, tuple[str, str]] = field(default_factory=dict)
+    roots: dict[str | None, list[Edge]] = field(default_factory=dict)
+    samples: int | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    returned: dict[str, int] = field(default_factory=dict)
     head_inputs: dict[str | None, Tensor] = field(default_factory=dict)
     head_outputs: dict[str, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
@@ -99,10 +120,6 @@ class Pass:
     end_node: int | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
 
-    def was_dropped(self, name: str) -> bool:
-        """Whether something (OPM) changed the modality's features on their way into the fusion."""
-        return name in self.features and self.sent_features[name] is not self.features[name]
-
     @property
     def written_parameters(self) -> set[int]:
         """Ids of the replayed modules' parameters that the forward has written to."""
@@ -123,6 +140,8 @@ class Pass:
         self.inputs = None
         self.replayed, self.versions = [], []
         self.outputs, self.features, self.sent_features, self.vectors = {}, {}, {}, {}
+        self.pending, self.pending_sent = {}, {}
+        self.edges, self.bases, self.roots = {}, {}, {}
         self.head_inputs, self.head_outputs = {}, {}
 
 
@@ -132,6 +151,7 @@ class Passes:
     Attributes:
         latest: the latest forward in training.
         current: the one whose forward runs; None outside, and in forwards that are not of training.
+        rehearsing: the model's forwards are rehearsals.
         loose: the one whose parts a loop calls without calling the model.
     """
 
@@ -144,6 +164,7 @@ class Passes:
 
     def __init__(self, labels: Labels, scorer: Scorer, *, train_only: bool, answers: int) -> None:
         """Begin passes with labels from `labels`, counted by `scorer`; `answers` heads complete one."""
+        self.rehearsing = False
         self._labels = labels
         self._scorer = scorer
         self.train_only = train_only
@@ -155,7 +176,11 @@ class Passes:
         self._drop_loose()
         self._running = True
         self.current = self._backward = None
-        if self._is_training(model):
+        if self.rehearsing:
+            scorer = self._scorer
+            learns = scorer.unimodal is not None and not scorer.unimodal.knows_layout
+            self.current = Pass(scored=learns, rehearsal=True, undo=scorer.undo, hooks=scorer.hooks)
+        elif self._is_training(model):
             self.current = self.latest = self._new()
         return self.current
 

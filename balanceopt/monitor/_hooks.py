@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt.distributed import Group
-from balanceopt.monitor._columns import logit_rows
+from balanceopt.monitor._answers import Answers
+from balanceopt.monitor._features import Features, edge_of
 from balanceopt.monitor._forward import Pass, Passes, answers_of
 from balanceopt.monitor._labels import Labels, refuse_loss
 from balanceopt.monitor._module_hooks import Hook, remove_hooks
-from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors, tensors_in
+from balanceopt.monitor._outputs import first_tensor, map_tensors, tensors_in
+from balanceopt.monitor._per_head import refuse_widths
 from balanceopt.monitor._scores import Scorer
 from balanceopt.monitor._supported import in_backward, is_batched, next_node, outside_graphs, refuse_join
 
@@ -46,7 +48,6 @@ class Listeners(Generic[Function]):
 
 
 Head = nn.Module | Mapping[str, nn.Module] | None
-Select = Mapping[str, Callable[[Any], Tensor]]
 Transform = Callable[[str, Pass, Any], Any]
 Tap = Callable[[str, Any, Pass | None], None]
 LogitListener = Callable[[Pass, Tensor], None]
@@ -73,7 +74,8 @@ class Capture:
         labels: Labels,
         scorer: Scorer,
         train_only: bool,
-        select: Select,
+        features: Features,
+        answers: Answers,
         group: Group,
     ) -> None:
         """Give passes their labels by `labels` and hand them to `scorer`."""
@@ -87,7 +89,8 @@ class Capture:
         self.gradient_listeners: Listeners[GradientListener] = Listeners()
         self._labels = labels
         self._scorer = scorer
-        self._select = dict(select)
+        self.features = features
+        self._answers = answers
         self._group = group
         self.hooks: list[Hook] = []
 
@@ -120,21 +123,6 @@ class Capture:
         remove_hooks(self.hooks)
         self.hooks.clear()
         self.passes.forget()
-
-    def features(self, name: str, output: Any) -> Tensor:
-        """The feature tensor of an encoder's output, attached to its graph.
-
-        Raises:
-            TypeError: if the output holds no tensor.
-        """
-        select = self._select.get(name)
-        features = features_of(output) if select is None else select(output)
-        if not isinstance(features, Tensor):
-            raise TypeError(
-                f"the encoder of {name!r} should return a tensor, or something that holds one. Found "
-                f"{type(output).__name__}; pass `select={{{name!r}: function}}` to pick its features."
-            )
-        return features
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -169,12 +157,16 @@ class Capture:
         if not again:
             self._keep(name, current, output)
         sent = output
-        for transform in self.transforms:
+        for transform in () if current.rehearsal else self.transforms:
             sent = transform(name, current, sent)
-        if current.scored and not again and sent is not output:
-            current.sent_features[name] = _copied(self.features(name, sent))
         if sent is output:
             return None
+        if current.scored and not again:
+            current.dropped.add(name)
+            if name in current.features:
+                current.sent_features[name] = _copied(self.features.of(name, sent))
+            else:
+                current.pending_sent[name] = map_tensors(_copied, sent)
         self._scorer.hooks.resent(module, sent)
         return sent
 
@@ -182,16 +174,15 @@ class Capture:
         self, name: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """The joint head answered, or (by `name`) a modality's own."""
-        logits = logits_of(output)
-        if logits is None:
-            return
         if in_backward():
-            self._refuse_reentrant_head(logits)
+            self._refuse_reentrant_head(output)
             return
         current = self.passes.of_head()
         if current is None:
             return
-        self._take_logits(name, current, module, logits, first_tensor((args, kwargs)))
+        logits = self._answers.logits(module, output, current)
+        if logits is not None:
+            self._take_logits(name, current, module, logits, first_tensor((args, kwargs)))
 
     def _on_end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if in_backward():
@@ -202,11 +193,14 @@ class Capture:
         current.broke_off = output is None and sys.exc_info()[0] is not None
         if current.broke_off:
             return
-        logits = logits_of(output)
-        if logits is not None and self.head is self.model:
-            self._take_logits(None, current, module, logits)
+        if self.head is self.model:
+            logits = self._answers.logits(module, output, current)
+            if logits is not None:
+                self._take_logits(None, current, module, logits)
+        elif self.head is None and current.edges:
+            current.roots[None] = [edge_of(x) for x in tensors_in(output) if x.requires_grad]
         current.end_node = next_node()
-        self._scorer.end_forward(current)
+        self._end_forward(current)
 
     def _on_loss(
         self,
@@ -226,8 +220,10 @@ class Capture:
             return
         self.passes.backward_reached(current)
         if not current.ended:  # the loop called parts of the model: only now is it known that none is left
-            self._scorer.end_forward(current)
-        rows = logit_rows(head, gradient.detach())
+            self._end_forward(current)
+        if gradient.dim() > 2:
+            self._answers.learn(head, gradient.detach(), current)
+        rows = self._answers.rows(head, gradient.detach())
         self._scorer.backward_reached(current, rows)
         for listener in self.gradient_listeners if current.counts else ():
             listener(current, rows)
@@ -237,21 +233,36 @@ class Capture:
     def _keep(self, name: str, current: Pass, output: Any) -> None:
         """Keep copies: the fusion may go on to change features in place (an in-place ReLU)."""
         current.calls[name] += 1
+        self.features.note(name, current, output)
         if not current.scored:
             return
-        if self._scorer.needs_outputs:
+        current.dropped.discard(name)
+        tensors = [output] if isinstance(output, Tensor) else self.features.candidates(name, output).values()
+        current.returned[name] = next((x.shape[0] for x in tensors if x.dim()), 0)
+        settled = self.features.settled(name, output)
+        if self._scorer.needs_outputs or not settled:
             output = map_tensors(_copied, output)
             current.outputs.setdefault(name, []).append(output)
-            features = self.features(name, output)
+        if settled:
+            features = self.features.of(name, output)
+            features = features if self._scorer.needs_outputs else _copied(features)
+            current.features[name] = current.sent_features[name] = features
         else:
-            features = _copied(self.features(name, output))
-        current.features[name] = current.sent_features[name] = features
+            current.pending[name] = output
+            current.pending_sent.pop(name, None)
+
+    def _end_forward(self, current: Pass) -> None:
+        """Learn what the pass shows of the way from encoders to logits, and score it."""
+        if current.roots or current.pending:
+            self.features.learn(current)
+        self._scorer.end_forward(current)
 
     def _take_logits(
         self, name: str | None, current: Pass, head: nn.Module, logits: Tensor, x: Tensor | None = None
     ) -> None:
         """Keep the joint logits, or add a modality's own to them, and listen for their gradient."""
-        self._scorer.seen.note("heads")
+        if not current.rehearsal:
+            self._scorer.seen.note("heads")
         current.head_calls += 1
         if name is None and current.listening and not logits.requires_grad:
             return  # an answer on the side, which nothing is trained by
@@ -260,11 +271,15 @@ class Capture:
         )
         if name is None or not current.head_outputs:
             self._listen(current, head, logits)
-        own = logit_rows(head, _copied(logits))
+        own = self._answers.rows(head, _copied(logits))
+        current.samples = logits.shape[0] if logits.dim() else None
+        if logits.requires_grad and current.edges:
+            current.roots[name] = [edge_of(logits)]
         if name is None:
             current.logits, current.answering_call = own, current.head_calls
         else:
             current.head_outputs[name] = own
+            refuse_widths(current.head_outputs)
             current.logits = torch.stack(list(current.head_outputs.values())).sum(0)
         for listener in self.logit_listeners:
             listener(current, current.logits)
@@ -275,10 +290,10 @@ class Capture:
             current.listening += 1
             logits.register_hook(partial(self._on_gradient, current, head, current.listening))
 
-    def _refuse_reentrant_head(self, logits: Tensor) -> None:
+    def _refuse_reentrant_head(self, output: Any) -> None:
         """Raise where only the second run of a head, in backward, is part of a graph."""
         current = self.passes.recomputed()
-        if current is not None and not current.listening and logits.requires_grad:
+        if current is not None and not current.listening and any(x.requires_grad for x in tensors_in(output)):
             raise NotImplementedError(
                 "the head runs under reentrant activation checkpointing, which keeps its first run out of the graph. "
                 "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from balanceopt._options import check_choice, check_entries, check_kind, is_whole, shown
 from balanceopt.modality import unwrap
+from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._columns import (
     NoMatchError,
-    Projection,
-    as_rows,
     is_projection,
     projection_number,
     projection_numbered,
 )
+from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._per_head import PerHead
 from balanceopt.monitor._split import SplitHead
@@ -32,6 +32,8 @@ def choose_scores(
     encoders: Mapping[str, nn.Module],
     head: nn.Module | Mapping[str, nn.Module] | None,
     slices: Mapping[str, slice] | None,
+    features: Features,
+    answers: Answers,
 ) -> UnimodalLogits | None:
     """The way to uni-modal logits that `scores` asks for; None for features only.
 
@@ -53,34 +55,39 @@ def choose_scores(
             f"`scores={scores!r}` needs `head=`, whose output tells that a pass counts. Found None."
         )
     if callable(scores):
-        return UserFunction(scores, list(encoders))
+        return UserFunction(
+            scores, features, answers, next(iter(head.values())) if isinstance(head, Mapping) else head
+        )
     if isinstance(head, Mapping):
         if scores not in ("auto", "per-head"):
             raise ValueError(
                 f"with a head for each modality `scores` should be 'per-head'. Found {scores!r}."
             )
-        return PerHead(head)
-    return _of_joint_head(scores, model, encoders, head, slices)
+        return PerHead(head, features, answers)
+    return _of_joint_head(scores, model, head, slices, features, answers)
 
 
 def _of_joint_head(
     scores: str,
     model: nn.Module,
-    encoders: Mapping[str, nn.Module],
     head: nn.Module,
     slices: Mapping[str, slice] | None,
+    features: Features,
+    answers: Answers,
 ) -> UnimodalLogits:
     if scores == "per-head":
         raise ValueError("`scores='per-head'` needs a mapping from modality to its own head. Found one head.")
     inner = unwrap(head)
     if scores == "zero-out" or (scores == "auto" and not isinstance(inner, nn.Linear)):
-        return ZeroOut(model, encoders, head)
+        return ZeroOut(model, features.encoders, head, features, answers)
     if not isinstance(inner, nn.Linear):
         raise ValueError(
             f"`scores='split'` needs a linear head. Found {type(inner).__name__}: use 'zero-out' or a function."
         )
-    split = SplitHead(inner, list(encoders), slices)
-    return split if scores == "split" or slices else Automatic(split, ZeroOut(model, encoders, head))
+    split = SplitHead(inner, list(features.encoders), slices, features)
+    if scores == "split" or slices:
+        return split
+    return Automatic(split, ZeroOut(model, features.encoders, head, features, answers))
 
 
 class UnimodalLogits(Protocol):
@@ -114,10 +121,11 @@ class UserFunction:
     needs_outputs = False
     knows_layout = True
 
-    def __init__(self, function: UserScores, modalities: Sequence[str]) -> None:
-        """Call `function` with the features of every modality."""
+    def __init__(self, function: UserScores, features: Features, answers: Answers, head: nn.Module) -> None:
+        """Call `function` with the features of every modality; it returns logits as `head` does."""
         self.function = function
-        self.modalities = list(modalities)
+        self.modalities = list(features.encoders)
+        self.features, self.answers, self.head = features, answers, head
         self.name = f"function {getattr(function, '__name__', type(function).__name__)}"
 
     def replayed(self) -> list[nn.Module]:
@@ -129,7 +137,12 @@ class UserFunction:
 
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         with torch.no_grad():
-            logits = self.function(dict(current.features))
+            known = current.features
+            features = {
+                name: known[name] if name in known else self.features.of(name, current.pending[name])
+                for name in current.calls
+            }
+            logits = self.function(features)
         if not isinstance(logits, Mapping):
             if len(logits) != len(self.modalities):
                 raise ValueError(
@@ -141,7 +154,7 @@ class UserFunction:
             raise KeyError(
                 f"`scores` should return logits by modality {self.modalities}. Found {sorted(logits)}."
             )
-        rows = {name: as_rows(value.detach()).float() for name, value in logits.items()}
+        rows = {name: self.answers.rows(self.head, value.detach()).float() for name, value in logits.items()}
         for name, value in rows.items():
             if current.logits is not None and value.shape != current.logits.shape:
                 raise ValueError(
@@ -199,20 +212,19 @@ class Automatic:
             self.chosen, self._otherwise = self._otherwise, None
 
 
-def layout_of(scores: UnimodalLogits | None) -> dict[str, Any]:
-    """Which kind of scores was chosen, each modality's columns, and how its features become what the head gets.
+def layout_of(scores: UnimodalLogits | None, features: Features) -> dict[str, Any]:
+    """Which kind of scores was chosen, each modality's columns and features, and how these become what the head gets.
 
     A pass whose features were dropped can't always show it again, and training goes on with one after a resume.
     """
     chosen = scores.chosen if isinstance(scores, Automatic) else scores
     columns = chosen.columns if isinstance(chosen, SplitHead) else {}
-    projections: dict[str, Projection | None] = {}
-    if isinstance(chosen, (SplitHead, PerHead)):
-        projections = chosen.projections
+    projections = features.projections
     return {
         "scores": None if chosen is None else chosen.name,
         "columns": {name: [own.start, own.stop] for name, own in columns.items() if name in projections},
         "projections": {name: projection_number(own) for name, own in projections.items()},
+        "features": dict(features.paths),
     }
 
 
@@ -224,8 +236,8 @@ def check_layout(layout: dict[str, Any]) -> None:
         KeyError: if an entry is missing.
         ValueError: for columns that are no range, and unknown projections.
     """
-    check_entries("the layout", layout, ("scores", "columns", "projections"))
-    for part in ("columns", "projections"):
+    check_entries("the layout", layout, ("scores", "columns", "projections", "features"))
+    for part in ("columns", "projections", "features"):
         check_kind(f"the layout's {part}", layout[part], Mapping, "a mapping from modality to numbers")
     if layout["scores"] is not None and not isinstance(layout["scores"], str):
         raise ValueError(f"the layout's scores should be a name or None. Found {shown(layout['scores'])}.")
@@ -236,9 +248,13 @@ def check_layout(layout: dict[str, Any]) -> None:
     for name, number in layout["projections"].items():
         if not is_whole(number) or not is_projection(number):
             raise ValueError(f"the layout's projection of {name!r} is unknown. Found {shown(number)}.")
+    for name, path in layout["features"].items():
+        check_kind(
+            f"the layout's features of {name!r}", path, str, "the way to a tensor in the encoder's output"
+        )
 
 
-def lay_out(scores: UnimodalLogits | None, layout: dict[str, Any]) -> None:
+def lay_out(scores: UnimodalLogits | None, features: Features, layout: dict[str, Any]) -> None:
     """Take over what `layout_of` told; of a layout that can't be read, nothing.
 
     Raises:
@@ -258,5 +274,5 @@ def lay_out(scores: UnimodalLogits | None, layout: dict[str, Any]) -> None:
         if any(own.stop > width for own in columns.values()):
             raise ValueError(f"the layout should be of a head of {width} columns. Found {layout['columns']}.")
         scores.columns.update(columns)
-    if isinstance(scores, (SplitHead, PerHead)):
-        scores.projections.update(projections)
+    features.projections.update(projections)
+    features.paths.update(layout["features"])

@@ -20,11 +20,14 @@ from balanceopt._options import (
     shown,
     to_tensor,
 )
+from balanceopt._pooling import Projection
+from balanceopt._undo import Undo
 from balanceopt.distributed import Group, check_group
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
-from balanceopt.monitor._columns import Projection
+from balanceopt.monitor._answers import Answers
+from balanceopt.monitor._features import Features, Select
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._hooks import Capture, Select
+from balanceopt.monitor._hooks import Capture
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._labels import LabelSource as LabelSource
 from balanceopt.monitor._logits import UnimodalLogits, UserScores, choose_scores, lay_out, layout_of
@@ -160,13 +163,18 @@ class ModalityMonitor:
     ) -> None:
         """Make the parts, which watch nothing yet."""
         self._labels = Labels(labels)
+        self._features = Features(self.encoders, select, apart=self.head is not None)
+        self._answers = Answers()
         self._scorer = Scorer(
             self.modalities,
-            choose_scores(scores, self.model, self.encoders, self.head, slices),
+            choose_scores(
+                scores, self.model, self.encoders, self.head, slices, self._features, self._answers
+            ),
             ignore_index=ignore_index,
             strict=strict,
             recovers=self._labels.allows("gradient"),
             traces=Traces(self.model, self.encoders, self.head),
+            features=self._features,
         )
         self._capture = Capture(
             self.model,
@@ -175,7 +183,8 @@ class ModalityMonitor:
             labels=self._labels,
             scorer=self._scorer,
             train_only=train_only,
-            select=select,
+            features=self._features,
+            answers=self._answers,
             group=self.group,
         )
         self.transforms = self._capture.transforms
@@ -312,16 +321,51 @@ class ModalityMonitor:
 
         Raises:
             TypeError: if the output holds no tensor.
+            RuntimeError: if it holds several, and no pass has shown which of them reaches the logits.
         """
-        return self._capture.features(name, output)
+        return self._features.of(name, output)
+
+    def knows_features(self, name: str, output: Any) -> bool:
+        """Whether it is known which tensor of an encoder's output is its features."""
+        return self._features.settled(name, output)
+
+    def hold_features(
+        self, name: str, output: Any, copied: Callable[[Tensor], Tensor]
+    ) -> Callable[[], Tensor]:
+        """A function that returns what `features` would, of a copy made now: a later pass may show which they are."""
+        return self._features.held(name, output, copied)
+
+    def rehearse(self, run: Callable[[], Any]) -> Any:
+        """Run a forward; where it is unknown how features become logits, with gradients, whose graph shows it.
+
+        It counts as no pass.
+        """
+        unimodal, known = self._scorer.unimodal, self._features.paths
+        shown = known.keys() >= self.encoders.keys() and (unimodal is None or unimodal.knows_layout)
+        if shown or any(hasattr(p, "device_mesh") for p in self.model.parameters()):
+            return run()
+        passes = self._capture.passes
+        undo = Undo()
+        with undo, undo:
+            undo.set(vars(passes), "rehearsing", True)
+            with torch.enable_grad():
+                return run()
+
+    def logits(self, head: nn.Module, output: Any) -> Tensor | None:
+        """The logits in a head's output; None where it holds no tensor."""
+        return self._answers.logits(head, output, self.latest)
 
     def projection(self, name: str) -> Projection | None:
         """How the encoder's features become what the head gets, once a pass has shown it."""
-        found: Projection | None = getattr(self._chosen, "projections", {}).get(name)
-        return found
+        return self._features.projections.get(name)
 
-    def live_logits(self, name: str, features: Tensor) -> Tensor:
-        """The shared head's uni-modal logits `(B, C)` of clean features, attached to the graphs of both.
+    @property
+    def repeats(self) -> dict[str, int]:
+        """How many rows each encoder returns for a sample, as far as passes have shown it."""
+        return self._features.repeats
+
+    def live_logits(self, name: str, features: Tensor, samples: int) -> Tensor:
+        """The shared head's uni-modal logits `(B, C)` of the clean features of B samples, attached to both graphs.
 
         Raises:
             ValueError: if the uni-modal logits are neither "split" nor "per-head".
@@ -334,7 +378,7 @@ class ModalityMonitor:
                 "the shared head's own answer to one modality needs a linear head on concatenated features "
                 f"(scores='split') or a head for each modality ('per-head'). Found {found}."
             )
-        return chosen.live(name, features)
+        return chosen.live(name, features, samples)
 
     def expect_scores(self, who: str) -> None:
         """Refuse to serve a method that needs scores when there is no head.
@@ -377,11 +421,11 @@ class ModalityMonitor:
     @property
     def layout(self) -> dict[str, Any]:
         """What passes have shown of the way from encoders to head, as plain numbers; may be set after a resume."""
-        return layout_of(self._scorer.unimodal)
+        return layout_of(self._scorer.unimodal, self._features)
 
     @layout.setter
     def layout(self, layout: dict[str, Any]) -> None:
-        lay_out(self._scorer.unimodal, layout)
+        lay_out(self._scorer.unimodal, self._features, layout)
 
     def empty_sums(self, device: torch.device) -> ModalitySums:
         """Sums over no sample, of the shape that other ranks have."""

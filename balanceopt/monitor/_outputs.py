@@ -9,20 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-# Where several tensors come back, these names are the one meant.
-_FEATURES = ("pooler_output",)
-_LOGITS = ("logits",)
-
-
-def features_of(output: Any) -> Tensor | None:
-    """The feature tensor of an encoder's output: itself, its `pooler_output`, or the first tensor in it."""
-    return _pick(output, _FEATURES)
-
-
-def logits_of(output: Any) -> Tensor | None:
-    """The logits of a head's or model's output: itself, its `logits`, or the first tensor in it."""
-    return _pick(output, _LOGITS)
-
 
 def is_differentiable(x: Tensor) -> bool:
     """Whether a tensor may hold features, real or complex: not masks, indices and lengths."""
@@ -59,16 +45,6 @@ def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return twin
 
 
-def _pick(output: Any, names: tuple[str, ...]) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    for name in names:
-        named = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(named, Tensor):
-            return named
-    return first_tensor(output)
-
-
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor in a value of any structure; None where there is none."""
     return next(tensors_in(value), None)
@@ -76,16 +52,32 @@ def first_tensor(value: Any) -> Tensor | None:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in a value of any structure, in order."""
+    return (tensor for _, tensor in named_tensors(value))
+
+
+def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a value of any structure, in order, each with the way to it: "last_hidden_state", "1.0"."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors_in_each(value.values())
+        yield path, value
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = zip(value._fields, value, strict=True)
     elif isinstance(value, (tuple, list)):
-        yield from _tensors_in_each(value)
+        items = enumerate(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors_in_each(getattr(value, f.name) for f in dataclasses.fields(value))
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    for key, item in items:
+        yield from named_tensors(item, f"{path}.{key}" if path else str(key))
 
 
-def _tensors_in_each(items: Iterable[Any]) -> Iterator[Tensor]:
-    for item in items:
-        yield from tensors_in(item)
+def feature_tensors(value: Any) -> dict[str, Tensor]:
+    """Those tensors that may hold features or logits, each by the way to it: no masks, indices or single numbers."""
+    return {path: x for path, x in named_tensors(value) if is_differentiable(x) and x.dim() > 0}
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> str:
+    """Names and shapes of an output's tensors, for messages."""
+    return ", ".join(f"{path or 'the output'} {tuple(x.shape)}" for path, x in tensors.items()) or "none"

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt._undo import Undo
-from balanceopt.monitor._columns import Projection, as_rows, logit_rows, projected, projection_onto
+from balanceopt.monitor._answers import Answers
+from balanceopt.monitor._columns import as_rows, projected, projection_onto
+from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._outputs import logits_of
 from balanceopt.monitor._replay import State, keep_random_states, quieten
 
 
@@ -20,10 +21,12 @@ class PerHead:
     name = "per-head"
     needs_outputs = False
 
-    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+    def __init__(self, heads: Mapping[str, nn.Module], features: Features, answers: Answers) -> None:
         """Take the outputs of `heads`, one for each modality."""
         self.heads = dict(heads)
-        self.projections: dict[str, Projection | None] = {}
+        self.features = features
+        self.projections = features.projections
+        self.answers = answers
 
     @property
     def knows_layout(self) -> bool:
@@ -33,10 +36,11 @@ class PerHead:
     def __call__(self, current: Pass) -> dict[str, Tensor]:
         found = {}
         for name, output in current.head_outputs.items():
-            dropped = current.was_dropped(name)
-            if not dropped:
+            if name in current.dropped:
+                found[name] = self._without_drop(name, current)
+            else:
                 self._learn(name, current)
-            found[name] = self._without_drop(name, current) if dropped else output.float()
+                found[name] = output.float()
         return found
 
     def replayed(self) -> list[nn.Module]:
@@ -46,24 +50,33 @@ class PerHead:
     def join(self, current: Pass) -> None:
         """Nothing: the heads' own outputs are used."""
 
-    def live(self, name: str, features: Tensor) -> Tensor:
+    def live(self, name: str, features: Tensor, samples: int) -> Tensor:
         """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
-        head, x = self.heads[name], projected(name, self.projections.get(name), features)
+        head, x = self.heads[name], projected(name, self.projections.get(name), features, samples)
         undo = Undo()
         with undo, undo:
             keep_random_states(undo, [x.device])
             state = State(undo, head.modules())
             # Not called as a module: this is not the pass's own call, which hooks wait for.
-            logits = logits_of(head.forward(x))
+            logits = self.answers.logits(head, head.forward(x))
             state.refuse_changed()
         assert logits is not None
         return logits
 
     def _learn(self, name: str, current: Pass) -> None:
-        if name not in self.projections and name in current.features:
-            sent = current.sent_features[name]
-            if bool(torch.isfinite(sent).all()):
-                self.projections[name] = projection_onto(sent, as_rows(current.head_inputs[name]))
+        x = as_rows(current.head_inputs[name])
+        if name not in self.projections and current.calls[name]:
+            options = self.features.options(name, current)
+            if not all(bool(torch.isfinite(sent).all()) for sent in options.values()):
+                return
+            self.projections[name] = None
+            for path, sent in options.items():
+                if (project := projection_onto(sent, x)) is not None:
+                    self.projections[name] = project
+                    self.features.settle(name, path, current)
+                    break
+        if current.calls[name] and self.projections[name] is not None:
+            current.vectors[name] = x
 
     def _without_drop(self, name: str, current: Pass) -> Tensor:
         if self.projections.get(name) is None:
@@ -72,13 +85,24 @@ class PerHead:
                 "output. Pass `select=` with a function that turns that output into the head's input."
             )
         head = self.heads[name]
-        x = projected(name, self.projections[name], current.features[name])
+        samples = len(as_rows(current.head_inputs[name]))
+        x = current.vectors[name] = projected(name, self.projections[name], current.features[name], samples)
         undo, modules = current.undo, list(head.modules())
         with undo, undo:
             quieten(undo, modules, x.device)
             state = State(undo, modules, current.written_parameters)
             state.quieten(current.hooks)
-            logits = logits_of(head.forward(x.to(current.head_inputs[name].dtype)))
+            logits = self.answers.logits(head, head.forward(x.to(current.head_inputs[name].dtype)))
             state.refuse_changed()
         assert logits is not None
-        return logit_rows(head, logits).float()
+        return self.answers.rows(head, logits).float()
+
+
+def refuse_widths(logits: Mapping[str, Tensor]) -> None:
+    """Raise where the modalities' heads can't be of one task: their logits are added up."""
+    shapes = {name: tuple(x.shape) for name, x in logits.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            "`head` by modality should be heads of the same classes, whose logits are added up. Found logits of shapes "
+            f"{shapes}. Heads of different tasks are one `head` each: build a monitor for the task that is balanced."
+        )

@@ -11,18 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from balanceopt._pooling import as_real
+from balanceopt._pooling import as_real, samples_in
 from balanceopt._undo import Undo
+from balanceopt._warnings import warn_user
 from balanceopt.functional import feature_entropy
 from balanceopt.functional._labels import INVALID
 from balanceopt.functional._targets import Targets, as_targets
 from balanceopt.monitor._agreement import Agreement
+from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._labels import Recovery, two_classes
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._module_hooks import FunctionalHooks
 from balanceopt.monitor._sums import ModalitySums
 from balanceopt.monitor._traces import Traces
+
+# Training forwards without a call of an encoder before the user is told.
+_UNCALLED = 10
 
 if TYPE_CHECKING:
     from balanceopt.monitor._monitor import ModalityMonitor
@@ -118,10 +123,12 @@ class Scorer:
         strict: bool,
         recovers: bool,
         traces: Traces,
+        features: Features,
     ) -> None:
         """Score by `unimodal`; `recovers` allows labels read from gradients."""
         self.modalities = tuple(modalities)
         self.unimodal = unimodal
+        self.features = features
         self.ignore_index = ignore_index
         self.recovery = Recovery(strict=strict) if recovers else None
         self._agreement = Agreement(recovers=recovers)
@@ -156,24 +163,42 @@ class Scorer:
 
     def end_forward(self, current: Pass) -> None:
         """Make the uni-modal logits while the features are at hand, then let the features go."""
-        for name in self.modalities:
+        for name in () if current.rehearsal else self.modalities:
             if not current.calls[name]:
                 self.seen.note(f"missing:{name}")
+                if (
+                    current.calls
+                    and self.seen.total[f"missing:{name}"] == self.seen.total["forwards"] == _UNCALLED
+                ):
+                    warn_user(
+                        f"the encoder of {name!r} was not called in {_UNCALLED} training forwards: its modality is not "
+                        "balanced. Give the module that the model calls."
+                    )
         if current.logits is not None and self.unimodal is not None:
             self.classes = current.logits.shape[-1]
             current.unimodal = {}
             if current.scored and current.logits.shape[0] == 0:
                 self.unimodal.join(current)
             elif current.scored:
-                logits = self.unimodal(current)
+                logits = self._unimodal(self.unimodal, current)
+                self.features.count_rows(current, current.samples or 0)
                 current.unimodal = {name: value.detach() for name, value in logits.items()}
                 if any(accumulator.needs_entropy for accumulator in self.accumulators):
                     with torch.no_grad():
                         current.entropies = {
-                            name: feature_entropy(as_real(current.vectors.get(name, z)))
-                            for name, z in current.features.items()
+                            name: feature_entropy(as_real(self.features.vectors(name, current)))
+                            for name in current.calls
                         }
         current.end_forward()
+
+    def _unimodal(self, unimodal: UnimodalLogits, current: Pass) -> dict[str, Tensor]:
+        """The uni-modal logits of a pass; none where they can't be had and only the layout is of interest."""
+        try:
+            return unimodal(current)
+        except RuntimeError:
+            if self.accumulators and not current.rehearsal:
+                raise
+            return {}
 
     def backward_reached(self, current: Pass, gradient: Tensor) -> None:
         """Take the gradient `(N, C)` at the joint logits; the first one makes the pass count.
@@ -294,14 +319,38 @@ def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> ModalitySu
         _by_row(done.present.get(name, everyone), rows, logits) if name in done.unimodal else ~everyone
         for name in modalities
     ]
+    _refuse_partial(done)
     valid = targets.valid & torch.stack(present)
-    entropy = torch.stack([_by_row(done.entropies.get(name, nothing), rows, logits) for name in modalities])
+    entropy = torch.stack(
+        [
+            _by_row(_by_sample(name, done), rows, logits) if name in done.entropies else nothing
+            for name in modalities
+        ]
+    )
     log_p = logits.log_softmax(-1)
     log_score = targets.pick(log_p)
     score = targets.pick(log_p.exp()) if targets.index is None else log_score.exp()
     parts = torch.stack([score, torch.ones_like(score), -log_score, entropy])
     sums = torch.where(valid, parts, 0).sum(-1)
     return ModalitySums(sums[0], sums[1], sums[2], sums[3], targets.class_counts())
+
+
+def _refuse_partial(done: Pass) -> None:
+    """Raise where an encoder ran on other samples than those that are known to have its modality."""
+    for name, rows in done.rows.items():
+        if name in done.present or (done.samples and rows % done.samples):
+            flags = done.present.get(name)
+            samples_in(name, torch.empty(rows, device="meta"), done.samples, flags, frames=True)
+
+
+def _by_sample(name: str, done: Pass) -> Tensor:
+    """A modality's feature entropies, spread over all samples where its encoder ran on those that have it."""
+    values, present = done.entropies[name], done.present.get(name)
+    if present is None or done.samples is None or len(values) >= done.samples:
+        return values
+    spread = values.new_zeros(done.samples)
+    spread[present.to(values.device)] = values
+    return spread
 
 
 def _by_row(per_sample: Tensor, rows: int, like: Tensor) -> Tensor:
@@ -344,6 +393,7 @@ def why_silent(seen: Seen, *, compiled: bool) -> str:
             "the model was compiled: build the monitor before the first call of the compiled model, or call "
             "torch._dynamo.reset()"
         )
+    reasons += _uncalled(recent)
     if recent["forwards"] and not recent["heads"]:
         reasons.append("the head's hook did not fire: the head was replaced, or only its weights are used")
     elif not recent["forwards"] and recent["reruns"]:
@@ -374,6 +424,15 @@ def why_silent(seen: Seen, *, compiled: bool) -> str:
         + "model compiled before the monitor was built, wrong or replaced head, head used functionally, frozen model"
     )
     return "; ".join(reasons)
+
+
+def _uncalled(recent: Counter[str]) -> list[str]:
+    missing = [
+        w.split(":", 1)[1] for w, n in recent.items() if w.startswith("missing:") and n >= recent["forwards"]
+    ]
+    return [
+        f"the encoder of {name!r} was never called: give the module that the model calls" for name in missing
+    ]
 
 
 def is_compiled(model: nn.Module) -> bool:

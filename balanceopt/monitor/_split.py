@@ -11,13 +11,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from balanceopt._undo import Undo
 from balanceopt.monitor._columns import (
     AmbiguousMatchError,
+    Match,
     NoMatchError,
-    Projection,
     as_rows,
     find_match,
     projected,
     projection_onto,
 )
+from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._replay import State, evaluate
 
@@ -33,13 +34,18 @@ class SplitHead:
     needs_outputs = False
 
     def __init__(
-        self, head: nn.Linear, modalities: Sequence[str], slices: Mapping[str, slice] | None
+        self,
+        head: nn.Linear,
+        modalities: Sequence[str],
+        slices: Mapping[str, slice] | None,
+        features: Features,
     ) -> None:
         """Split `head` over `modalities` by the user's `slices`, or by those that the first passes show."""
         self.head = head
         self.modalities = list(modalities)
         self.columns: dict[str, slice] = dict(slices or {})
-        self.projections: dict[str, Projection | None] = {}
+        self.features = features
+        self.projections = features.projections
         self._tried = False
         if slices is not None:
             self._check_slices()
@@ -51,7 +57,7 @@ class SplitHead:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if not self._tried:
                 self._tried = self._try(x, weight, share, current)
-            for name in current.features:
+            for name in current.calls:
                 z = self._clean_columns(name, current, x)
                 if z is not None:
                     current.vectors[name] = z
@@ -71,9 +77,9 @@ class SplitHead:
         """Whether passes have shown each modality's columns, and that weight and bias make the logits."""
         return self._tried and self.projections.keys() >= set(self.modalities)
 
-    def live(self, name: str, features: Tensor) -> Tensor:
+    def live(self, name: str, features: Tensor, samples: int) -> Tensor:
         """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
-        x = projected(name, self.projections.get(name), features)
+        x = projected(name, self.projections.get(name), features, samples)
         weight, bias = self._parameters()
         weight, share = _attached(weight), None if bias is None else _attached(bias) / len(self.modalities)
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
@@ -122,7 +128,7 @@ class SplitHead:
         """The modality's part of the head's input as it would be without any drop `(N, D_m)`."""
         if name not in self.projections and not self._locate(name, current, x):
             return None
-        if not current.was_dropped(name):
+        if name not in current.dropped:
             return x[:, self.columns[name]]
         project = self.projections[name]
         if project is None:
@@ -130,32 +136,51 @@ class SplitHead:
                 f"the features of {name!r} were dropped, and its clean columns can't be made from its encoder's "
                 "output. Pass `select=` with a function that turns that output into the columns of `slices`."
             )
-        return project(_like_rows(current.features[name], current.head_inputs[None]))
+        return project(_like_rows(current.features[name], current.head_inputs[None]), len(x))
 
     def _locate(self, name: str, current: Pass, x: Tensor) -> bool:
         """Find the modality's columns; False where this pass can't show them (not finite, or all zero)."""
-        sent = _like_rows(current.sent_features[name], current.head_inputs[None])
-        if not bool(torch.isfinite(sent).all()) or not bool(torch.isfinite(x).all()):
-            return False
-        if name in self.columns:
-            self.projections[name] = projection_onto(sent, x[:, self.columns[name]])
+        failure = (
+            f"several tensors that the encoder of {name!r} returns reach the head. Pass `select=`, a function "
+            "which makes its features of them, or use `scores='zero-out'`."
+        )
+        for path, z in self.features.options(name, current).items():
+            sent = _like_rows(z, current.head_inputs[None])
+            if not bool(torch.isfinite(sent).all()) or not bool(torch.isfinite(x).all()):
+                return False
+            if name not in self.columns:
+                try:
+                    match = self._match(name, sent, x, current)
+                except NoMatchError as error:
+                    failure = str(error)  # not the error, which holds frames
+                    continue
+                except AmbiguousMatchError:
+                    if bool(sent.any()):
+                        raise
+                    return False
+                self.columns[name], self.projections[name] = match.columns, match.project
+            else:
+                project = projection_onto(sent, x[:, self.columns[name]])
+                if project is None:
+                    continue
+                self.projections[name] = project
+            self.features.settle(name, path, current)
             return True
+        if name not in self.columns:
+            raise NoMatchError(failure)
+        self.projections[name] = None
+        return True
+
+    def _match(self, name: str, sent: Tensor, x: Tensor, current: Pass) -> Match:
         if current.calls[name] > 1:
             raise NoMatchError(
                 f"the encoder of {name!r} ran {current.calls[name]} times in one pass, and only its last output would "
                 "be found in the head's input. Pass `slices={modality: slice(start, stop)}` for every modality, or "
                 "use `scores='zero-out'`."
             )
-        try:
-            match = find_match(name, sent, x)
-        except AmbiguousMatchError:
-            if bool(sent.any()):
-                raise
-            return False
+        match = find_match(name, sent, x)
         self._refuse_shared(name, match.columns)
-        self.projections[name] = match.project
-        self.columns[name] = match.columns
-        return True
+        return match
 
     def _refuse_shared(self, name: str, columns: slice) -> None:
         for other, taken in self.columns.items():

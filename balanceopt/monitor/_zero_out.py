@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from balanceopt._pooling import Projection
 from balanceopt.modality import modules_outside
-from balanceopt.monitor._columns import logit_rows
+from balanceopt.monitor._answers import Answers
+from balanceopt.monitor._columns import projection_onto
+from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._outputs import is_differentiable, logits_of, map_tensors, tensors_in
+from balanceopt.monitor._outputs import is_differentiable, map_tensors, tensors_in
 from balanceopt.monitor._replay import State, quieten
 
 
@@ -21,15 +24,25 @@ class ZeroOut:
 
     name = "zero-out"
     needs_outputs = True
-    knows_layout = True
 
-    def __init__(self, model: nn.Module, encoders: Mapping[str, nn.Module], head: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        encoders: Mapping[str, nn.Module],
+        head: nn.Module,
+        features: Features,
+        answers: Answers,
+    ) -> None:
         """Replay `model` from the outputs of `encoders` up to the output of `head`."""
         self.model = model
         self.encoders = dict(encoders)
         self.head = head
+        self.features = features
+        self.answers = answers
+        self.knows_layout = False
 
     def __call__(self, current: Pass) -> dict[str, Tensor]:
+        self.knows_layout = self.knows_layout or len(current.calls) == len(self.encoders)
         if current.inputs is None:
             raise RuntimeError(
                 "`scores='zero-out'` runs the model's forward again, but the model itself was not called, only its "
@@ -77,6 +90,7 @@ class ZeroOut:
             stop = _Stop(current.answering_call)
             hooks = vars(self.head)["_forward_hooks"]
             undo.set(vars(self.head), "_forward_hooks", OrderedDict([*hooks.items(), (_Stop.key, stop)]))
+        look = self._look(alone, current)
         # A forward may take its batch apart, and write into it.
         args, kwargs = map_tensors(lambda x: state.tensor(x, "its inputs"), current.inputs)
         try:
@@ -89,9 +103,24 @@ class ZeroOut:
                 "Pass `scores=` with a function from features to uni-modal logits."
             ) from error
         state.refuse_changed()
-        logits = logits_of(output)
+        if look is not None:
+            self.features.projections[alone] = look.project
+        logits = self.answers.logits(self.head, output)
         assert logits is not None
-        return logit_rows(self.head, logits).float()
+        return self.answers.rows(self.head, logits).float()
+
+    def _look(self, alone: str, current: Pass) -> _Look | None:
+        """Look, once, for how the modality's features enter the modules of the fusion, where they are known."""
+        z = current.features.get(alone)
+        if alone in self.features.projections or z is None or not bool(torch.isfinite(z).all() & z.any()):
+            return None
+        look = _Look(z)
+        for module in modules_outside(self.model, self.encoders.values()):
+            hooks = vars(module)["_forward_pre_hooks"]
+            current.undo.set(
+                vars(module), "_forward_pre_hooks", OrderedDict([*hooks.items(), (_Stop.key, look)])
+            )
+        return look
 
 
 class _Reached(BaseException):
@@ -113,6 +142,19 @@ class _Stop:
         self.left -= 1
         if self.left <= 0:
             raise _Reached(output)
+
+
+class _Look:
+    """A pre-hook on the fusion's modules: whether one of them gets the features, as they are or pooled."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+        self.project: Projection | None = None
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        for x in tensors_in(args) if self.project is None else ():
+            if is_differentiable(x) and x.dim() == 2:
+                self.project = projection_onto(self.features, x, within=True)
 
 
 class _Cached:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from balanceopt._options import check_kind
-from balanceopt._pooling import Pool, pool_features
+from balanceopt._pooling import Pool, pool_features, samples_in
 from balanceopt._torch import after_backward, backward_number
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import Group, active_group
@@ -120,15 +120,28 @@ class Heads:
                 "optimizer.add_param_group({'params': list(objective.parameters())})."
             )
 
-    def logits(self, name: str, features: Tensor) -> Tensor:
-        """The logits `(B, C)` of a modality's features `(B, ...)`, attached to the graphs of both.
+    def logits(
+        self, name: str, features: Tensor, samples: int | None = None, present: Tensor | None = None
+    ) -> Tensor:
+        """The logits of a modality's features, attached to the graphs of both.
+
+        Args:
+            name: the modality.
+            features: `(B, ...)`, or several rows for each sample (frames).
+            samples: B, where it is known.
+            present: bool `(B,)`, the samples that have the modality, where the user told.
+
+        Returns:
+            `(B, C)`; of the samples that have the modality alone, where its encoder ran on these.
 
         Raises:
             ValueError: if the features have another width than the head was built for, or the shared head another
                 number of outputs than `out_features`.
         """
+        project = self.monitor.projection(name)
+        samples = samples_in(name, features, samples, present, frames=project is not None)
         if self.shared:
-            logits = self.monitor.live_logits(name, features)
+            logits = self.monitor.live_logits(name, features, samples)
             if logits.shape[-1] != self.out_features:
                 raise ValueError(
                     f"`out_features` should be that of the shared head, {logits.shape[-1]}. "
@@ -136,7 +149,7 @@ class Heads:
                 )
             return logits
         head = self.of(name)
-        vectors = pool_features(features, self.pool, self.monitor.projection(name))
+        vectors = pool_features(features, self.pool, project, samples)
         if isinstance(head, OwnHead):
             build(head.to(vectors.device), vectors.shape[1])
         if vectors.shape[1] != head.in_features:

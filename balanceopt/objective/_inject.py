@@ -27,7 +27,6 @@ from balanceopt.monitor import (
     is_batched,
     is_differentiable,
     leave,
-    logits_of,
     map_tensors,
     off_residual,
     refuse_company,
@@ -134,7 +133,7 @@ class Injection:
             # A copy: what comes after the encoder may work in place.
             seen.outputs[name] = map_tensors(lambda x: x.detach().clone(), output)
             seen.extras[name] = []
-            device = self.monitor.features(name, output).device.type
+            device = next(x for x in tensors_in(output) if is_differentiable(x)).device.type
             enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
             seen.autocast = partial(torch.autocast, device, dtype=dtype, enabled=enabled)
             for parameter in self.heads.parameters(name) if self.heads.shared else ():
@@ -149,8 +148,11 @@ class Injection:
                 tensor.register_hook(partial(_add, seen.extras.setdefault(name, []), index))
 
     def _on_late_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current, logits = self.monitor.latest, logits_of(output)
-        if current is not None and logits is not None and logits.requires_grad and not in_backward():
+        current = self.monitor.latest
+        if current is None or in_backward():
+            return
+        logits = self.monitor.logits(module, output)
+        if logits is not None and logits.requires_grad:
             logits.register_hook(partial(self._on_late_gradient, current))
 
     def _on_late_gradient(self, current: Pass, gradient: Tensor) -> None:
@@ -172,7 +174,7 @@ class Injection:
         doubtful = doubtful | misfit | (scale < 0) | (vanished if current.labels is None else misfit)
         rows = torch.tensor(len(labels), dtype=torch.int64, device=doubtful.device)
         self._doubtful.add(rows=rows, doubtful=doubtful.sum())
-        self._make(seen, partial(self._weigh_rows, labels, scale, current))
+        self._make(seen, current, len(labels), partial(self._weigh_rows, labels, scale, current))
 
     def _on_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The loop called its loss."""
@@ -184,9 +186,12 @@ class Injection:
         target = args[1] if len(args) > 1 else kwargs.get("target")
         if seen is not None and target is not None and _is_joint(logits, current):
             weigh = partial(self._weigh_loss, target, current)
-            output.register_hook(lambda gradient: self._make(seen, partial(weigh, gradient.detach())))
+            samples = len(target) if isinstance(target, Tensor) and target.dim() else None
+            output.register_hook(
+                lambda gradient: self._make(seen, current, samples, partial(weigh, gradient.detach()))
+            )
 
-    def _make(self, seen: _Seen, weigh: Weigh) -> None:
+    def _make(self, seen: _Seen, current: Pass, samples: int | None, weigh: Weigh) -> None:
         """Make all uni-modal gradients of a pass: kept for the encoders' outputs, added for the own heads."""
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -197,7 +202,8 @@ class Injection:
             leaves: list[Tensor] = []
             with torch.enable_grad(), seen.autocast():
                 features = self.monitor.features(name, map_tensors(partial(_leaf, leaves), output))
-                value, scale = weigh(name, self.heads.logits(name, features))
+                logits = self.heads.logits(name, features, samples, current.present.get(name))
+                value, scale = weigh(name, logits)
             params = self.heads.parameters(name)
             inputs = [*leaves, *params]
             gradients = torch.autograd.grad(value, inputs, scale.to(value.dtype), allow_unused=True)
@@ -225,15 +231,14 @@ class Injection:
     def _weigh_rows(
         self, labels: Tensor, scale: Tensor, current: Pass, name: str, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if len(logits) != len(labels):
-            raise ValueError(
-                f"inject=True needs a row of joint logits for each of the {len(logits)} samples of {name!r}. "
-                f"Found {len(labels)}."
-            )
         present = current.present.get(name)
+        partial_rows = present is not None and len(logits) != len(labels)
         if present is not None:  # a mean over the samples that have the modality
             part = torch.where(present.to(scale.device), scale, 0)
             scale = part * (scale.sum() / part.sum().clamp(min=torch.finfo(part.dtype).tiny))
+            if partial_rows:  # its encoder ran on these alone
+                rows = present.to(scale.device).nonzero()[:, 0]
+                labels, scale = labels[rows], scale[rows]
         return row_cross_entropy(logits, labels, INVALID), self.weight[name] * scale
 
     def _weigh_loss(
@@ -243,7 +248,7 @@ class Injection:
         present = current.present.get(name)
         if present is not None:
             rows = present.to(logits.device).nonzero()[:, 0]
-            logits, target = logits[rows], target[rows]
+            logits, target = logits[rows] if len(logits) == len(target) else logits, target[rows]
             gradient = gradient[rows] if gradient.dim() else gradient
             if len(rows) == 0:
                 return logits.sum(), torch.zeros_like(gradient.sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, get_args
 
@@ -225,11 +225,12 @@ class UnimodalObjective(nn.Module):
         return {**self.__dict__, "_live": LiveFeatures(self.monitor), "_injection": None}
 
     def _loss(self, name: str, features: Tensor, labels: Tensor, present: Tensor | None) -> Tensor:
-        logits = self._heads.logits(name, features)
+        samples = len(labels) if isinstance(labels, Tensor) and labels.dim() else None
+        logits = self._heads.logits(name, features, samples, present)
         if present is not None:
             rows = present.to(logits.device).nonzero()[:, 0]
             labels = labels.to(logits.device)[rows]
-            logits = logits[rows]
+            logits = logits[rows] if len(logits) == samples else logits
         if self.loss is None:
             ignore_index = self.monitor.ignore_index
             return mean_cross_entropy(logits, as_target(labels, logits, name, ignore_index), ignore_index)
@@ -259,7 +260,8 @@ class LiveFeatures:
         Raises:
             RuntimeError: if there was no forward, or gradients can't go back through the features.
         """
-        features = self._with if torch.is_grad_enabled() else self._without
+        outputs = self._with if torch.is_grad_enabled() else self._without
+        features = {name: held() for name, held in outputs.items()}
         if not features:
             raise RuntimeError(
                 "no features came by: call the model on a batch before the objective, with the monitor's hooks on."
@@ -273,12 +275,12 @@ class LiveFeatures:
                     "checkpointing. Use checkpoint(..., use_reentrant=False), or inject=True."
                 )
         present = {} if self._pass is None or not torch.is_grad_enabled() else self._pass.present
-        return dict(features), dict(present)
+        return features, dict(present)
 
     def forget(self) -> None:
         """Let go of all features."""
-        self._with: dict[str, Tensor] = {}
-        self._without: dict[str, Tensor] = {}
+        self._with: dict[str, Callable[[], Tensor]] = {}
+        self._without: dict[str, Callable[[], Tensor]] = {}
         self._pass: Pass | None = None
 
     def on_output(self, name: str, output: Any, current: Pass | None) -> None:
@@ -286,15 +288,15 @@ class LiveFeatures:
         if in_backward():
             return
         # A copy: what comes after the encoder may work in place.
-        z = self.monitor.features(name, output).clone()
+        held = self.monitor.hold_features(name, output, Tensor.clone)
         if current is None and not torch.is_grad_enabled():
             if name in self._without:
                 self._without = {}
-            self._without[name] = z
+            self._without[name] = held
             return
         if current is not self._pass or (current is None and name in self._with):
             self._with, self._pass = {}, current
-        self._with[name] = z
+        self._with[name] = held
 
 
 def _made_heads(monitor: ModalityMonitor, out_features: int, seed: int | None) -> list[nn.Module]:

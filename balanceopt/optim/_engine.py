@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanceopt._deferred import DeferredCounts, on_host
+from balanceopt._deferred import on_host
 from balanceopt._method import Listener
 from balanceopt._options import shown
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, StepContext
+from balanceopt.modulation._shards import local_part
 from balanceopt.monitor import ModalityMonitor, ModalitySums
 from balanceopt.optim._checks import (
     check_arguments,
@@ -24,17 +25,11 @@ from balanceopt.optim._checks import (
     steps_others,
     warn_of_known_defects,
 )
+from balanceopt.optim._health import Health
+from balanceopt.optim._method_states import MethodStates
 from balanceopt.optim._owners import Owners
-from balanceopt.optim._state import Counters, MethodStates, device_of
+from balanceopt.optim._state import Counters, device_of
 from balanceopt.optim._update import UpdateScaling
-from balanceopt.optim._useless import SILENT_STEPS, Useless
-
-_ODDITIES = {
-    "unusable_scores": "scores are not finite, all zero, or of fewer than two modalities: the step was left to the "
-    "base optimizer. stats() counts such steps apart from modulated ones; a fusion that divides by the norm of its "
-    "features makes NaN of zeroed ones.",
-    "nonfinite_gradients": "gradients that are not finite were left as they are. stats() counts them.",
-}
 
 
 class Engine:
@@ -86,14 +81,8 @@ class Engine:
         self._number = self._counters.number
         self._has_own_groups = steps_others(optimizer)
         self._updates = UpdateScaling()
-        self._silent = 0
         self._looked = False
-        self._warned: set[str] = set()
-        self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
-        self._useless = Useless(monitor.modalities)
-        look = partial(_look_at_oddities, self._warned, self._useless if strict else None)
-        self._oddities = DeferredCounts(("_steps", *_ODDITIES), look)
-        self._odd: dict[str, Tensor] = {}  # of the step under way
+        self._health = Health(monitor, strict=strict)
 
     # -- around a step -------------------------------------------------------------------------------------------
 
@@ -113,7 +102,7 @@ class Engine:
         self._begin(has_closure=True)
         noisy = any(getattr(m, "noise", False) for m in self.modulations)
         if noisy and isinstance(self.optimizer, torch.optim.LBFGS):
-            self._warn(
+            self._health.warn(
                 "closure",
                 f"{type(self.optimizer).__name__} evaluates its closure several times a step: noise on the gradients "
                 "breaks its line search. Use OGM(noise=False).",
@@ -174,10 +163,9 @@ class Engine:
             modulation.epoch = self._counters.epoch
         self._owners.refresh()
         self.discard()
-        self._silent = 0
-        self._useless.restart()
+        self._health.restart()
         if steps_others(self.optimizer) and not self._has_own_groups:
-            self._warn(
+            self._health.warn(
                 "parted",
                 f"loading gave {type(self.optimizer).__name__} param groups of its own: learning rates set in them no "
                 "longer reach the optimizer inside it. Set them in its `.optimizer` too.",
@@ -215,11 +203,7 @@ class Engine:
 
     def stats(self) -> dict[str, int]:
         """Steps modulated, left to the base for want of scores, outside the window; and oddities met."""
-        oddities = self._oddities.read()
-        del oddities["_steps"]
-        # A step does not wait for its device to know this.
-        modulated = self._steps["modulated"] - oddities["unusable_scores"]
-        return {**self._steps, "modulated": modulated, **oddities}
+        return self._health.stats()
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 
@@ -237,7 +221,7 @@ class Engine:
         sums = self._take()
         slots, gradients = self._owners.slots()
         if sums is not None and not gradients:
-            self._warn(
+            self._health.warn(
                 "stale",
                 "scores came, but no parameter of this optimizer has a gradient: nothing was updated. Build the "
                 "optimizer after `fully_shard` or a move that replaces parameters.",
@@ -247,9 +231,9 @@ class Engine:
         balances = len(self.monitor.modalities) > 1
         acting = [m for m in self.modulations if balances and not m.removed and m.is_open(self._number)]
         if not acting:
-            self._steps["outside_window"] += 1
+            self._health.outside_window()
         elif sums is None:
-            self._without_scores()
+            self._health.without_scores()
         else:
             self._modulate(acting, sums, slots)
         self._counters.number = self._number + 1
@@ -260,14 +244,11 @@ class Engine:
         if not self._looked:  # what a loop does with `.grad` it does in every step
             refuse_shared_gradients(slot for own in slots.values() for slot in own)
             self._looked = True
-        self._silent = 0
-        self._steps["modulated"] += 1
+        self._health.begin(sums)
         if not any(slots.values()):
-            self._warn(
+            self._health.warn(
                 "idle", "no encoder's parameter in this optimizer has a gradient: nothing was modulated."
             )
-        unusable = (~sums.usable.any()).to(torch.int64)
-        self._odd = {"_steps": torch.ones_like(unusable), "unusable_scores": unusable}
         for modulation in acting:
             modulation.modulate(
                 StepContext(
@@ -284,9 +265,7 @@ class Engine:
                     held=self._owners.held,
                 )
             )
-        if self.strict:
-            self._useless.note(sums)
-        self._oddities.add(**self._odd)
+        self._health.end()
 
     def _take(self) -> ModalitySums | None:
         """This step's sums, over micro-batches and ranks; None where nobody has any."""
@@ -299,54 +278,20 @@ class Engine:
         host = on_host(total.count)
         return None if host is not None and not host.any() else total
 
-    def _without_scores(self) -> None:
-        self._steps["without_scores"] += 1
-        self._silent += 1
-        why = self.monitor.silence()
-        if self.strict and self._silent >= SILENT_STEPS:
-            raise RuntimeError(
-                f"no scores in {self._silent} steps in a row: training goes on without balancing. "
-                f"Likely causes: {why}. Pass strict=False to go on regardless."
-            )
-        self._warn("silent", f"no scores since the last step: the step was left unmodulated ({why}).")
-
     def _any_nonzero(self, gradients: Iterable[Tensor]) -> bool:
         # Only on the way of steps without scores, which should not be: here waiting for the device is no matter. Ranks
         # agree, though a shard may be empty.
         found = torch.zeros((), dtype=torch.float32, device=device_of(self.optimizer))
         for gradient in gradients:
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
-            own = getattr(values, "_local_tensor", values)
-            found += (own != 0).any().to(found.device)
+            found += (local_part(values) != 0).any().to(found.device)
         return bool(sum_over_ranks(found, self.monitor.group) > 0)
 
     def _count(self, modulation: Modulation, name: str, count: Tensor) -> None:
         modulation.count(**{name: count})
-        if name not in self._odd:
-            self._odd[name] = count
-        elif name == "unusable_scores":  # by several modulations: still one step
-            self._odd[name] = torch.maximum(self._odd[name], count.to(torch.int64))
-        else:
-            self._odd[name] = self._odd[name] + count
+        self._health.count(name, count)
 
     def _report(self, modulation: Modulation, name: str, values: Tensor) -> None:
         modulation.report(self._number, name, self.monitor.modalities, values)
         for listener in self.listeners:
             listener(self._number, name, self.monitor.modalities, values)
-
-    def _warn(self, kind: str, message: str) -> None:
-        _warn_once(self._warned, kind, message)
-
-
-def _warn_once(warned: set[str], kind: str, message: str) -> None:
-    if kind not in warned:
-        warned.add(kind)
-        warn_user(message)
-
-
-def _look_at_oddities(warned: set[str], useless: Useless | None, counts: dict[str, int]) -> None:
-    for name, message in _ODDITIES.items():
-        if counts[name]:
-            _warn_once(warned, name, message)
-    if useless is not None:
-        useless.judge(counts["_steps"], counts["unusable_scores"])

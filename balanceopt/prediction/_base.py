@@ -14,7 +14,14 @@ from balanceopt._method import Method, Unit
 from balanceopt._options import check_count, check_entries, check_kind
 from balanceopt._random import generator_for
 from balanceopt.distributed import rank_in, shared_seed
-from balanceopt.monitor import ModalityMonitor, Pass, in_backward, is_differentiable, map_tensors
+from balanceopt.monitor import (
+    ModalityMonitor,
+    Pass,
+    in_backward,
+    is_differentiable,
+    map_tensors,
+    samples_first,
+)
 
 
 @dataclass
@@ -78,7 +85,7 @@ class ForwardMethod(Method, ABC):
 
     @abstractmethod
     def transform(self, name: str, features: Tensor, current: Pass) -> Tensor:
-        """Return what goes into the fusion instead of a tensor of features; the tensor itself to leave it alone.
+        """Return what goes into the fusion instead of a tensor of features `(B, ...)`; the tensor to leave it alone.
 
         Called for each floating tensor that the encoder of modality `name` returns, and again with the same pass when
         activation checkpointing runs the encoder a second time: the result has to be the same then.
@@ -170,13 +177,18 @@ class ForwardMethod(Method, ABC):
             self.look(name, output, current)
         if not (begun.acts and begun.training.get(name)):
             return output
-        changed = False
+        changed, encoder = False, self.monitor.encoders[name]
 
         def transformed(x: Tensor) -> Tensor:
             nonlocal changed
-            result = self.transform(name, x, current) if is_feature(x) else x
-            changed = changed or result is not x
-            return result
+            if not is_feature(x):
+                return x
+            view = samples_first(encoder, output, x)
+            result = self.transform(name, view, current)
+            if result is view:
+                return x
+            changed = True
+            return result if view is x else result.transpose(0, 1)
 
         sent = map_tensors(transformed, output)
         return sent if changed else output

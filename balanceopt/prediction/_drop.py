@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts, on_host
 from balanceopt._random import generator_for, mixed
-from balanceopt.monitor import tensors_in
-from balanceopt.prediction._base import is_feature
 
 Rescale = Literal["none", "official"]
 
@@ -104,7 +102,7 @@ class Drop:
     Attributes:
         modalities: names, in the order of `q`.
         generator: makes the mask's generator on a device.
-        repeats: rows that each modality's encoder returns for a sample; learnt from complete forwards.
+        repeats: rows that each modality's encoder returns for a sample, as earlier forwards have shown.
         present: bool `(B,)` by modality, the samples that have it, as far as that is known before the forward.
         q: `(M,)`, None while nothing is dropped.
         factors: `(M,)`, what features are multiplied by; None for nothing.
@@ -114,7 +112,7 @@ class Drop:
 
     modalities: Sequence[str]
     generator: Callable[[torch.device], torch.Generator]
-    repeats: dict[str, int]
+    repeats: Mapping[str, int]
     present: Mapping[str, Tensor] = field(default_factory=dict)
     q: Tensor | None = None
     factors: Tensor | None = None
@@ -122,18 +120,26 @@ class Drop:
     applied: set[str] = field(default_factory=set)
     _mask: Tensor | None = None
 
-    def note(self, name: str, output: Any) -> None:
-        """Remember how many rows an encoder's first output has.
+    def note(self, name: str, views: Sequence[Tensor], kind: str) -> None:
+        """Remember how many rows the tensors of an encoder's first output, a `kind`, have.
 
         Raises:
             TypeError: if there is no tensor of features in the output.
+            ValueError: if its tensors can't have their rows of the same samples.
         """
         if name in self.rows:
             return
-        self.rows[name] = _rows_of(name, output)
-        fewest = min(self.rows.values())
-        if len(self.rows) == len(self.modalities) and fewest > 0:
-            self.repeats.update({m: rows // fewest for m, rows in self.rows.items() if rows % fewest == 0})
+        if not views:
+            raise TypeError(
+                f"the encoder of {name!r} should return a tensor of features (B, ...), or something that holds one. "
+                f"Found {kind}."
+            )
+        rows = self.rows[name] = len(views[0])
+        for x in views:
+            fewer, more = sorted((len(x), rows))
+            states = fewer < more and x.dim() > 1 and x.shape[1] == rows
+            if states or (fewer < more and (fewer == 0 or more % fewer)):
+                raise self._misfit(name, x, rows // self.repeats.get(name, 1))
 
     def apply(self, name: str, x: Tensor) -> Tensor:
         """Return a modality's features with those of dropped samples zero; the tensor itself where nothing is done.
@@ -144,7 +150,7 @@ class Drop:
         if not self.applies_to(name):
             return x
         self.applied.add(name)
-        x = x.masked_fill(self._mask_of(name, x), 0)
+        x = x.masked_fill(self._mask_of(name, x).view(-1, *[1] * (x.dim() - 1)), 0)
         if self.factors is None:
             return x
         return x * self.factors[self.modalities.index(name)].to(x.device, x.dtype)
@@ -169,30 +175,38 @@ class Drop:
         return self._mask[applied].any(0).repeat_interleave(rows // samples)
 
     def _mask_of(self, name: str, x: Tensor) -> Tensor:
-        """bool, broadcastable to the modality's tensor `x`: what is dropped of it.
+        """bool, one for each row of the modality's tensor `x`: what is dropped of it.
 
         Raises:
             ValueError: if its rows are not those of the samples.
         """
-        dropped = self._draw(name)[self.modalities.index(name)]
-        samples, rows = len(dropped), len(x)
-        if rows != samples and (samples == 0 or rows == 0 or rows % samples):
-            raise ValueError(
-                f"every tensor that the encoder of {name!r} returns should have a row, or the same number of rows, for "
-                f"each of the {samples} samples along dimension 0. Found shape {tuple(x.shape)}: let the encoder "
-                "return its features alone, samples first."
-            )
-        mask = dropped.to(x.device)
-        if rows != samples:  # several rows for a sample, one after the other: frames of a clip
-            mask = mask.unsqueeze(1).expand(-1, rows // samples).reshape(-1)
-        return mask.view(-1, *[1] * (x.dim() - 1))
+        dropped = self._draw(name)[self.modalities.index(name)].to(x.device)
+        flags, samples = self.present.get(name), len(dropped)
+        if flags is not None and len(x) != samples and len(flags) == samples:
+            having = dropped[flags.to(x.device)]  # its encoder ran on the samples that have the modality
+            if len(x) == len(having) * self.repeats.get(name, 1):
+                dropped = having
+        repeat = len(x) // len(dropped) if len(dropped) else 1
+        if repeat not in (1, self.repeats.get(name, 1)) or repeat * len(dropped) != len(x):
+            raise self._misfit(name, x, samples)
+        # Several rows for a sample stand one after the other: frames of a clip.
+        return dropped if repeat == 1 else dropped.unsqueeze(1).expand(-1, repeat).reshape(-1)
+
+    def _misfit(self, name: str, x: Tensor, samples: int) -> ValueError:
+        return ValueError(
+            f"every tensor that the encoder of {name!r} returns should have a row, or the same number of rows, for "
+            f"each of the {samples} samples along dimension 0. Found shape {tuple(x.shape)}: let the encoder "
+            "return its features alone, samples first. Where it runs on the samples alone that have the modality, tell "
+            "which before the forward: monitor.observe(labels, present={modality: bool (B,)})."
+        )
 
     def _draw(self, name: str) -> Tensor:
         """bool `(M, B)`, what is dropped; drawn when the first encoder, `name`, has returned."""
         if self._mask is None:
             assert self.q is not None
             rows, repeat = self.rows[name], self.repeats.get(name, 1)
-            samples = rows // repeat if rows % repeat == 0 else rows
+            flags = next(iter(self.present.values()), None)
+            samples = len(flags) if flags is not None else rows // repeat if rows % repeat == 0 else rows
             present = torch.ones(len(self.q), samples, dtype=torch.bool, device=self.q.device)
             for index, modality in enumerate(self.modalities):
                 flags = self.present.get(modality)
@@ -245,13 +259,3 @@ class Zeros:
                 "torch.nn.functional.normalize, which adds an eps, or do without OPM there."
             )
         self.are_taken = counts["dropped"] > 0
-
-
-def _rows_of(name: str, output: Any) -> int:
-    rows = next((len(x) for x in tensors_in(output) if is_feature(x)), None)
-    if rows is None:
-        raise TypeError(
-            f"the encoder of {name!r} should return a tensor of features (B, ...), or something that holds one. "
-            f"Found {type(output).__name__}."
-        )
-    return rows

@@ -29,8 +29,10 @@ from balanceopt.monitor import (
     enter,
     leave,
     refuse_company,
+    samples_first,
+    tensors_in,
 )
-from balanceopt.prediction._base import ForwardMethod
+from balanceopt.prediction._base import ForwardMethod, is_feature
 from balanceopt.prediction._drop import (
     Drop,
     Rescale,
@@ -196,7 +198,7 @@ class OPM(ForwardMethod):
             "q": self._q.cpu().clone(),
             "pending": None if pending is None else pending.cpu(),
             **super().state_dict(),
-            "repeats": dict(self._repeats),
+            "repeats": self._known_repeats(),
             "widths": dict(self._widths),
             "layout": self.monitor.layout,
         }
@@ -285,8 +287,11 @@ class OPM(ForwardMethod):
     def look(self, name: str, output: Any, current: Pass) -> None:
         """Learn how many rows and features an encoder returns."""
         drop: Drop = self.choice_in(current)
-        drop.note(name, output)
-        if self.rescale == "official" and name not in self._widths:
+        encoder = self.monitor.encoders[name]
+        views = [samples_first(encoder, output, x) for x in tensors_in(output) if is_feature(x)]
+        drop.note(name, views, type(output).__name__)
+        unknown = self.rescale == "official" and name not in self._widths
+        if unknown and self.monitor.knows_features(name, output):
             self._widths[name] = feature_width(self.monitor.features(name, output))
 
     def _on_logits(self, current: Pass, logits: Tensor) -> None:
@@ -309,7 +314,7 @@ class OPM(ForwardMethod):
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,
             generator=partial(mask_generator, self.seed, number, rank_in(self.monitor.group)),
-            repeats=self._repeats,
+            repeats=self._known_repeats(),
             present=dict(current.present),
         )
         shown_q = self._q if acts else torch.zeros_like(self._q)
@@ -323,6 +328,10 @@ class OPM(ForwardMethod):
             widths = self._widths_on(device) if self.rescale == "official" else None
             drop.factors = rescale_factors(drop.q, self.rescale, widths)
         return drop
+
+    def _known_repeats(self) -> dict[str, int]:
+        """Rows of each modality's encoder for a sample, from a checkpoint or as passes have shown."""
+        return {**self._repeats, **self.monitor.repeats}
 
     def _widths_on(self, device: torch.device) -> Tensor:
         """`(M,)` features of each modality: a linear head's columns, else of the encoder's output; 1 if not seen."""

@@ -318,7 +318,7 @@ def collect_samples(
         tensors = {name: _numbers(f"the {split} features of {name!r}", z) for name, z in features.items()}
         collector = collector_of(
             modalities,
-            lambda _, z: pool_features(z, chosen.pool),
+            lambda _, z, samples: pool_features(z, chosen.pool, samples=samples),
             ignore_index=-100,
             where=f"given with the {split} features",
         )
@@ -333,9 +333,10 @@ def collect_samples(
     projection = monitor.projection
     collector = collector_of(
         monitor.modalities,
-        lambda name, z: pool_features(z, chosen.pool, projection(name)),
+        lambda name, z, samples: pool_features(z, chosen.pool, projection(name), samples),
         ignore_index=monitor.ignore_index,
         where=f"from the {split} loader",
+        has_frames=lambda name: projection(name) is not None,
     )
     collect(monitor, source, collector, split, forward, progress)
     return collector.samples()

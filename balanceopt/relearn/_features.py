@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from balanceopt._options import to_tensor
+from balanceopt._pooling import samples_in
 from balanceopt._undo import Undo
 from balanceopt.distributed import active_group
 from balanceopt.monitor import (
@@ -30,7 +31,7 @@ from balanceopt.monitor import (
 
 Forward = Callable[[nn.Module, Any], Any]
 Classes = Callable[[Any], Any]
-AsVectors = Callable[[str, Tensor], Tensor]
+AsVectors = Callable[[str, Tensor, int], Tensor]
 
 _LABEL_KEYS = ("labels", "label")
 # Seconds after which a pass is long enough for a progress bar.
@@ -134,6 +135,7 @@ class Collector:
         ignore_index: label of samples to leave out.
         where: where the samples come from, for messages.
         classes: makes class indices `(B,)` of a batch's labels; None for labels that are class indices.
+        has_frames: whether it is known that a modality's features may be several rows for each sample.
     """
 
     def __init__(
@@ -146,11 +148,13 @@ class Collector:
         ignore_index: int,
         where: str,
         classes: Classes | None = None,
+        has_frames: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.where = where
         self._as_vectors = as_vectors
         self._ignore_index = ignore_index
         self._classes = classes
+        self._has_frames = has_frames
         self._generator = torch.Generator().manual_seed(seed)
         self._reservoirs = {name: Reservoir(limit) for name in modalities}
 
@@ -165,12 +169,11 @@ class Collector:
         keys = torch.rand(len(indices), generator=self._generator, dtype=torch.float64, device="cpu")
         counted = (indices != self._ignore_index).nonzero()[:, 0]
         for name, z in features.items():
-            if len(z) != len(indices):
-                raise ValueError(
-                    f"the encoder of {name!r} returned {len(z)} rows for {len(indices)} labels {self.where}. Pass "
-                    "`select=` to the monitor: a function from the encoder's output to one row for each sample."
-                )
-            vectors = self._as_vectors(name, z.detach())
+            try:
+                samples_in(name, z, len(indices), frames=self._has_frames(name))
+            except ValueError as error:
+                raise ValueError(f"{error} These came {self.where}.") from None
+            vectors = self._as_vectors(name, z.detach(), len(indices))
             if len(counted) < len(indices):
                 vectors = vectors[counted.to(vectors.device)]
             if len(counted):
@@ -187,7 +190,8 @@ class Collector:
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(
                 f"labels {self.where} should be integers, a class index each. Found dtype {values.dtype}: pass "
-                "`classes=`, a function from a batch's labels to class indices."
+                "`classes=`, a function from a batch's labels to class indices, or, where they stand elsewhere in the "
+                "batch, `forward=`, a function of (model, batch) that returns them."
             )
         if values.dim() == 2 and values.shape[1] == 1:
             values = values[:, 0]
@@ -222,20 +226,22 @@ def collect(
     with undo, undo:
         leave_undisturbed(undo, monitor.model, loader)
         latest = _latest_features(undo, monitor)
+        first = True
         for batch in _with_bar(loader, f"{split} features", progress, monitor):
             latest.clear()
-            labels = run_batch(monitor.model, batch, forward)
-            collector.add(latest, labels)
+            run = partial(run_batch, monitor.model, batch, forward)
+            labels, first = (monitor.rehearse(run) if first else run()), False
+            collector.add({name: held() for name, held in latest.items()}, labels)
 
 
-def _latest_features(undo: Undo, monitor: ModalityMonitor) -> dict[str, Tensor]:
+def _latest_features(undo: Undo, monitor: ModalityMonitor) -> dict[str, Callable[[], Tensor]]:
     """Return a dict that keeps each modality's features of the latest call of its encoder, until `undo`."""
-    latest: dict[str, Tensor] = {}
+    latest: dict[str, Callable[[], Tensor]] = {}
 
     def tap(name: str, output: Any, current: Pass | None) -> None:
         if not in_backward():
             # A copy: what comes after the encoder may work in place.
-            latest[name] = monitor.features(name, output).detach().clone()
+            latest[name] = monitor.hold_features(name, output, lambda x: x.detach().clone())
 
     undo.note(partial(monitor.taps.drop, tap))
     monitor.taps.add(tap)
@@ -258,7 +264,9 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
         inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
         _call_with_mapping(model, map_tensors(lambda x: x.to(device), inputs))
     else:
-        model(*(map_tensors(lambda x: x.to(device), value) for value in batch[:-1]))
+        values = [map_tensors(lambda x: x.to(device), value) for value in batch[:-1]]
+        _refuse_arguments(model, values)
+        model(*values)
     return labels
 
 
@@ -283,9 +291,24 @@ def _call_with_mapping(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     try:
         inspect.signature(model.forward).bind(**inputs)
     except TypeError:  # a model that takes the whole batch as one argument
+        _refuse_arguments(model, [inputs], sorted(map(str, inputs)))
         model(inputs)
     else:
         model(**inputs)
+
+
+def _refuse_arguments(model: nn.Module, values: Sequence[Any], keys: Sequence[str] = ()) -> None:
+    """Raise where a model's forward needs others than a batch's inputs."""
+    try:
+        inspect.signature(model.forward).bind(*values)
+    except TypeError as error:
+        raise TypeError(
+            "batches should be (*inputs, labels), or mappings, with the inputs that the forward of "
+            f"{type(model).__name__} takes. Found {list(keys) or len(values)}: {error}. Pass `forward=`: a function of "
+            "(model, batch) that runs the model and returns the labels."
+        ) from None
+    except ValueError:  # no signature
+        pass
 
 
 def _with_bar(

@@ -226,3 +226,19 @@ def test_parameters_by_modality_leave_the_model_alone():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert find_module(model, "own_heads.audio", "`head`") is model.own_heads["audio"]
     assert own["audio"][0].shape[1] == INPUTS[0]
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, lambda layers: nn.ModuleDict({"0": layers[0]})])
+def test_a_container_that_is_never_called_is_no_encoder(container):
+    model = nn.ModuleDict({"a": container([nn.Linear(2, 2)]), "b": nn.Linear(2, 2)})
+    with pytest.raises(
+        ValueError, match=r"encoders\['a'\] should be a module that the model calls. Found a Module"
+    ):
+        bo.ModalityMonitor(model, {"a": "a", "b": "b"})
+
+
+def test_a_module_dict_of_encoders_is_a_mapping():
+    encoders = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    model = nn.ModuleDict({"encoders": encoders})
+    assert bo.ModalityMonitor(model, encoders).modalities == ("a", "b")
+    assert [group["modality"] for group in bo.modality_groups(model, encoders)] == ["a", "b"]

@@ -222,7 +222,7 @@ class TestRefusals:
         _objective = self.injected(model, monitor)
         inputs, labels = batch()
         logits = model(*inputs)
-        with pytest.raises(ValueError, match="a row of joint logits for each of the 8 samples"):
+        with pytest.raises(ValueError, match="returned 8 rows for 24 samples, as labels or logits"):
             F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(3)).backward()
 
 

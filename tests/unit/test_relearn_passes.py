@@ -288,8 +288,28 @@ class TestShapes:
         model = Concat(encoder=Frames)
         inputs, labels = batch()
         monitor, loader = watch(model), [(*inputs, labels)]
-        with pytest.raises(ValueError, match="returned 24 rows for 8 labels from the training loader"):
+        with pytest.raises(
+            ValueError, match=r"returned 24 rows for 8 samples.*`select=`.*from the training loader"
+        ):
             features_of(monitor, loader, forward=lambda m, given: m.encode(*given[:-1]))
+
+
+class NeedsMore(Concat):
+    """Its forward takes more than the encoders' inputs."""
+
+    def forward(self, *inputs, scale):  # type: ignore[override]
+        return super().forward(*inputs) * scale
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping"])
+def test_a_forward_that_takes_more_inputs_names_forward(form):
+    model = NeedsMore()
+    inputs, labels = batch()
+    given = (*inputs, labels) if form == "tuple" else {"audio": inputs[0], "labels": labels}
+    with pytest.raises(TypeError, match=r"the forward of NeedsMore takes. Found .*Pass `forward=`"):
+        features_of(watch(model), [given])
+    found = features_of(watch(model), [(*inputs, labels)], forward=lambda m, given: m(*given[:-1], scale=2.0))
+    assert len(found["audio"]) == len(labels)
 
 
 class TestProgress:

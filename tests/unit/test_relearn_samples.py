@@ -10,7 +10,9 @@ from balanceopt.relearn._features import Collector, Reservoir, Samples, balanced
 
 def collected(labels, limit, *, sizes=(7, 20), width=2):
     features = torch.arange(len(labels)).float()[:, None].expand(-1, width)
-    collector = Collector(("a",), lambda _, z: z, limit=limit, seed=0, ignore_index=-100, where="here")
+    collector = Collector(
+        ("a",), lambda _, z, samples: z, limit=limit, seed=0, ignore_index=-100, where="here"
+    )
     at, i = 0, 0
     while at < len(labels):
         rows = slice(at, at + sizes[i % len(sizes)])

@@ -530,7 +530,7 @@ class TestBadInput:
             (torch.rand(8) > 0.5, "should be integers"),
             (torch.rand(8, 3), "should be integers"),
             (torch.zeros(8, 3, dtype=torch.int64), r"should have shape \(N,\)"),
-            (torch.arange(5), "returned 8 rows for 5 labels"),
+            (torch.arange(5), "returned 8 rows for 5 samples"),
             (torch.ones(8, dtype=torch.int64), "two classes or more"),
         ],
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import balanceopt as bo
 from balanceopt.modulation import _noise, _noise_compiled, _ogm
@@ -23,8 +24,8 @@ from tests.training import batches, distance, groups_of, modulated, same_bits, s
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 CPU = torch.device("cpu")
-# A thread's last numbers are made one by one, with another logarithm and other fused operations than those of vectors:
-# some units in the last place of numbers below 8.
+# A thread's last numbers are made one by one, with other fused operations than those of vectors: some units in the last
+# place of numbers below 8.
 ROUNDING = 4e-6
 
 
@@ -125,12 +126,27 @@ def test_training_and_resuming():
     assert same_bits(model, twin)
 
 
-def test_one_kernel_serves_tensors_of_any_size_also_after_a_reset():
-    torch._dynamo.reset()
-    _noise_compiled.warm_up(CPU)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for size in (2**16, 2**15 + 2, 2**16 + 3, 2**20 + 2**16):
-            noise(size)
+def test_one_kernel_that_threads_share_serves_tensors_of_any_size_also_after_a_reset():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        torch._dynamo.reset()
+        _, code = run_and_get_code(_noise_compiled.warm_up, CPU)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for size in (2**16, 2**15 + 2, 2**16 + 3, 2**20 + 2**16):
+                noise(size)
+    finally:
+        torch.set_num_threads(before)
+    assert "#pragma omp parallel" in "".join(code)
+
+
+@pytest.mark.parametrize("x", [2.0**-32, 1e-7, 0.5, 0.5**0.5, 0.70711, 0.999, 1 - 2.0**-24, 1.0])
+def test_logarithm(x):
+    number = torch.tensor(x)
+    want = -2 * number.double().log()
+    found = _noise_compiled._minus_twice_logarithm(number).double()
+    # The polynomial's 2e-7, and some roundings of 2^-24.
+    torch.testing.assert_close(found, want, rtol=6e-7, atol=0)
 
 
 def test_without_a_compiler_the_optimizer_is_not_built(monkeypatch):

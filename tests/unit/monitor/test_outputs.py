@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
-from balanceopt.monitor._outputs import features_of, first_tensor, logits_of, map_tensors, tensors_in
-from tests.models import EncoderOutput, ModelOutput, Named
+from balanceopt.monitor._outputs import feature_tensors, first_tensor, map_tensors, named_tensors, tensors_in
+from tests.models import EncoderOutput, Named
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,16 @@ def test_packed_sequences():
 @pytest.mark.parametrize("value", [None, 3, "text", object(), [], {}, Frozen])
 def test_nothing_in_it(value):
     assert first_tensor(value) is None
-    assert features_of(value) is logits_of(value) is None
+    assert feature_tensors(value) == {}
     assert map_tensors(torch.zeros_like, value) == value
 
 
-def test_named_outputs_come_first():
+def test_each_tensor_has_a_name():
     y = torch.zeros(2, 5)
-    assert features_of(EncoderOutput(X, y)) is y
-    assert features_of(EncoderOutput(X)) is X
-    assert features_of({"last_hidden_state": X, "pooler_output": y}) is y
-    assert logits_of(ModelOutput(X.sum(), y)) is y
-    assert logits_of({"loss": X.sum(), "logits": y}) is y
-    assert logits_of((y, X)) is y
+    assert [path for path, _ in named_tensors((EncoderOutput(X, y), {"a": [y, None]}, X))] == [
+        "0.last_hidden_state",
+        "0.pooler_output",
+        "1.a.0",
+        "2",
+    ]
+    assert list(feature_tensors({"loss": X.sum(), "mask": X > 0, "z": X})) == ["z"]

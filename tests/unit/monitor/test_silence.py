@@ -124,3 +124,21 @@ def test_the_optimizer_says_it_and_raises_after_ten_steps():
         run()
     with pytest.raises(RuntimeError, match=r"no scores in 10 steps in a row.*the head was replaced"):
         run()
+
+
+def test_an_encoder_that_is_never_called_is_named():
+    class Idle(Concat):
+        def encode(self, *inputs):
+            return [self.encoders["audio"](inputs[0]), torch.zeros(len(inputs[1]), 4)]
+
+    model = Idle()
+    inputs, labels = batch(8)
+    with watch(model) as monitor:
+        scores = monitor.accumulator()
+        for _ in range(9):
+            F.cross_entropy(model(*inputs), labels).backward()
+        with pytest.warns(UserWarning, match="encoder of 'visual' was not called in 10 training forwards"):
+            model(*inputs)
+        scores.remove()
+        model(*inputs)
+        assert "the encoder of 'visual' was never called" in monitor.silence()

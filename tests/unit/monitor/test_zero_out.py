@@ -423,7 +423,7 @@ def test_a_loop_that_calls_only_the_parts():
     model = Gated()
     inputs, labels = batch(8)
     with watch(model) as monitor:
-        monitor.accumulator()
+        _held = monitor.accumulator()
         with pytest.raises(RuntimeError, match="the model itself was not called, only its parts"):
             F.cross_entropy(model.fuse(model.encode(*inputs)), labels).backward()
 

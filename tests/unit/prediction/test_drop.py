@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import balanceopt as bo
 from balanceopt.prediction._drop import rescale_factors, sample_kept
@@ -80,9 +80,8 @@ def test_rows_that_do_not_fit_the_samples_are_refused():
             return super().fuse([z for z, _ in features])
 
     model = Recurrent(encoder=lambda n, d: Wrapped(mlp(n, d), lambda z: (z, torch.ones(3, len(z), 2))))
-    step_model, _ = warm(model=model)
     with pytest.raises(ValueError, match=r"each of the 8 samples along dimension 0. Found shape \(3, 8, 2\)"):
-        fused(step_model)
+        warm(model=model)  # in the first forward, not when the first sample is dropped
 
 
 def test_an_output_without_tensors_is_refused():
@@ -249,3 +248,75 @@ def test_one_sample_more_or_less_is_drawn_alike():
     model, _ = warm()
     step(model, size=5)
     assert kept(fused(model)).shape == (2, 8)
+
+
+class Recurrent(Concat):
+    """The picture's encoder is torch's own recurrent layer, whose last state goes into the fusion."""
+
+    def __init__(self, kind, wrapped=False):
+        super().__init__()
+        layer = kind(6, 4, batch_first=True)
+        self.encoders["visual"] = Wrapped(layer, lambda output: output) if wrapped else layer
+
+    def encode(self, *inputs):
+        output = self.encoders["visual"](inputs[1].unsqueeze(1).expand(-1, 3, -1))
+        state = output[1][0] if isinstance(output[1], tuple) else output[1]
+        return [self.encoders["audio"](inputs[0]), state[-1]]
+
+
+@pytest.mark.parametrize("samples", [8, 1])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_states_of_recurrent_layers_lose_the_same_samples(kind, samples):
+    model, _ = warm((0.2, 0.8), model=Recurrent(kind), q_base=1)
+    shown: list[Any] = []
+    model.encoders["visual"].register_forward_hook(lambda module, args, output: shown.append(output))
+    inputs = [x[:samples] for x in class_zero(model)[0]]
+    mask = kept(fused(model, inputs=inputs))[1]
+    output, states = shown[0]
+    for state in states if isinstance(states, tuple) else (states,):
+        assert state.shape == (1, samples, 4)
+        assert torch.equal(state[0].any(1), mask)
+    assert torch.equal(output.flatten(1).any(1), mask)
+
+
+def test_states_from_a_module_around_a_recurrent_layer_are_refused_in_the_first_forward():
+    with pytest.raises(ValueError, match=r"encoder of 'visual' returns.*Found shape \(1, 8, 4\)"):
+        warm(model=Recurrent(nn.GRU, wrapped=True))
+
+
+class Lacking(Concat):
+    """The sound's encoder runs on every other sample."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def encode(self, *inputs):
+        found, has = {}, torch.arange(len(inputs[0])) % 2 == 0
+        for name in (self.first, *(n for n in self.names if n != self.first)):
+            x = inputs[self.names.index(name)]
+            found[name] = self.encoders[name](x[has] if name == "audio" else x)
+        padded = torch.zeros_like(found["visual"]).index_put((has,), found["audio"])
+        return [padded, found["visual"]]
+
+
+@pytest.mark.parametrize("first", NAMES[:2])
+@pytest.mark.parametrize("told", [False, True])
+def test_an_encoder_on_some_samples_is_refused_or_given_them_by_present(first, told):
+    model = Lacking(first)
+    monitor = watch(model)
+    modulator = bo.OPM(monitor, seed=0)
+    modulator.load_state_dict(modulator.state_dict() | {"q": torch.tensor([1.0, 0.5])})
+    inputs = class_zero(model)[0]
+    if not told:
+        with pytest.raises(ValueError, match=r"encoder of '\w+' returns should have.*samples.*present="):
+            model(*inputs)
+        return
+    shown: list[Tensor] = []
+    model.encoders["audio"].register_forward_hook(lambda module, args, output: shown.append(output))
+    has = torch.arange(8) % 2 == 0
+    monitor.observe(torch.zeros(8, dtype=torch.long), present={"audio": has})
+    mask = kept(fused(model, inputs=inputs))
+    assert mask[1][~has].all()  # who has nothing else keeps it
+    assert torch.equal(shown[0].any(1), mask[0][has])
+    assert mask.any(0).all()

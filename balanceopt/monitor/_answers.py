@@ -1,0 +1,114 @@
+"""What a head answers: which tensor of its output holds the logits, and where the classes stand in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from balanceopt.modality import unwrap
+from balanceopt.monitor._columns import as_rows
+from balanceopt.monitor._features import edge_of, reach
+from balanceopt.monitor._forward import Pass
+from balanceopt.monitor._outputs import feature_tensors, shapes_of
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# The sums of a softmax's gradient over the classes are rounding; those over positions are as large as its entries.
+_CLEARLY = 8
+
+
+class Answers:
+    """What passes have shown of the outputs of heads."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self._paths: dict[int, str] = {}
+        self._classes_first: dict[int, bool] = {}
+
+    def logits(self, head: nn.Module, output: Any, current: Pass | None = None) -> Tensor | None:
+        """The logits: the output itself, what it calls `logits`, its only tensor, or the one made of every modality.
+
+        Raises:
+            ValueError: if several tensors may be meant.
+        """
+        if isinstance(output, Tensor):
+            return output
+        named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if isinstance(named, Tensor):
+            return named
+        tensors = feature_tensors(output)
+        if len(tensors) < 2:
+            return next(iter(tensors.values()), None)
+        if id(head) not in self._paths and current is not None:
+            fits = [path for path, x in tensors.items() if _is_of_all(x, current)]
+            if len(fits) == 1:
+                self._paths[id(head)] = fits[0]
+        path = self._paths.get(id(head))
+        if path in tensors:
+            return tensors[path]
+        raise ValueError(
+            f"`head=` should return the logits. Found a {type(unwrap(head)).__name__} that returns several tensors "
+            f"({shapes_of(tensors)}), and which are the logits can't be told. Give as `head` the module that makes the "
+            "logits (B, C) of the classes, or call them `logits` in the output. A contrastive model (CLIP) has no "
+            "classes: put a classifier on its embeddings, or use head=None."
+        )
+
+    def rows(self, head: nn.Module, logits: Tensor) -> Tensor:
+        """A head's logits, or their gradient, as `(N, C)`.
+
+        Classes stand last, but first after the batch for convolutions, for others with four dimensions or more, except
+        linear heads, and where the gradient has shown it.
+        """
+        return as_rows(logits.movedim(1, -1) if logits.dim() > 2 and self._first(head, logits) else logits)
+
+    def learn(self, head: nn.Module, gradient: Tensor, current: Pass) -> None:
+        """Look at the gradient of a first pass for where the classes are: over them a softmax's gradient sums to 0."""
+        if gradient.dim() < 3 or id(head) in self._classes_first or _by_kind(head) is not None:
+            return
+        first = self._first(head, gradient)
+        g = gradient.float()
+        over_first, over_last = (float(g.sum(dim).abs().sum()) for dim in (1, -1))
+        here, other = (over_first, over_last) if first else (over_last, over_first)
+        if not max(here, other) > 0:
+            return
+        self._classes_first[id(head)] = first != (other * _CLEARLY < here)
+        if self._classes_first[id(head)] != first:
+            shape = gradient.movedim(1, -1).shape if first else gradient.shape
+
+            def turned(x: Tensor) -> Tensor:
+                raw = x.view(shape)
+                return self.rows(head, raw.movedim(-1, 1) if first else raw)
+
+            assert current.logits is not None
+            current.logits = turned(current.logits)
+            if current.unimodal is not None:
+                current.unimodal = {name: turned(x) for name, x in current.unimodal.items()}
+
+    def _first(self, head: nn.Module, logits: Tensor) -> bool:
+        by_kind = _by_kind(head)
+        guess = logits.dim() > 3 if by_kind is None else by_kind
+        return self._classes_first.get(id(head), guess)
+
+
+def _by_kind(head: nn.Module) -> bool | None:
+    """Whether the layer that makes a head's logits puts classes before positions; None where it does not tell."""
+    inner = unwrap(head)
+    while isinstance(inner, nn.Sequential) and len(inner):
+        inner = unwrap(inner[-1])
+    if isinstance(inner, nn.Linear):
+        return False
+    return True if isinstance(inner, _CONVOLUTIONS) else None
+
+
+def _is_of_all(x: Tensor, current: Pass) -> bool:
+    """Whether every encoder of a pass has a part in a tensor, as far as the graph tells."""
+    ends = {edge: name for name, edges in current.edges.items() for edge in edges}
+    ends = {**{edge: name for edge, (name, _) in current.bases.items()}, **ends}
+    if not x.requires_grad or not ends:
+        return False
+    return {ends[edge] for edge in _through(x, ends)} == set(ends.values())
+
+
+def _through(x: Tensor, ends: Mapping[Any, str]) -> list[Any]:
+    return reach([edge_of(x)], ends)

@@ -1,0 +1,165 @@
+"""What the steps of an optimizer met: counted by name, warned of once, an error after ten in a row without scores."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from balanceopt._deferred import DeferredCounts
+from balanceopt._warnings import warn_user
+from balanceopt.monitor import ModalityMonitor, ModalitySums
+
+# Steps in a row without usable scores before it is an error.
+_SILENT_STEPS = 10
+# How far a mean score may be from 1 / C by rounding, in parts of it.
+_EQUAL = 1e-6
+_ODDITIES = {
+    "unusable_scores": "scores are not finite, all zero, or of fewer than two modalities: the step was left to the "
+    "base optimizer. stats() counts such steps apart from modulated ones; a fusion that divides by the norm of its "
+    "features makes NaN of zeroed ones.",
+    "nonfinite_gradients": "gradients that are not finite were left as they are. stats() counts them.",
+}
+# Counters of this class's own among those that methods name.
+_SCORED, _TELLING, _EQUAL_STEPS = "_scored", "_telling", "_equal"
+
+
+class Health:
+    """Count what steps met, without waiting for a device; warn of each thing once.
+
+    Args:
+        monitor: why there may be no scores.
+        strict: raise after ten steps in a row without a score that can be used, or that tells anything.
+    """
+
+    def __init__(self, monitor: ModalityMonitor, *, strict: bool) -> None:
+        self._monitor = monitor
+        self._strict = strict
+        self._warned: set[str] = set()
+        self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
+        self._silent = 0
+        self._counts = DeferredCounts((_SCORED, _TELLING, _EQUAL_STEPS, *_ODDITIES))
+        self._of_step: dict[str, Tensor] = {}
+        self._scores: ModalitySums | None = None
+        self._seen = self._counts.read()
+        self.restart()
+
+    def restart(self) -> None:
+        """Count steps in a row from 0."""
+        self._silent = 0
+        self._before = self._seen
+        self._telling = False
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn, once of each kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn_user(message)
+
+    def outside_window(self) -> None:
+        """Note a step in which no method acts."""
+        self._steps["outside_window"] += 1
+
+    def without_scores(self) -> None:
+        """Note a step that no scores came for.
+
+        Raises:
+            RuntimeError: after ten in a row.
+        """
+        self._steps["without_scores"] += 1
+        self._silent += 1
+        why = self._monitor.silence()
+        if self._strict and self._silent >= _SILENT_STEPS:
+            raise RuntimeError(
+                f"no scores in {self._silent} steps in a row: training goes on without balancing. "
+                f"Likely causes: {why}. Pass strict=False to go on regardless."
+            )
+        self.warn("silent", f"no scores since the last step: the step was left unmodulated ({why}).")
+
+    def begin(self, scores: ModalitySums) -> None:
+        """Note a step with scores, in which methods act."""
+        self._silent = 0
+        self._steps["modulated"] += 1
+        self._scores = scores
+        unusable = ~scores.usable.any()
+        self._of_step = {_SCORED: torch.ones_like(unusable), "unusable_scores": unusable}
+        if self._strict and not self._telling:
+            # Without any information about the sample a softmax gives every class the same probability.
+            equal = ((scores.mean_score * scores.label_counts.numel() - 1).abs() < _EQUAL).all()
+            self._of_step |= {_TELLING: ~equal, _EQUAL_STEPS: equal}
+
+    def count(self, name: str, count: Tensor) -> None:
+        """Count something that a method met in the step, by any name; a step is unusable once, for all methods."""
+        earlier = self._of_step.get(name)
+        if earlier is None:
+            self._of_step[name] = count
+        else:
+            self._of_step[name] = earlier.logical_or(count) if name == "unusable_scores" else earlier + count
+
+    def end(self) -> None:
+        """Add the step's counts, and look at those that can be read without waiting.
+
+        Raises:
+            RuntimeError: after ten steps in a row whose scores can't be used, or tell nothing.
+        """
+        self._counts.add(**self._of_step)
+        seen = self._counts.arrived()
+        if seen is None:
+            return
+        self._seen = seen
+        for name, message in _ODDITIES.items():
+            if seen[name]:
+                self.warn(name, message)
+        if self._strict:
+            self._judge(seen)
+
+    def stats(self) -> dict[str, int]:
+        """Steps modulated, left to the base for want of scores, outside the window; and what methods counted."""
+        counts = {name: count for name, count in self._counts.read().items() if not name.startswith("_")}
+        # A step does not wait for its device to know this.
+        return {**self._steps, "modulated": self._steps["modulated"] - counts["unusable_scores"], **counts}
+
+    def _judge(self, seen: dict[str, int]) -> None:
+        scored, unusable = (seen[name] - self._before[name] for name in (_SCORED, "unusable_scores"))
+        self._telling = self._telling or seen[_TELLING] > self._before[_TELLING]
+        equal = seen[_EQUAL_STEPS] - self._before[_EQUAL_STEPS]
+        if unusable < scored:
+            self._before = {
+                **self._before,
+                _SCORED: seen[_SCORED],
+                "unusable_scores": seen["unusable_scores"],
+            }
+        elif unusable >= _SILENT_STEPS:
+            cause = self._cause()
+            self.restart()
+            raise RuntimeError(
+                f"{_SILENT_STEPS} steps in a row had scores that can't be used: training goes on without balancing. "
+                f"Likely cause: {cause}. Pass strict=False to go on regardless."
+            )
+        if not self._telling and equal >= _SILENT_STEPS:
+            self.restart()
+            raise RuntimeError(
+                f"in {_SILENT_STEPS} steps in a row each modality alone gave every class the same probability: there "
+                "is nothing to compare. All uni-modal scores are equal where zeroing the others removes the comparison "
+                "that makes the logits, as in contrastive learning (InfoNCE, CLIP). Pass `scores=`, a function that "
+                "returns each modality's own logits, or use what needs no scores: UnimodalObjective, re-learning. "
+                "Pass strict=False to go on regardless."
+            )
+
+    def _cause(self) -> str:
+        assert self._scores is not None
+        # Only on the way to an error: here waiting for the device is no matter.
+        score, present = self._scores.score.cpu(), self._scores.present.cpu()
+        names = self._monitor.modalities
+        here = [name for name, one in zip(names, present.tolist(), strict=True) if one]
+        if len(here) < 2:
+            return f"samples had only {here}: give every encoder its batch, and labels to samples with two modalities"
+        bad = [name for name, s in zip(names, score.tolist(), strict=True) if not math.isfinite(s)]
+        if not bad:
+            return "the probability of the true class is 0 for every modality (other labels than the loss's?)"
+        return (
+            f"the logits of {bad} alone are not finite. Features of the others that are zeroed make NaN where the "
+            "fusion divides by their norm (CLIP, SigLIP, cosine heads): use torch.nn.functional.normalize, which adds "
+            "an eps, or pass `scores=`, a function that returns each modality's own logits"
+        )

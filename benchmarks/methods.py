@@ -107,7 +107,7 @@ def with_relearning(build: Build, *, every: int = 5, lam: float = 7.0) -> Build:
             optimizer.monitor,
             context.train_loader,
             context.val_loader,
-            every=min(every, max(1, context.epochs // 2)),  # of a short run too
+            every=every,
             epochs=context.epochs,
             lam=lam,
             equal_counts=False,

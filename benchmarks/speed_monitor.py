@@ -46,7 +46,7 @@ def added(
         accumulator = None
         if watched:
             monitor = bo.ModalityMonitor(model, dict(model.encoders.items()), head="head", **given)
-            accumulator = monitor.accumulator()
+            accumulator = monitor.scores()
 
         def run(
             model: Any = model, inputs: Any = inputs, labels: Any = labels, taker: Any = accumulator

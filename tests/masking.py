@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import balanceopt as bo
 from balanceopt.modulation import Slot, StepContext
-from balanceopt.monitor import ModalitySums
+from balanceopt.monitor import Scores
 from tests.models import Multimodal, watch
 from tests.training import grad_of, groups_of, small_model
 
@@ -45,12 +45,12 @@ class Encoders(nn.Module):
         return dict(self.encoders.items())
 
 
-def sums(*significance: float | None, count: float = 10) -> ModalitySums:
+def sums(*significance: float | None, count: float = 10) -> Scores:
     """Sums whose significance is the one asked for; a modality that is None was absent."""
     here = torch.tensor([u is not None for u in significance])
     u = torch.tensor([u or 0.0 for u in significance])
     cross_entropy = count * (math.log(CLASSES) + 0.5 - u)
-    return ModalitySums(
+    return Scores(
         score=torch.where(here, 0.3 * count, 0),
         count=torch.where(here, count, 0.0),
         cross_entropy=torch.where(here, cross_entropy, 0),
@@ -71,7 +71,7 @@ def fill_gradients(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 
 def step_of(
-    model: Any, given: ModalitySums, *, number: int = 0, seed: int = 7, optimizer: Any = None, **options: Any
+    model: Any, given: Scores, *, number: int = 0, seed: int = 7, optimizer: Any = None, **options: Any
 ) -> StepContext:
     """A step as the engine would make it."""
     groups = bo.modality_groups(model, model.modalities)

@@ -339,3 +339,9 @@ def train_step(model: nn.Module, inputs: Sequence[Tensor], labels: Tensor) -> Te
     logits = model(*inputs)
     F.cross_entropy(logits, labels).backward()
     return logits.detach()
+
+
+def columns_of(monitor: bo.ModalityMonitor) -> dict[str, slice]:
+    """Each modality's columns of the head, as far as passes have shown them."""
+    assert monitor.unimodal is not None
+    return monitor.unimodal.columns

@@ -86,13 +86,13 @@ class AGM(GradientScaling):
 
     def scale(self, step: StepContext, k: Tensor) -> None:
         """Scale each modality's parameters, and the head's columns, by their factors."""
-        head = self._linear_head(step)
+        head, columns = self._linear_head(step)
         super().scale(step, k)
-        if head is None or step.monitor is None:
+        if head is None:
             return
         by_column = torch.ones(head.in_features, dtype=k.dtype, device=k.device)
         for index, name in enumerate(step.modalities):
-            by_column[step.monitor.head_columns[name]] = k[index]
+            by_column[columns[name]] = k[index]
         for parameter, factor in ((head.weight, by_column), (head.bias, k.mean())):
             if not isinstance(parameter, nn.Parameter) or parameter.grad is None:
                 continue  # a parametrized head makes its weight of other parameters
@@ -118,13 +118,15 @@ class AGM(GradientScaling):
         part.mul_(torch.where(finite, factor, 1).to(part.device))
         step.count("nonfinite_gradients", (~finite).sum())
 
-    def _linear_head(self, step: StepContext) -> nn.Linear | None:
-        """The linear head whose columns are known for every modality; None where there is none."""
+    def _linear_head(self, step: StepContext) -> tuple[nn.Linear | None, dict[str, slice]]:
+        """The linear head whose columns are known for every modality, and these; None where there is none."""
         monitor = step.monitor
-        if not self.head or monitor is None or monitor.head_columns.keys() != set(step.modalities):
-            return None
+        if not self.head or monitor is None or monitor.unimodal is None:
+            return None, {}
         head = unwrap(monitor.head) if isinstance(monitor.head, nn.Module) else None
-        return head if isinstance(head, nn.Linear) else None
+        columns = monitor.unimodal.columns
+        known = columns.keys() == set(step.modalities)
+        return (head, columns) if isinstance(head, nn.Linear) and known else (None, {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running sums."""

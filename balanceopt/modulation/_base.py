@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt._method import Method
-from balanceopt.monitor import ModalityMonitor, ModalitySums
+from balanceopt.monitor import ModalityMonitor, Scores
 
 Tell = Callable[[str, Tensor], None]
 ScaleUpdate = Callable[[Sequence[nn.Parameter], Tensor], None]
@@ -59,7 +59,7 @@ class StepContext:
         held: the optimizer's parameters, index by id.
     """
 
-    scores: ModalitySums
+    scores: Scores
     modalities: tuple[str, ...]
     slots: Mapping[str, Sequence[Slot]]
     optimizer: torch.optim.Optimizer

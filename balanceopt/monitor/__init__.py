@@ -5,21 +5,21 @@ from balanceopt.monitor._company import enter, leave, refuse_company
 from balanceopt.monitor._features import samples_first
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._labels import off_residual, two_classes
-from balanceopt.monitor._logits import check_layout
+from balanceopt.monitor._logits import UnimodalLogits, check_layout
 from balanceopt.monitor._module_hooks import WeakHook
-from balanceopt.monitor._monitor import ModalityMonitor
+from balanceopt.monitor._monitor import ModalityMonitor, require_scores
 from balanceopt.monitor._outputs import is_differentiable, map_tensors, tensors_in
 from balanceopt.monitor._replay import State, evaluate, keep_random_states, without_gradients
-from balanceopt.monitor._scores import Accumulator
-from balanceopt.monitor._sums import ModalitySums
+from balanceopt.monitor._scores import ScoreBuffer, Scores
 from balanceopt.monitor._supported import in_backward, is_batched
 
 __all__ = [
-    "Accumulator",
+    "ScoreBuffer",
     "ModalityMonitor",
-    "ModalitySums",
+    "Scores",
     "Pass",
     "State",
+    "UnimodalLogits",
     "WeakHook",
     "as_rows",
     "check_layout",
@@ -33,6 +33,7 @@ __all__ = [
     "map_tensors",
     "off_residual",
     "refuse_company",
+    "require_scores",
     "samples_first",
     "tensors_in",
     "two_classes",

@@ -55,11 +55,22 @@ def choose_logits(
                 f"with a head for each modality `scores` should be 'per-head'. Found {scores!r}."
             )
         return PerHead(head, features, answers)
+    return _of_joint_head(scores, model, head, slices, features, answers)
+
+
+def _of_joint_head(
+    scores: str,
+    model: nn.Module,
+    head: nn.Module,
+    slices: Mapping[str, slice] | None,
+    features: Features,
+    answers: Answers,
+) -> UnimodalLogits:
     if scores == "per-head":
         raise ValueError("`scores='per-head'` needs a mapping from modality to its own head. Found one head.")
     inner = unwrap(head)
     zero_out = ZeroOut(model, head, features, answers)
-    if scores == "zero-out" or (scores == "auto" and not linear):
+    if scores == "zero-out" or (scores == "auto" and not isinstance(inner, nn.Linear)):
         return zero_out
     if not isinstance(inner, nn.Linear):
         raise ValueError(

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from balanceopt._undo import Undo
 from balanceopt.monitor._module_hooks import FunctionalHooks
-from balanceopt.monitor._sums import ModalitySums
+from balanceopt.monitor._scores import Scores
 from balanceopt.monitor._supported import next_node, running_node
 
 if TYPE_CHECKING:
-    from balanceopt.monitor._labels import Labels
-    from balanceopt.monitor._scores import Scorer
+    from balanceopt.monitor._scorer import Scorer
 
 Edge = tuple[Any, int]
 Observed = tuple[Tensor, dict[str, Tensor]]
@@ -115,7 +114,7 @@ class Pass:
     ended: bool = False
     closed: bool = False
     settled: bool = False
-    sums: ModalitySums | None = None
+    sums: Scores | None = None
     first_node: int = 0
     end_node: int | None = None
     notes: dict[Any, Any] = field(default_factory=dict)
@@ -162,10 +161,10 @@ class Passes:
     _backward: Pass | None
     _alive: WeakSet[Pass]
 
-    def __init__(self, labels: Labels, scorer: Scorer, *, train_only: bool, answers: int) -> None:
-        """Begin passes with labels from `labels`, counted by `scorer`; `answers` heads complete one."""
+    def __init__(self, scorer: Scorer, *, train_only: bool, answers: int) -> None:
+        """Begin passes that `scorer` counts; `answers` heads complete one."""
         self.rehearsing = False
-        self._labels = labels
+        self._labels = scorer.labels
         self._scorer = scorer
         self.train_only = train_only
         self._answers = answers

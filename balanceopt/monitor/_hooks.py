@@ -12,15 +12,16 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 
+from balanceopt._undo import Undo
 from balanceopt.distributed import Group
 from balanceopt.monitor._answers import Answers
-from balanceopt.monitor._features import Features, edge_of
+from balanceopt.monitor._features import edge_of
 from balanceopt.monitor._forward import Pass, Passes, answers_of
-from balanceopt.monitor._labels import Labels, refuse_loss
+from balanceopt.monitor._labels import refuse_loss
 from balanceopt.monitor._module_hooks import Hook, remove_hooks
 from balanceopt.monitor._outputs import first_tensor, map_tensors, tensors_in
 from balanceopt.monitor._per_head import refuse_widths
-from balanceopt.monitor._scores import Scorer
+from balanceopt.monitor._scorer import Scorer
 from balanceopt.monitor._supported import in_backward, is_batched, next_node, outside_graphs, refuse_join
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -54,45 +55,46 @@ LogitListener = Callable[[Pass, Tensor], None]
 GradientListener = Callable[[Pass, Tensor], None]
 
 
-class Capture:
-    """What the hooks see, sorted into passes.
+class Hooks:
+    """Hooks on a model, its encoders and heads: what they see, sorted into passes, and who is told.
 
     Attributes:
-        transforms: change encoders' outputs on their way into the fusion.
-        taps: are shown every encoder output.
-        logit_listeners: are told the joint logits.
-        gradient_listeners: are told the gradient at the joint logits, where it goes on to parameters.
+        transforms: functions `(modality, pass, output)` that change encoders' outputs on their way into the fusion.
+        outputs: functions `(modality, output, pass)` that see every clean output of an encoder, attached to its graph,
+            in every mode; `pass` is None outside training. They and transforms are called again, with the same pass,
+            when activation checkpointing runs an encoder a second time.
+        logits: functions `(pass, logits)` that see the joint logits `(N, C)`.
+        gradients: functions `(pass, gradient)` that see the gradient `(N, C)` at the joint logits, where it goes on to
+            parameters.
         passes: the passes under way.
+        answers: which tensor of a head's output holds the logits.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        encoders: Mapping[str, nn.Module],
         head: Head,
-        *,
-        labels: Labels,
         scorer: Scorer,
-        train_only: bool,
-        features: Features,
         answers: Answers,
+        *,
+        train_only: bool,
         group: Group,
     ) -> None:
-        """Give passes their labels by `labels` and hand them to `scorer`."""
+        """Hand passes to `scorer`."""
         self.model = model
-        self.encoders = dict(encoders)
+        self.encoders = scorer.features.encoders
         self.head = head
-        self.passes = Passes(labels, scorer, train_only=train_only, answers=answers_of(head))
+        self.passes = Passes(scorer, train_only=train_only, answers=answers_of(head))
         self.transforms: Listeners[Transform] = Listeners()
-        self.taps: Listeners[Tap] = Listeners()
-        self.logit_listeners: Listeners[LogitListener] = Listeners()
-        self.gradient_listeners: Listeners[GradientListener] = Listeners()
-        self._labels = labels
+        self.outputs: Listeners[Tap] = Listeners()
+        self.logits: Listeners[LogitListener] = Listeners()
+        self.gradients: Listeners[GradientListener] = Listeners()
+        self.features = scorer.features
+        self.answers = answers
+        self.handles: list[Hook] = []
+        self._labels = scorer.labels
         self._scorer = scorer
-        self.features = features
-        self._answers = answers
         self._group = group
-        self.hooks: list[Hook] = []
 
     def watch(self) -> None:
         """Put the hooks on."""
@@ -118,17 +120,37 @@ class Capture:
         hook.after()
         return hook
 
+    @property
+    def active(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self.handles)
+
+    def rehearse(self, run: Callable[[], Any]) -> Any:
+        """Run a forward; where it is unknown how features become logits, with gradients, whose graph shows it.
+
+        It counts as no pass.
+        """
+        unimodal, known = self._scorer.unimodal, self.features.paths
+        shown = known.keys() >= self.encoders.keys() and (unimodal is None or unimodal.knows_layout)
+        if shown or any(hasattr(p, "device_mesh") for p in self.model.parameters()):
+            return run()
+        undo = Undo()
+        with undo, undo:
+            undo.set(vars(self.passes), "rehearsing", True)
+            with torch.enable_grad():
+                return run()
+
     def remove(self) -> None:
         """Take every hook off."""
-        remove_hooks(self.hooks)
-        self.hooks.clear()
+        remove_hooks(self.handles)
+        self.handles.clear()
         self.passes.forget()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def _hook(self, module: nn.Module, method: Callable[..., Any], *args: Any) -> Hook:
         hook = Hook(module, method, *args)
-        self.hooks.append(hook)  # before it is put on: an interrupt leaves none behind that is not listed
+        self.handles.append(hook)  # before it is put on: an interrupt leaves none behind that is not listed
         return hook
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -136,7 +158,7 @@ class Capture:
             self._scorer.seen.note("reruns")
             return
         self._scorer.undo.restore()
-        if self._scorer.accumulators:
+        if self._scorer.buffers:
             refuse_join(self._group)
         current = self.passes.begin(module)
         if current is not None:
@@ -150,7 +172,7 @@ class Capture:
     ) -> Any:
         again = in_backward()
         current = self.passes.recomputed() if again else self.passes.of_encoder(name, module)
-        for tap in self.taps:
+        for tap in self.outputs:
             tap(name, output, current)
         if current is None:
             return None
@@ -180,7 +202,7 @@ class Capture:
         current = self.passes.of_head()
         if current is None:
             return
-        logits = self._answers.logits(module, output, current)
+        logits = self.answers.logits(module, output, current)
         if logits is not None:
             self._take_logits(name, current, module, logits, first_tensor((args, kwargs)))
 
@@ -194,7 +216,7 @@ class Capture:
         if current.broke_off:
             return
         if self.head is self.model:
-            logits = self._answers.logits(module, output, current)
+            logits = self.answers.logits(module, output, current)
             if logits is not None:
                 self._take_logits(None, current, module, logits)
         elif self.head is None and current.edges:
@@ -216,16 +238,16 @@ class Capture:
 
     @outside_graphs
     def _on_gradient(self, current: Pass, head: nn.Module, call: int, gradient: Tensor) -> None:
-        if call != current.listening or not self.hooks or is_batched(gradient):
+        if call != current.listening or not self.handles or is_batched(gradient):
             return
         self.passes.backward_reached(current)
         if not current.ended:  # the loop called parts of the model: only now is it known that none is left
             self._end_forward(current)
         if gradient.dim() > 2:
-            self._answers.learn(head, gradient.detach(), current)
-        rows = self._answers.rows(head, gradient.detach())
+            self.answers.learn(head, gradient.detach(), current)
+        rows = self.answers.rows(head, gradient.detach())
         self._scorer.backward_reached(current, rows)
-        for listener in self.gradient_listeners if current.counts else ():
+        for listener in self.gradients if current.counts else ():
             listener(current, rows)
 
     # -- steps of a pass -----------------------------------------------------------------------------------------
@@ -271,7 +293,7 @@ class Capture:
         )
         if name is None or not current.head_outputs:
             self._listen(current, head, logits)
-        own = self._answers.rows(head, _copied(logits))
+        own = self.answers.rows(head, _copied(logits))
         current.samples = logits.shape[0] if logits.dim() else None
         if logits.requires_grad and current.edges:
             current.roots[name] = [edge_of(logits)]
@@ -281,7 +303,7 @@ class Capture:
             current.head_outputs[name] = own
             refuse_widths(current.head_outputs)
             current.logits = torch.stack(list(current.head_outputs.values())).sum(0)
-        for listener in self.logit_listeners:
+        for listener in self.logits:
             listener(current, current.logits)
 
     def _listen(self, current: Pass, head: nn.Module, logits: Tensor) -> None:

@@ -26,10 +26,16 @@ _KEYS = ("labels", "label")
 class Labels:
     """Gives each pass its labels, from the most trusted of the sources that the user allows."""
 
-    def __init__(self, allowed: LabelSource) -> None:
-        """Take them from `allowed` only; `"auto"` is all of them."""
+    def __init__(self, allowed: LabelSource, ignore_index: int) -> None:
+        """Take them from `allowed` only, `"auto"` is all of them; `ignore_index` labels samples that do not count."""
         self.allowed: LabelSource = allowed
+        self.ignore_index = ignore_index
         self._next: Observed | None = None
+
+    @property
+    def recovers(self) -> bool:
+        """Whether labels may be read from the gradient at the joint logits."""
+        return self.allows("gradient")
 
     def allows(self, source: LabelSource) -> bool:
         """Whether labels may come from there."""

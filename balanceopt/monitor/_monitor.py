@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 from weakref import finalize
 
-import torch
 from torch import Tensor, nn
 
 from balanceopt._options import (
@@ -20,22 +19,20 @@ from balanceopt._options import (
     shown,
     to_tensor,
 )
-from balanceopt._pooling import Projection
-from balanceopt._undo import Undo
 from balanceopt.distributed import Group, check_group
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
 from balanceopt.monitor._answers import Answers
+from balanceopt.monitor._choice import choose_logits
 from balanceopt.monitor._features import Features, Select
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._hooks import Capture
+from balanceopt.monitor._hooks import Hooks
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._labels import LabelSource as LabelSource
-from balanceopt.monitor._logits import UnimodalLogits, UserScores, choose_scores, lay_out, layout_of
+from balanceopt.monitor._logits import UserScores
 from balanceopt.monitor._module_hooks import Hook, remove_hooks
-from balanceopt.monitor._per_head import PerHead
-from balanceopt.monitor._scores import Accumulator, Scorer, is_compiled, why_silent
-from balanceopt.monitor._split import SplitHead
-from balanceopt.monitor._sums import ModalitySums
+from balanceopt.monitor._scorer import Scorer
+from balanceopt.monitor._scores import ScoreBuffer
+from balanceopt.monitor._silence import is_compiled, why_silent
 from balanceopt.monitor._supported import refuse_model
 from balanceopt.monitor._traces import Traces
 
@@ -74,13 +71,10 @@ class ModalityMonitor:
         modalities: names, in the order of all sums.
         head: module, modules by modality, the model itself, or None.
         group: process group over which scores are summed.
-        transforms: functions `(modality, pass, output)` that change encoders' outputs on their way into the fusion.
-        taps: functions `(modality, output, pass)` that see every clean output of an encoder, attached to its graph, in
-            every mode; `pass` is None outside training. They and transforms are called again, with the same pass, when
-            activation checkpointing runs an encoder a second time.
-        logit_listeners: functions `(pass, logits)` that see the joint logits `(N, C)`, detached.
-        gradient_listeners: functions `(pass, gradient)` that see the gradient `(N, C)` at the joint logits, where it
-            goes on to parameters.
+        hooks: who may listen: `hooks.transforms`, `.outputs`, `.logits`, `.gradients`, each with `add` and `drop`.
+        features: which tensor of an encoder's output is its features: `features.of(modality, output)`.
+        labels: where labels come from: `labels.ignore_index`, `labels.recovers`.
+        unimodal: how uni-modal logits are made: `unimodal.live`, `.columns`, `.layout()`; None for features only.
 
     Raises:
         ValueError: for encoders, a head, slices or options that do not fit the model.
@@ -141,9 +135,9 @@ class ModalityMonitor:
             "strict": strict,
         }
         self._build(**self._options)
-        finalize(self, remove_hooks, self._capture.hooks).atexit = False
+        finalize(self, remove_hooks, self.hooks.handles).atexit = False
         try:
-            self._capture.watch()
+            self.hooks.watch()
             if isinstance(labels, nn.Module):
                 self.watch_loss(labels)
         except BaseException:  # a module that takes no hooks, as a scripted one; an interrupt
@@ -162,35 +156,25 @@ class ModalityMonitor:
         strict: bool,
     ) -> None:
         """Make the parts, which watch nothing yet."""
-        self._labels = Labels(labels)
-        self._features = Features(self.encoders, select, apart=self.head is not None)
-        self._answers = Answers()
+        self.labels = Labels(labels, ignore_index)
+        self.features = Features(self.encoders, select, apart=self.head is not None)
+        answers = Answers()
+        self.unimodal = choose_logits(scores, self.model, self.head, slices, self.features, answers)
         self._scorer = Scorer(
-            self.modalities,
-            choose_scores(
-                scores, self.model, self.encoders, self.head, slices, self._features, self._answers
-            ),
-            ignore_index=ignore_index,
+            self.unimodal,
+            self.features,
+            self.labels,
+            Traces(self.model, self.encoders, self.head),
             strict=strict,
-            recovers=self._labels.allows("gradient"),
-            traces=Traces(self.model, self.encoders, self.head),
-            features=self._features,
         )
-        self._capture = Capture(
+        self.hooks = Hooks(
             self.model,
-            self.encoders,
             self.head,
-            labels=self._labels,
-            scorer=self._scorer,
+            self._scorer,
+            answers,
             train_only=train_only,
-            features=self._features,
-            answers=self._answers,
             group=self.group,
         )
-        self.transforms = self._capture.transforms
-        self.taps = self._capture.taps
-        self.logit_listeners = self._capture.logit_listeners
-        self.gradient_listeners = self._capture.gradient_listeners
 
     def observe(self, labels: Any, *, present: Mapping[str, Tensor] | None = None) -> None:
         """Give the labels of a batch to the latest training pass without any, else to the next one.
@@ -213,7 +197,7 @@ class ModalityMonitor:
                 f"Found shape {tuple(values.shape)}, dtype {values.dtype}."
             )
         flags = {} if present is None else self._flags(present, len(values))
-        self._labels.observe(self.latest, values.detach().clone(), flags)
+        self.labels.observe(self.latest, values.detach().clone(), flags)
 
     def _flags(self, present: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
         """Copies of the flags by modality, checked."""
@@ -272,25 +256,25 @@ class ModalityMonitor:
         check_kind("`module`", module, nn.Module, "the loss module that the loop calls")
         if reduce is not None:
             check_choice("reduce", reduce, ("argmax",), other=", or None")
-        return self._capture.watch_loss(module, reduce)
+        return self.hooks.watch_loss(module, reduce)
 
     def reset(self) -> None:
         """Forget every score that no step has used, as after `model.zero_grad()`."""
         self._scorer.discard()
-        self._labels.forget()
+        self.labels.forget()
 
     def remove(self) -> None:
         """Take every hook off. May be called twice."""
-        self._capture.remove()
+        self.hooks.remove()
         self._scorer.clear()
-        self._labels.forget()
+        self.labels.forget()
 
     def stats(self) -> dict[str, Any]:
         """What was seen so far: how scores are made, passes, and where their labels came from."""
         seen, recovery = self._scorer.seen.total, self._scorer.recovery
         sources = {name: seen[f"labels:{name}"] for name in get_args(LabelSource)[1:]}
         return {
-            "scores": self._scores,
+            "scores": None if self.unimodal is None else self.unimodal.name,
             "passes": seen["passes"],
             "passes_without_scores": seen["unscored"],
             "labels": {name: count for name, count in sources.items() if count},
@@ -300,154 +284,32 @@ class ModalityMonitor:
 
     # -- what methods ask -------------------------------------------------------------------------------------------
 
-    def accumulator(self, *, needs_entropy: bool = False, steps: bool = True) -> Accumulator:
-        """A new consumer's own sums over passes, which are made as long as it is alive and not removed.
+    def scores(self, *, needs_entropy: bool = False, steps: bool = True) -> ScoreBuffer:
+        """A new consumer's own sums of scores over passes, which are made as long as the buffer is held.
 
         Args:
             needs_entropy: sum the entropies of the features too.
             steps: the consumer takes the sums once an optimizer step; `reset()` discards them.
         """
-        accumulator = Accumulator(self, self._scorer, needs_entropy=needs_entropy, steps=steps)
-        self._scorer.accumulators.add(accumulator)
-        return accumulator
+        buffer = ScoreBuffer(self, self._scorer, needs_entropy=needs_entropy, steps=steps)
+        self._scorer.buffers.add(buffer)
+        return buffer
+
+    def silence(self) -> str:
+        """Why no score may have come, in words for the user."""
+        if not self.hooks.active:
+            return "the monitor's hooks were removed"
+        return why_silent(self._scorer.seen, compiled=self._was_compiled or is_compiled(self.model))
 
     @property
     def latest(self) -> Pass | None:
         """The latest forward in training."""
-        return self._capture.passes.latest
-
-    def features(self, name: str, output: Any) -> Tensor:
-        """The feature tensor of an encoder's output, attached to its graph.
-
-        Raises:
-            TypeError: if the output holds no tensor.
-            RuntimeError: if it holds several, and no pass has shown which of them reaches the logits.
-        """
-        return self._features.of(name, output)
-
-    def knows_features(self, name: str, output: Any) -> bool:
-        """Whether it is known which tensor of an encoder's output is its features."""
-        return self._features.settled(name, output)
-
-    def hold_features(
-        self, name: str, output: Any, copied: Callable[[Tensor], Tensor]
-    ) -> Callable[[], Tensor]:
-        """A function that returns what `features` would, of a copy made now: a later pass may show which they are."""
-        return self._features.held(name, output, copied)
-
-    def rehearse(self, run: Callable[[], Any]) -> Any:
-        """Run a forward; where it is unknown how features become logits, with gradients, whose graph shows it.
-
-        It counts as no pass.
-        """
-        unimodal, known = self._scorer.unimodal, self._features.paths
-        shown = known.keys() >= self.encoders.keys() and (unimodal is None or unimodal.knows_layout)
-        if shown or any(hasattr(p, "device_mesh") for p in self.model.parameters()):
-            return run()
-        passes = self._capture.passes
-        undo = Undo()
-        with undo, undo:
-            undo.set(vars(passes), "rehearsing", True)
-            with torch.enable_grad():
-                return run()
-
-    def logits(self, head: nn.Module, output: Any) -> Tensor | None:
-        """The logits in a head's output; None where it holds no tensor."""
-        return self._answers.logits(head, output, self.latest)
-
-    def projection(self, name: str) -> Projection | None:
-        """How the encoder's features become what the head gets, once a pass has shown it."""
-        return self._features.projections.get(name)
-
-    @property
-    def repeats(self) -> dict[str, int]:
-        """How many rows each encoder returns for a sample, as far as passes have shown it."""
-        return self._features.repeats
-
-    def live_logits(self, name: str, features: Tensor, samples: int) -> Tensor:
-        """The shared head's uni-modal logits `(B, C)` of the clean features of B samples, attached to both graphs.
-
-        Raises:
-            ValueError: if the uni-modal logits are neither "split" nor "per-head".
-            RuntimeError: if no pass has shown how the features become the head's input.
-        """
-        chosen = self._chosen
-        if not isinstance(chosen, (SplitHead, PerHead)):
-            found = "no head" if chosen is None else repr(chosen.name)
-            raise ValueError(
-                "the shared head's own answer to one modality needs a linear head on concatenated features "
-                f"(scores='split') or a head for each modality ('per-head'). Found {found}."
-            )
-        return chosen.live(name, features, samples)
-
-    def expect_scores(self, who: str) -> None:
-        """Refuse to serve a method that needs scores when there is no head.
-
-        Raises:
-            ValueError: naming what is missing.
-        """
-        if self._scorer.unimodal is None:
-            raise ValueError(
-                f"{who} needs uni-modal scores. Build the monitor with `head=`: the module that makes the logits, a "
-                "mapping from modality to its own head, or the model itself."
-            )
+        return self.hooks.passes.latest
 
     @property
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """Each modality's own parameters, as they are now (`fully_shard` and lazy modules replace them)."""
         return modality_parameters(self.model, self.encoders)
-
-    @property
-    def head_columns(self) -> dict[str, slice]:
-        """Each modality's columns of a linear head's weight, once a pass showed them; empty for other heads."""
-        chosen = self._chosen
-        return dict(chosen.columns) if isinstance(chosen, SplitHead) else {}
-
-    @property
-    def active(self) -> bool:
-        """Whether its hooks are on."""
-        return bool(self._capture.hooks)
-
-    @property
-    def ignore_index(self) -> int:
-        """Label of samples that do not count."""
-        return self._scorer.ignore_index
-
-    @property
-    def recovers_labels(self) -> bool:
-        """Whether labels may be read from the gradient at the joint logits."""
-        return self._scorer.recovery is not None
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """What passes have shown of the way from encoders to head, as plain numbers; may be set after a resume."""
-        return layout_of(self._scorer.unimodal, self._features)
-
-    @layout.setter
-    def layout(self, layout: dict[str, Any]) -> None:
-        lay_out(self._scorer.unimodal, self._features, layout)
-
-    def empty_sums(self, device: torch.device) -> ModalitySums:
-        """Sums over no sample, of the shape that other ranks have."""
-        head = unwrap(self.head) if isinstance(self.head, nn.Module) else None
-        outputs = self._scorer.classes or getattr(head, "out_features", None) or 1
-        return ModalitySums.zeros(len(self.modalities), max(outputs, 2), device)
-
-    def silence(self) -> str:
-        """Why no score may have come, in words for the user."""
-        if not self.active:
-            return "the monitor's hooks were removed"
-        return why_silent(self._scorer.seen, compiled=self._was_compiled or is_compiled(self.model))
-
-    @property
-    def _chosen(self) -> UnimodalLogits | None:
-        unimodal = self._scorer.unimodal
-        chosen: UnimodalLogits | None = getattr(unimodal, "chosen", unimodal)
-        return chosen
-
-    @property
-    def _scores(self) -> str | None:
-        return None if self._scorer.unimodal is None else self._scorer.unimodal.name
 
     def __enter__(self) -> ModalityMonitor:
         return self
@@ -467,10 +329,23 @@ class ModalityMonitor:
         self._build(**self._options)
 
     def __repr__(self) -> str:
-        scores = self._scores or "features only"
+        scores = "features only" if self.unimodal is None else self.unimodal.name
         return (
             f"ModalityMonitor(modalities={list(self.modalities)}, scores={scores!r}, "
-            f"labels={self._labels.allowed!r})"
+            f"labels={self.labels.allowed!r})"
+        )
+
+
+def require_scores(monitor: ModalityMonitor, who: str) -> None:
+    """Refuse to serve a method that needs scores when there is no head.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    if monitor.unimodal is None:
+        raise ValueError(
+            f"{who} needs uni-modal scores. Build the monitor with `head=`: the module that makes the logits, a "
+            "mapping from modality to its own head, or the model itself."
         )
 
 

@@ -12,19 +12,19 @@ from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._columns import as_rows, projected, projection_onto
 from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
+from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._replay import State, keep_random_states, quieten
 
 
-class PerHead:
+class PerHead(UnimodalLogits):
     """Each modality's own head answers for it, with its own bias."""
 
     name = "per-head"
-    needs_outputs = False
 
     def __init__(self, heads: Mapping[str, nn.Module], features: Features, answers: Answers) -> None:
         """Take the outputs of `heads`, one for each modality."""
+        super().__init__(features)
         self.heads = dict(heads)
-        self.features = features
         self.projections = features.projections
         self.answers = answers
 
@@ -46,9 +46,6 @@ class PerHead:
     def replayed(self) -> list[nn.Module]:
         """The heads', where features were dropped."""
         return [module for head in self.heads.values() for module in head.modules()]
-
-    def join(self, current: Pass) -> None:
-        """Nothing: the heads' own outputs are used."""
 
     def live(self, name: str, features: Tensor, samples: int) -> Tensor:
         """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""

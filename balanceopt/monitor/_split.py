@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from balanceopt.monitor._columns import (
 )
 from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
+from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._replay import State, evaluate
 
 # How many roundings of the largest term a matrix product may be off; and the precision of TF32 and bfloat16 products.
@@ -27,24 +28,17 @@ _ROUNDINGS = 16
 _REDUCED = 2.0**-8
 
 
-class SplitHead:
+class SplitHead(UnimodalLogits):
     """Exact Eq. 8 for a linear head over concatenated features: `W^m z^m + b / M`."""
 
     name = "split"
-    needs_outputs = False
 
-    def __init__(
-        self,
-        head: nn.Linear,
-        modalities: Sequence[str],
-        slices: Mapping[str, slice] | None,
-        features: Features,
-    ) -> None:
-        """Split `head` over `modalities` by the user's `slices`, or by those that the first passes show."""
+    def __init__(self, head: nn.Linear, slices: Mapping[str, slice] | None, features: Features) -> None:
+        """Split `head` over the modalities by the user's `slices`, or by those that the first passes show."""
+        super().__init__(features)
         self.head = head
-        self.modalities = list(modalities)
-        self.columns: dict[str, slice] = dict(slices or {})
-        self.features = features
+        self.modalities = list(features.encoders)
+        self.columns = dict(slices or {})
         self.projections = features.projections
         self._tried = False
         if slices is not None:
@@ -63,10 +57,6 @@ class SplitHead:
                     current.vectors[name] = z
                     found[name] = nn.functional.linear(z.float(), weight[:, self.columns[name]], share)
         return found
-
-    def replayed(self) -> list[nn.Module]:
-        """None."""
-        return []
 
     def join(self, current: Pass) -> None:
         """Make a sharded head whole with the other ranks."""
@@ -190,6 +180,12 @@ class SplitHead:
                     "they are not concatenated. Pass `slices={modality: slice(start, stop)}` for every modality if "
                     "they are, or use `scores='zero-out'`."
                 )
+
+    def _check_columns(self, columns: Mapping[str, slice]) -> None:
+        width = self.head.in_features or max((own.stop for own in columns.values()), default=0)
+        if any(own.stop > width for own in columns.values()):
+            found = {name: [own.start, own.stop] for name, own in columns.items()}
+            raise ValueError(f"the layout should be of a head of {width} columns. Found {found}.")
 
     def _check_slices(self) -> None:
         width = self.head.in_features

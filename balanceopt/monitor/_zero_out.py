@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,34 +15,33 @@ from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._columns import projection_onto
 from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
+from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._outputs import is_differentiable, map_tensors, tensors_in
 from balanceopt.monitor._replay import State, quieten
 
 
-class ZeroOut:
+class ZeroOut(UnimodalLogits):
     """The fusion runs once more for each modality, with the others' encoder outputs replaced by zeros."""
 
     name = "zero-out"
     needs_outputs = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        encoders: Mapping[str, nn.Module],
-        head: nn.Module,
-        features: Features,
-        answers: Answers,
-    ) -> None:
-        """Replay `model` from the outputs of `encoders` up to the output of `head`."""
+    def __init__(self, model: nn.Module, head: nn.Module, features: Features, answers: Answers) -> None:
+        """Replay `model` from the outputs of its encoders up to the output of `head`."""
+        super().__init__(features)
         self.model = model
-        self.encoders = dict(encoders)
+        self.encoders = features.encoders
         self.head = head
-        self.features = features
         self.answers = answers
-        self.knows_layout = False
+        self._seen_all = False
+
+    @property
+    def knows_layout(self) -> bool:
+        """Whether a pass has called every encoder."""
+        return self._seen_all
 
     def __call__(self, current: Pass) -> dict[str, Tensor]:
-        self.knows_layout = self.knows_layout or len(current.calls) == len(self.encoders)
+        self._seen_all = self._seen_all or len(current.calls) == len(self.encoders)
         if current.inputs is None:
             raise RuntimeError(
                 "`scores='zero-out'` runs the model's forward again, but the model itself was not called, only its "

@@ -138,10 +138,11 @@ class Heads:
             ValueError: if the features have another width than the head was built for, or the shared head another
                 number of outputs than `out_features`.
         """
-        project = self.monitor.projection(name)
+        project = self.monitor.features.projections.get(name)
         samples = samples_in(name, features, samples, present, frames=project is not None)
         if self.shared:
-            logits = self.monitor.live_logits(name, features, samples)
+            assert self.monitor.unimodal is not None  # checked when the objective was built
+            logits = self.monitor.unimodal.live(name, features, samples)
             if logits.shape[-1] != self.out_features:
                 raise ValueError(
                     f"`out_features` should be that of the shared head, {logits.shape[-1]}. "

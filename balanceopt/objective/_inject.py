@@ -105,11 +105,11 @@ class Injection:
         if not any(self.weight.values()):
             return
         enter(self)
-        self.monitor.taps.add(self._on_output)
+        self.monitor.hooks.outputs.add(self._on_output)
         if isinstance(self.loss, nn.Module):
             self.handles.append(self.loss.register_forward_hook(WeakHook(self._on_loss), with_kwargs=True))
             return
-        self.monitor.gradient_listeners.add(self._on_gradient)
+        self.monitor.hooks.gradients.add(self._on_gradient)
         # Late fusion: each head gets the gradient of the joint logits, and any of them may be the first.
         heads = self.monitor.head.values() if isinstance(self.monitor.head, Mapping) else ()
         self.handles += [head.register_forward_hook(WeakHook(self._on_late_head)) for head in heads]
@@ -117,8 +117,8 @@ class Injection:
     def remove(self) -> None:
         """Take the hooks off."""
         leave(self)
-        self.monitor.taps.drop(self._on_output)
-        self.monitor.gradient_listeners.drop(self._on_gradient)
+        self.monitor.hooks.outputs.drop(self._on_output)
+        self.monitor.hooks.gradients.drop(self._on_gradient)
         remove_handles(self.handles)
 
     def _on_output(self, name: str, output: Any, current: Pass | None) -> None:
@@ -151,7 +151,7 @@ class Injection:
         current = self.monitor.latest
         if current is None or in_backward():
             return
-        logits = self.monitor.logits(module, output)
+        logits = self.monitor.hooks.answers.logits(module, output, self.monitor.latest)
         if logits is not None and logits.requires_grad:
             logits.register_hook(partial(self._on_late_gradient, current))
 
@@ -201,7 +201,7 @@ class Injection:
         for name, output in seen.outputs.items():
             leaves: list[Tensor] = []
             with torch.enable_grad(), seen.autocast():
-                features = self.monitor.features(name, map_tensors(partial(_leaf, leaves), output))
+                features = self.monitor.features.of(name, map_tensors(partial(_leaf, leaves), output))
                 logits = self.heads.logits(name, features, samples, current.present.get(name))
                 value, scale = weigh(name, logits)
             params = self.heads.parameters(name)
@@ -259,7 +259,7 @@ class Injection:
         rows, classes = logits.shape
         labels = current.labels
         if labels is None:
-            if not self.monitor.recovers_labels:
+            if not self.monitor.labels.recovers:
                 raise RuntimeError(
                     "inject=True needs the labels by the time of backward: call monitor.observe(labels) before it, or "
                     "pass `loss=`, the loss module that your loop calls."
@@ -276,7 +276,7 @@ class Injection:
                 f"inject=True without `loss=` needs a class index for each of the {rows} rows of the logits. Found "
                 f"labels of shape {tuple(labels.shape)}; for soft labels pass `loss=`, the loss module of your loop."
             )
-        ignore = self.monitor.ignore_index if current.ignore_index is None else current.ignore_index
+        ignore = self.monitor.labels.ignore_index if current.ignore_index is None else current.ignore_index
         targets = as_targets(labels.to(logits.device).flatten().long(), classes, ignore)
         assert targets.index is not None
         return torch.where(targets.valid, targets.index, INVALID), torch.zeros_like(targets.valid)

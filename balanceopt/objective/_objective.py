@@ -25,7 +25,7 @@ from balanceopt._options import (
 )
 from balanceopt._pooling import Pool, check_pool
 from balanceopt.distributed import active_group, shared_seed
-from balanceopt.monitor import ModalityMonitor, Pass, in_backward
+from balanceopt.monitor import ModalityMonitor, Pass, in_backward, require_scores
 from balanceopt.objective._heads import (
     HeadKind,
     Heads,
@@ -110,7 +110,7 @@ class UnimodalObjective(nn.Module):
         self._live = LiveFeatures(monitor)
         self._injection = Injection(monitor, self._heads, weights, loss) if inject else None
         if self._injection is None:
-            monitor.taps.add(self._live.on_output)
+            monitor.hooks.outputs.add(self._live.on_output)
         else:
             weakref.finalize(self, remove_handles, self._injection.handles).atexit = False
             self._injection.hook()
@@ -166,7 +166,7 @@ class UnimodalObjective(nn.Module):
 
     def remove(self) -> None:
         """Take every hook off. May be called twice."""
-        self.monitor.taps.drop(self._live.on_output)
+        self.monitor.hooks.outputs.drop(self._live.on_output)
         self._live.forget()
         if self._injection is not None:
             self._injection.remove()
@@ -232,7 +232,7 @@ class UnimodalObjective(nn.Module):
             labels = labels.to(logits.device)[rows]
             logits = logits[rows] if len(logits) == samples else logits
         if self.loss is None:
-            ignore_index = self.monitor.ignore_index
+            ignore_index = self.monitor.labels.ignore_index
             return mean_cross_entropy(logits, as_target(labels, logits, name, ignore_index), ignore_index)
         if len(logits) == 0:
             return logits.sum()
@@ -288,7 +288,7 @@ class LiveFeatures:
         if in_backward():
             return
         # A copy: what comes after the encoder may work in place.
-        held = self.monitor.hold_features(name, output, Tensor.clone)
+        held = self.monitor.features.held(name, output, Tensor.clone)
         if current is None and not torch.is_grad_enabled():
             if name in self._without:
                 self._without = {}
@@ -315,7 +315,7 @@ def _checked(
     check_count("out_features", out_features, at_least=1)
     check_choice("heads", heads, get_args(HeadKind))
     if heads == "shared":
-        monitor.expect_scores("UnimodalObjective(heads='shared')")
+        require_scores(monitor, "UnimodalObjective(heads='shared')")
     weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(monitor.modalities, weight)
     unknown = weights.keys() - set(monitor.modalities)
     if unknown:

@@ -13,7 +13,7 @@ from balanceopt._undo import optimizers_in
 from balanceopt._warnings import warn_user
 from balanceopt.modality import unwrap
 from balanceopt.modulation import Modulation, Slot
-from balanceopt.monitor import ModalityMonitor
+from balanceopt.monitor import ModalityMonitor, require_scores
 
 # The engine that modulates an optimizer's steps, as long as the engine lives.
 _ENGINE_OF: WeakKeyDictionary[torch.optim.Optimizer, ref[Any]] = WeakKeyDictionary()
@@ -153,7 +153,7 @@ def check_arguments(
                 f"this {type(modulation).__name__} acts in another optimizer already. Build one for each optimizer, or "
                 "call that optimizer's remove() first."
             )
-    monitor.expect_scores(type(chosen[0]).__name__)
+    require_scores(monitor, type(chosen[0]).__name__)
     held = {id(p) for p in unwrap(monitor.model).parameters()}
     if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(

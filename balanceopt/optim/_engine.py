@@ -16,7 +16,7 @@ from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, StepContext
 from balanceopt.modulation._shards import local_part
-from balanceopt.monitor import ModalityMonitor, ModalitySums
+from balanceopt.monitor import ModalityMonitor, Scores
 from balanceopt.optim._checks import (
     check_arguments,
     claim,
@@ -72,7 +72,7 @@ class Engine:
             )
         self._counters = Counters(optimizer, monitor, seed)
         # Nothing was changed until here, and nothing raises or warns from here on.
-        self.accumulator = monitor.accumulator(needs_entropy=any(m.needs_entropy for m in chosen))
+        self.accumulator = monitor.scores(needs_entropy=any(m.needs_entropy for m in chosen))
         claim(self, optimizer, chosen)
         self._states = MethodStates(optimizer, chosen)
         self._counters.begin()
@@ -238,9 +238,7 @@ class Engine:
             self._modulate(acting, sums, slots)
         self._counters.number = self._number + 1
 
-    def _modulate(
-        self, acting: Sequence[Modulation], sums: ModalitySums, slots: dict[str, list[Slot]]
-    ) -> None:
+    def _modulate(self, acting: Sequence[Modulation], sums: Scores, slots: dict[str, list[Slot]]) -> None:
         if not self._looked:  # what a loop does with `.grad` it does in every step
             refuse_shared_gradients(slot for own in slots.values() for slot in own)
             self._looked = True
@@ -267,13 +265,13 @@ class Engine:
             )
         self._health.end()
 
-    def _take(self) -> ModalitySums | None:
+    def _take(self) -> Scores | None:
         """This step's sums, over micro-batches and ranks; None where nobody has any."""
         sums = self.accumulator.take()
         if active_group(self.monitor.group) is None:
             return sums
         if sums is None:
-            sums = self.monitor.empty_sums(device_of(self.optimizer))
+            sums = self.accumulator.empty(device_of(self.optimizer))
         total = sums.over_ranks(self.monitor.group)
         host = on_host(total.count)
         return None if host is not None and not host.any() else total

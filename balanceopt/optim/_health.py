@@ -9,7 +9,7 @@ from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts
 from balanceopt._warnings import warn_user
-from balanceopt.monitor import ModalityMonitor, ModalitySums
+from balanceopt.monitor import ModalityMonitor, Scores
 
 # Steps in a row without usable scores before it is an error.
 _SILENT_STEPS = 10
@@ -41,7 +41,7 @@ class Health:
         self._silent = 0
         self._counts = DeferredCounts((_SCORED, _TELLING, _EQUAL_STEPS, *_ODDITIES))
         self._of_step: dict[str, Tensor] = {}
-        self._scores: ModalitySums | None = None
+        self._scores: Scores | None = None
         self._seen = self._counts.read()
         self.restart()
 
@@ -77,7 +77,7 @@ class Health:
             )
         self.warn("silent", f"no scores since the last step: the step was left unmodulated ({why}).")
 
-    def begin(self, scores: ModalitySums) -> None:
+    def begin(self, scores: Scores) -> None:
         """Note a step with scores, in which methods act."""
         self._silent = 0
         self._steps["modulated"] += 1

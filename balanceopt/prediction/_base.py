@@ -81,7 +81,7 @@ class ForwardMethod(Method, ABC):
         self.seed = shared_seed(monitor.group, seed)
         self.forwards = 0
         self._key = object()  # of the method's notes on a pass, which does not keep the method alive
-        monitor.transforms.add(self._on_output)
+        monitor.hooks.transforms.add(self._on_output)
 
     @abstractmethod
     def transform(self, name: str, features: Tensor, current: Pass) -> Tensor:
@@ -149,7 +149,7 @@ class ForwardMethod(Method, ABC):
     def remove(self) -> None:
         """Act no more. The monitor stays. May be called twice."""
         super().remove()
-        self.monitor.transforms.drop(self._on_output)
+        self.monitor.hooks.transforms.drop(self._on_output)
 
     def __getstate__(self) -> dict[str, Any]:
         # The hooks are on the model of this one's monitor: a copy acts on nothing.

@@ -21,14 +21,16 @@ from balanceopt.distributed import active_group, rank_in, sum_over_ranks
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
 from balanceopt.monitor import (
-    Accumulator,
     ModalityMonitor,
-    ModalitySums,
     Pass,
+    ScoreBuffer,
+    Scores,
+    UnimodalLogits,
     check_layout,
     enter,
     leave,
     refuse_company,
+    require_scores,
     samples_first,
     tensors_in,
 )
@@ -130,10 +132,10 @@ class OPM(ForwardMethod):
         self._zeros = Zeros()
         self._forwards_here = 0
         self._warned: set[str] = set()
-        self._scores: Accumulator | None = None
+        self._scores: ScoreBuffer | None = None
         self._watch: _BackwardWatch | None = None
         if alone:
-            monitor.transforms.drop(self._on_output)
+            monitor.hooks.transforms.drop(self._on_output)
         else:
             self._hook()
 
@@ -200,7 +202,7 @@ class OPM(ForwardMethod):
             **super().state_dict(),
             "repeats": self._known_repeats(),
             "widths": dict(self._widths),
-            "layout": self.monitor.layout,
+            "layout": self._unimodal.layout(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -211,7 +213,7 @@ class OPM(ForwardMethod):
             KeyError: if an entry is missing.
         """
         super().load_state_dict(state)
-        self.monitor.layout = state["layout"]
+        self._unimodal.load_layout(state["layout"])
         pending = state["pending"]
         self._q = state["q"].detach().clone()
         self._pending = None if pending is None else pending.detach().clone()
@@ -248,7 +250,7 @@ class OPM(ForwardMethod):
         """Drop nothing any more. The monitor stays. May be called twice."""
         super().remove()
         leave(self)
-        self.monitor.logit_listeners.drop(self._on_logits)
+        self.monitor.hooks.logits.drop(self._on_logits)
         if self._scores is not None:
             self._scores.remove()
         if self._watch is not None:
@@ -269,15 +271,20 @@ class OPM(ForwardMethod):
         dropped = dict.fromkeys(("_latest", "_latest_pass", "_scores", "_watch"))
         return {**super().__getstate__(), **dropped}
 
+    @property
+    def _unimodal(self) -> UnimodalLogits:
+        assert self.monitor.unimodal is not None  # checked when this was built
+        return self.monitor.unimodal
+
     # -- in a forward --------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
         """Put the hooks on, such that they go with this object."""
         self._watch = _BackwardWatch(self.monitor)
         weakref.finalize(self, self._watch.stop).atexit = False
-        self._scores = self.monitor.accumulator(steps=False)
+        self._scores = self.monitor.scores(steps=False)
         enter(self)
-        self.monitor.logit_listeners.add(self._on_logits)
+        self.monitor.hooks.logits.add(self._on_logits)
 
     def transform(self, name: str, features: Tensor, current: Pass) -> Tensor:
         """Return the features with those of dropped samples zero."""
@@ -291,8 +298,8 @@ class OPM(ForwardMethod):
         views = [samples_first(encoder, output, x) for x in tensors_in(output) if is_feature(x)]
         drop.note(name, views, type(output).__name__)
         unknown = self.rescale == "official" and name not in self._widths
-        if unknown and self.monitor.knows_features(name, output):
-            self._widths[name] = feature_width(self.monitor.features(name, output))
+        if unknown and self.monitor.features.settled(name, output):
+            self._widths[name] = feature_width(self.monitor.features.of(name, output))
 
     def _on_logits(self, current: Pass, logits: Tensor) -> None:
         """Let the first pass with dropped samples be looked at."""
@@ -331,11 +338,11 @@ class OPM(ForwardMethod):
 
     def _known_repeats(self) -> dict[str, int]:
         """Rows of each modality's encoder for a sample, from a checkpoint or as passes have shown."""
-        return {**self._repeats, **self.monitor.repeats}
+        return {**self._repeats, **self.monitor.features.repeats}
 
     def _widths_on(self, device: torch.device) -> Tensor:
         """`(M,)` features of each modality: a linear head's columns, else of the encoder's output; 1 if not seen."""
-        columns = self.monitor.head_columns
+        columns = self._unimodal.columns
         widths = [
             columns[name].stop - columns[name].start if name in columns else self._widths.get(name, 1)
             for name in self.monitor.modalities
@@ -356,7 +363,7 @@ class OPM(ForwardMethod):
 
     def _follow(self, score: Tensor, count: Tensor) -> None:
         """Set q from the summed scores `(M,)` of `count` `(M,)` samples of all ranks."""
-        empty = ModalitySums.zeros(len(score), 2, score.device)
+        empty = Scores.zeros(len(score), 2, score.device)
         sums = replace(empty, score=score, count=count)
         usable = sums.usable.any()
         ratio = discrepancy_ratio(sums.mean_score, self.ratio, sums.present)
@@ -432,7 +439,7 @@ def _warn_once(warned: set[str], kind: str, message: str) -> None:
 
 def _check_monitor(monitor: ModalityMonitor) -> None:
     check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
-    monitor.expect_scores("OPM")
+    require_scores(monitor, "OPM")
     for name, encoder in monitor.encoders.items():
         if getattr(encoder, "batch_first", True) is False:
             raise ValueError(
@@ -440,7 +447,7 @@ def _check_monitor(monitor: ModalityMonitor) -> None:
                 f"{type(encoder).__name__} with batch_first=False: build it with batch_first=True, or put it into a "
                 "module that returns (B, ...)."
             )
-    if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor.transforms):
+    if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor.hooks.transforms):
         raise ValueError("this monitor serves an OPM already. Call its remove() first.")
 
 

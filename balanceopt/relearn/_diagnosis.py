@@ -330,13 +330,13 @@ def collect_samples(
             f"{shown(source)}: pass `monitor=` to take the features from a pass over a loader."
         )
     check_loader(f"the {split} data", source)
-    projection = monitor.projection
+    projections = monitor.features.projections
     collector = collector_of(
         monitor.modalities,
-        lambda name, z, samples: pool_features(z, chosen.pool, projection(name), samples),
-        ignore_index=monitor.ignore_index,
+        lambda name, z, samples: pool_features(z, chosen.pool, projections.get(name), samples),
+        ignore_index=monitor.labels.ignore_index,
         where=f"from the {split} loader",
-        has_frames=lambda name: projection(name) is not None,
+        has_frames=lambda name: projections.get(name) is not None,
     )
     collect(monitor, source, collector, split, forward, progress)
     return collector.samples()

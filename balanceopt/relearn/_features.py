@@ -220,7 +220,7 @@ def collect(
         RuntimeError: if the monitor's hooks were removed.
         ImportError: if `progress` is True and tqdm is not installed.
     """
-    if not monitor.active:
+    if not monitor.hooks.active:
         raise RuntimeError("the monitor's hooks were removed. Build a new ModalityMonitor.")
     undo = Undo()
     with undo, undo:
@@ -230,7 +230,7 @@ def collect(
         for batch in _with_bar(loader, f"{split} features", progress, monitor):
             latest.clear()
             run = partial(run_batch, monitor.model, batch, forward)
-            labels, first = (monitor.rehearse(run) if first else run()), False
+            labels, first = (monitor.hooks.rehearse(run) if first else run()), False
             collector.add({name: held() for name, held in latest.items()}, labels)
 
 
@@ -241,10 +241,10 @@ def _latest_features(undo: Undo, monitor: ModalityMonitor) -> dict[str, Callable
     def tap(name: str, output: Any, current: Pass | None) -> None:
         if not in_backward():
             # A copy: what comes after the encoder may work in place.
-            latest[name] = monitor.hold_features(name, output, lambda x: x.detach().clone())
+            latest[name] = monitor.features.held(name, output, lambda x: x.detach().clone())
 
-    undo.note(partial(monitor.taps.drop, tap))
-    monitor.taps.add(tap)
+    undo.note(partial(monitor.hooks.outputs.drop, tap))
+    monitor.hooks.outputs.add(tap)
     return latest
 
 

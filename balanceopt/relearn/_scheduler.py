@@ -170,7 +170,7 @@ class ReLearnScheduler:
         if initial is not None:
             self._initial.give(initial)
         if self._initial.waiting:
-            monitor.taps.add(self._copy_late)
+            monitor.hooks.outputs.add(self._copy_late)
 
     # -- what the user calls -------------------------------------------------------------------------------------
 
@@ -259,7 +259,7 @@ class ReLearnScheduler:
 
     def remove(self) -> None:
         """Stop listening to the monitor. May be called twice."""
-        self.monitor.taps.drop(self._copy_late)
+        self.monitor.hooks.outputs.drop(self._copy_late)
 
     @property
     def lam(self) -> float:
@@ -303,7 +303,7 @@ class ReLearnScheduler:
         """Copy parameters that this forward finds built and trainable for the first time."""
         self._initial.take()
         if not self._initial.waiting:
-            self.monitor.taps.drop(self._copy_late)
+            self.monitor.hooks.outputs.drop(self._copy_late)
 
     def _report(self, diagnosis: Diagnosis) -> None:
         for listener in self.listeners:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import balanceopt as bo
-from balanceopt.monitor import _scores
+from balanceopt.monitor import _scorer
 from tests.contract.bases import BASES, Base
 from tests.contract.methods import METHODS, Method
 from tests.dropping import inputs_of, kept
@@ -61,7 +61,7 @@ def test_beside_another_method_both_act(method: Method):
 
 @pytest.mark.parametrize("method", _METHODS)
 def test_beside_another_method_each_score_is_made_once(method: Method):
-    with mock.patch.object(_scores, "settle", side_effect=_scores.settle) as settle:
+    with mock.patch.object(_scorer, "settle", side_effect=_scorer.settle) as settle:
         _, modulator, _ = trained(modulation=method.make(), q_base=0.5)
     assert modulator is not None
     assert settle.call_count == STEPS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import balanceopt as bo
 from balanceopt.modulation import Slot, StepContext
-from balanceopt.monitor import ModalitySums
+from balanceopt.monitor import Scores
 from tests.training import bits
 
 MODALITIES = ("audio", "visual", "text", "depth")
@@ -47,7 +47,7 @@ class Situation:
                     self.slots[name].append(Slot(index, parameter))
                 index += 1
         ones = torch.ones(len(score))
-        self.sums = ModalitySums(torch.tensor(score), ones, ones, ones, torch.ones(5))
+        self.sums = Scores(torch.tensor(score), ones, ones, ones, torch.ones(5))
         self.reported: dict[str, Tensor] = {}
         self.counted: dict[str, Tensor] = {}
 

@@ -75,7 +75,7 @@ def test_scores_of_the_monitor(modalities, bias):
 
 def watch_one_step(model, inputs, labels):
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         with torch.enable_grad():
             train_step(model, inputs, labels)
         return scores.take()

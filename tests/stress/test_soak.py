@@ -50,14 +50,14 @@ def soak(warmup: int, steps: int, *, every: int) -> tuple[int, Counter[str], flo
     recorder = bo.Recorder(run.balanced, run.modulator, run.scheduler, every=every)
     tracemalloc.start()  # from the start: what replaces an older object is no growth
     train(run, 0, warmup)
-    hooks, handles = hooks_on(run.model), len(run.monitor._capture.hooks)
+    hooks, handles = hooks_on(run.model), len(run.monitor.hooks.handles)
     rows = len(recorder.rows())
     before, held, traced = objects(), resident(), tracemalloc.get_traced_memory()[0]
     train(run, warmup, steps)
     left = objects() - before
     grown, more = tracemalloc.get_traced_memory()[0] - traced, resident() - held
     tracemalloc.stop()
-    assert (hooks_on(run.model), len(run.monitor._capture.hooks)) == (hooks, handles)
+    assert (hooks_on(run.model), len(run.monitor.hooks.handles)) == (hooks, handles)
     assert run.balanced.stats()["modulated"] == warmup + steps
     assert run.modulator.stats()["forwards"] == warmup + steps
     assert run.scheduler.last_epoch == (warmup + steps) // EPOCH

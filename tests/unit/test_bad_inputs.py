@@ -77,8 +77,10 @@ class World:
             for p in self.model.parameters()
         ]
         monitor = self.monitor
-        listeners = [len(x) for x in (monitor.taps, monitor.transforms, monitor.gradient_listeners)]
-        waiting = [len(monitor._scorer.accumulators), monitor._labels._next is None]
+        listeners = [
+            len(x) for x in (monitor.hooks.outputs, monitor.hooks.transforms, monitor.hooks.gradients)
+        ]
+        waiting = [len(monitor._scorer.buffers), monitor.labels._next is None]
         attributes = {name: id(value) for name, value in vars(self.optimizer).items()}
         hooks = [len(v) for name, v in vars(self.optimizer).items() if name.endswith("_hooks")]
         groups = [

@@ -206,7 +206,7 @@ def test_another_default_device_is_not_used(name):
 def test_a_copy_of_a_label_list_is_on_the_cpu():
     model = model_of(Concat, torch.float32)
     monitor = watch(model)
-    accumulator = monitor.accumulator()
+    accumulator = monitor.scores()
     given = batches(model, 1)[0]
     with torch.device("meta"):
         monitor.observe(given[1].tolist(), present={"audio": torch.ones(8, dtype=torch.bool, device="cpu")})

@@ -119,7 +119,7 @@ def of_attached(steps: int) -> Loaded:
 
 def of_opm(steps: int) -> Loaded:
     opm = trained(steps, lambda model: bo.OPM(watch(model), seed=steps))
-    return lambda: [opm.state_dict(), opm.monitor.layout], opm.load_state_dict
+    return lambda: [opm.state_dict(), opm._unimodal.layout()], opm.load_state_dict
 
 
 def of_opm_by_zero_out(steps: int) -> Loaded:
@@ -129,7 +129,7 @@ def of_opm_by_zero_out(steps: int) -> Loaded:
     opm = bo.OPM(watch(model), seed=steps)
     for one in batches(model, steps):
         backward(model, one)
-    return lambda: [opm.state_dict(), opm.monitor.layout], opm.load_state_dict
+    return lambda: [opm.state_dict(), opm._unimodal.layout()], opm.load_state_dict
 
 
 def of_scheduler(steps: int) -> Loaded:

@@ -232,7 +232,7 @@ def test_a_forward_method_that_nobody_holds_goes_with_its_hooks():
     del method
     gc.collect()
     assert gone() is None
-    assert len(monitor.transforms) == 0
+    assert len(monitor.hooks.transforms) == 0
 
 
 def test_an_epoch_method_acts_between_epochs_and_resumes():

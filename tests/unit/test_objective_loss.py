@@ -247,10 +247,10 @@ class TestLifeCycle:
         model = Concat()
         with objective_of(model, inject=inject) as objective:
             monitor = objective.monitor
-            assert len(monitor.taps) == 1
+            assert len(monitor.hooks.outputs) == 1
         objective.remove()
-        assert not len(monitor.taps)
-        assert not len(monitor.gradient_listeners)
+        assert not len(monitor.hooks.outputs)
+        assert not len(monitor.hooks.gradients)
 
     @pytest.mark.parametrize(
         ("make", "options"),
@@ -270,13 +270,13 @@ class TestLifeCycle:
         objective = objective_of(model, monitor=monitor, **options)
         inputs, labels = batch()
         loss(model(*inputs), labels).backward()
-        assert len(monitor.taps)
+        assert len(monitor.hooks.outputs)
         gone = weakref.ref(objective)
         del objective
         assert gone() is None
         assert hooks_on(model, loss) == hooks
-        assert not len(monitor.taps)
-        assert not len(monitor.gradient_listeners)
+        assert not len(monitor.hooks.outputs)
+        assert not len(monitor.hooks.gradients)
 
     def test_one_that_its_model_holds_is_garbage_with_the_model(self):
         model: Any = Concat()
@@ -300,7 +300,7 @@ class TestLifeCycle:
         with pytest.raises(ValueError, match=r"`(pool|loss|weight)` should be"):
             objective_of(model, monitor=monitor, **options)
         assert hooks_on(model) == hooks
-        assert not len(monitor.taps)
+        assert not len(monitor.hooks.outputs)
 
     @pytest.mark.parametrize("inject", [False, True])
     @pytest.mark.parametrize("make", [Concat, SumHeads])
@@ -338,7 +338,7 @@ class TestLifeCycle:
             torch.manual_seed(0)
             model = make()
             monitor = watch(model)
-            accumulator = monitor.accumulator()
+            accumulator = monitor.scores()
             objective = objective_of(model, monitor=monitor) if with_objective else None
             inputs, labels = batch()
             loss = F.cross_entropy(model(*inputs), labels)

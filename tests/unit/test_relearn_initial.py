@@ -209,26 +209,26 @@ def test_names_do_not_depend_on_compilation():
 def test_remove_takes_the_taps_off():
     model = Lazy()
     _, scheduler = scheduler_of(model, {"audio": "audio", "visual": "visual"})
-    assert len(scheduler.monitor.taps) == 1
+    assert len(scheduler.monitor.hooks.outputs) == 1
     scheduler.remove()
     scheduler.remove()
-    assert not len(scheduler.monitor.taps)
+    assert not len(scheduler.monitor.hooks.outputs)
 
 
 def test_nothing_listens_once_all_is_copied():
     model = Lazy()
     optimizer, scheduler = scheduler_of(model, {"audio": "audio", "visual": "visual"})
     train_epoch(model, optimizer, scheduler.train_loader)
-    assert len(scheduler.monitor.taps) == 0
+    assert len(scheduler.monitor.hooks.outputs) == 0
 
 
 def test_a_dropped_scheduler_leaves_nothing_behind():
     _, scheduler = scheduler_of(Lazy(), {"audio": "audio", "visual": "visual"})
     monitor = scheduler.monitor
-    assert len(monitor.taps) == 1
+    assert len(monitor.hooks.outputs) == 1
     del scheduler
     gc.collect()
-    assert len(monitor.taps) == 0
+    assert len(monitor.hooks.outputs) == 0
 
 
 def test_copies_of_the_model_leave_the_scheduler_behind():
@@ -237,4 +237,4 @@ def test_copies_of_the_model_leave_the_scheduler_behind():
     _, scheduler = scheduler_of(model, model.modalities)
     twin = copy.deepcopy(scheduler.monitor)
     assert not len(twin.taps)
-    assert len(scheduler.monitor.taps) == 1
+    assert len(scheduler.monitor.hooks.outputs) == 1

@@ -145,7 +145,7 @@ class TestNothingElseChanges:
     def test_scores_of_a_pass_under_way(self):
         model = Concat()
         monitor = watch(model)
-        accumulator = monitor.accumulator()
+        accumulator = monitor.scores()
         inputs, labels = batch()
         logits = model(*inputs)
         features_of(monitor, loaders()[0])
@@ -154,7 +154,7 @@ class TestNothingElseChanges:
         alone = Concat()
         alone.load_state_dict(model.state_dict())
         watched = watch(alone)
-        other = watched.accumulator()
+        other = watched.scores()
         train_step(alone, inputs, labels)
         expected: Any = other.take()
         torch.testing.assert_close(found.score, expected.score)
@@ -164,7 +164,7 @@ class TestNothingElseChanges:
         hooks = [len(m._forward_hooks) for m in model.modules()]
         scheduler.diagnose()
         assert [len(m._forward_hooks) for m in model.modules()] == hooks
-        assert not len(scheduler.monitor.taps)
+        assert not len(scheduler.monitor.hooks.outputs)
 
 
 class TestBatches:

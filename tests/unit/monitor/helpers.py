@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import balanceopt as bo
-from balanceopt.monitor import ModalitySums
+from balanceopt.monitor import Scores
 from balanceopt.monitor._forward import Pass
 from tests.models import Multimodal, train_step, watch
 
@@ -22,8 +22,8 @@ class Spy:
         self.passes: list[Pass] = []
         self.unimodal: list[dict[str, Tensor]] = []
         self.gradients: list[Tensor] = []
-        self.scores = monitor.accumulator()  # a pass has uni-modal logits where somebody collects scores
-        monitor.gradient_listeners.add(self._on_gradient)
+        self.scores = monitor.scores()  # a pass has uni-modal logits where somebody collects scores
+        monitor.hooks.gradients.add(self._on_gradient)
 
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
         self.passes.append(current)
@@ -31,20 +31,16 @@ class Spy:
         self.gradients.append(gradient)
 
 
-def step(
-    monitor: bo.ModalityMonitor, model: Any, inputs: Sequence[Tensor], labels: Tensor
-) -> ModalitySums | None:
+def step(monitor: bo.ModalityMonitor, model: Any, inputs: Sequence[Tensor], labels: Tensor) -> Scores | None:
     """One training pass; what a fresh consumer takes from it."""
-    accumulator = monitor.accumulator()
+    accumulator = monitor.scores()
     train_step(model, inputs, labels)
     taken = accumulator.take()
     accumulator.remove()
     return taken
 
 
-def sums_of(
-    model: Multimodal, inputs: Sequence[Tensor], labels: Tensor, **options: Any
-) -> ModalitySums | None:
+def sums_of(model: Multimodal, inputs: Sequence[Tensor], labels: Tensor, **options: Any) -> Scores | None:
     """One training pass under a monitor of its own."""
     with watch(model, **options) as monitor:
         return step(monitor, model, inputs, labels)

@@ -36,7 +36,7 @@ def test_the_logits_are_the_tensor_made_of_every_modality():
     taken = {}
     for head in (model, model.fc):
         with watched(model, head, scores="zero-out") as monitor:
-            scores = monitor.accumulator()
+            scores = monitor.scores()
             F.cross_entropy(model(*inputs)[2], labels).backward()
             taken[head] = scores.take()
     torch.testing.assert_close(taken[model].score, taken[model.fc].score)

@@ -28,7 +28,7 @@ def test_autograd_grad(model):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         torch.autograd.grad(F.cross_entropy(model(*inputs), labels), list(model.parameters()))
         assert_same(scores.take(), expected)
 
@@ -37,7 +37,7 @@ def test_autograd_grad_of_some_parameters_only(model):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         loss = F.cross_entropy(model(*inputs), labels)
         torch.autograd.grad(loss, list(model.encoders["audio"].parameters()))
         assert_same(scores.take(), expected)
@@ -49,7 +49,7 @@ def test_a_penalty_on_the_inputs_gradient(model, penalty_first):
     expected = sums_of(model, inputs, labels)
     x = inputs[0].clone().requires_grad_()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         logits = model(x, inputs[1])
         loss = F.cross_entropy(logits, labels)
         if penalty_first:
@@ -64,7 +64,7 @@ def test_a_penalty_on_the_parameters_gradient(model):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         loss = F.cross_entropy(model(*inputs), labels)
         grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
         (loss + sum(g.square().sum() for g in grads)).backward()
@@ -75,7 +75,7 @@ def test_backward_with_create_graph(model):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         loss = F.cross_entropy(model(*inputs), labels)
         gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
         assert all(g.requires_grad or g.abs().sum() == 0 for g in gradients[:1])
@@ -90,7 +90,7 @@ def test_logits_changed_in_place(change):
     inputs, labels = batch()
     clean = unimodal_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores, spy = monitor.accumulator(), Spy(monitor)
+        scores, spy = monitor.scores(), Spy(monitor)
         F.cross_entropy(change(model(*inputs)), labels).backward()
         sums = scores.take()
     assert sums is not None
@@ -108,7 +108,7 @@ def test_logits_changed_in_place_within_forward():
     model = Scaled()
     inputs, labels = batch()
     with watch(model) as monitor:
-        scores, spy = monitor.accumulator(), Spy(monitor)
+        scores, spy = monitor.scores(), Spy(monitor)
         logits = model(*inputs)
         F.cross_entropy(logits, labels).backward()
         assert scores.take() is not None
@@ -121,7 +121,7 @@ def test_functional_call(model):
     expected = sums_of(model, inputs, labels)
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         logits = torch.func.functional_call(model, parameters, tuple(inputs))
         F.cross_entropy(logits, labels).backward()
         assert_same(scores.take(), expected)
@@ -165,7 +165,7 @@ def test_ways_that_show_no_numbers_are_no_training_pass(model, way):
     inputs, labels = batch()
     plain = way(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         found = way(model, inputs, labels)
         assert scores.take() is None
         assert monitor.stats()["passes"] == 0
@@ -178,7 +178,7 @@ def test_saved_tensors_on_cpu(model):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         with torch.autograd.graph.save_on_cpu():
             loss = F.cross_entropy(model(*inputs), labels)
         loss.backward()
@@ -188,7 +188,7 @@ def test_saved_tensors_on_cpu(model):
 def test_anomaly_detection(model):
     inputs, labels = batch()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         with pytest.warns(UserWarning, match="Anomaly Detection"):
             mode = torch.autograd.detect_anomaly()
         with mode:
@@ -200,7 +200,7 @@ def test_a_second_loss_on_the_same_logits_needs_observed_labels():
     model = Concat()
     inputs, labels = batch()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         logits = model(*inputs)
         monitor.observe(labels)
         F.cross_entropy(logits, labels.flip(0)).backward(retain_graph=True)
@@ -239,7 +239,7 @@ def test_a_loss_by_sample_with_weights_in_the_loop():
     inputs, labels = batch()
     weights = torch.rand(8) + 0.1
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         (F.cross_entropy(model(*inputs), labels, reduction="none") * weights).mean().backward()
         sums = scores.take()
     assert sums is not None
@@ -251,7 +251,7 @@ def test_hooks_of_the_users_on_the_logits():
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         logits = model(*inputs)
         logits.register_hook(lambda gradient: gradient * 2)
         logits.retain_grad()
@@ -266,7 +266,7 @@ def test_a_loss_in_several_heads_modules():
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         a, b = model.encode(*inputs)
         (F.cross_entropy(model.fuse([a, b]), labels) + F.cross_entropy(extra(a), labels.flip(0))).backward()
         assert_same(scores.take(), expected)

@@ -67,7 +67,7 @@ def test_one_record_with_the_right_labels(make, parts):
     inputs, labels = batch()
     expected = sums_of(plain, inputs, labels)
     with watch(model) as monitor:
-        scores, spy = monitor.accumulator(), Spy(monitor)
+        scores, spy = monitor.scores(), Spy(monitor)
         for _ in range(2):
             train_step(model, leaves(inputs), labels)
             assert_same(scores.take(), expected)
@@ -86,7 +86,7 @@ def test_two_forwards_before_the_backwards(make, reentrant):
     assert a is not None
     assert b is not None
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         losses = [F.cross_entropy(model(*leaves(inputs)), labels) for inputs, labels in batches]
         torch.stack(losses).sum().backward()
         assert_same(scores.take(), a + b)
@@ -105,7 +105,7 @@ def test_gradients_and_the_random_stream_are_as_without_a_monitor(reentrant):
             Gated, reentrant=reentrant, encoders=True, heads=not reentrant, encoder=with_dropout
         )
         monitor = watch(model) if watched else None
-        scores = monitor.accumulator() if monitor else None
+        scores = monitor.scores() if monitor else None
         inputs, labels = batch()
         train_step(model, leaves(inputs), labels)
         assert scores is None or scores.take() is not None
@@ -129,7 +129,7 @@ def test_transforms_are_called_again_with_the_same_pass(reentrant):
         return z * mask
 
     with watch(model) as monitor:
-        monitor.transforms.add(transform)
+        monitor.hooks.transforms.add(transform)
         losses = [F.cross_entropy(model(*leaves(inputs)), labels) for _ in range(2)]
         first = list(calls)
         torch.stack(losses).sum().backward()
@@ -151,7 +151,7 @@ def test_the_whole_model_checkpointed_without_reentry():
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         logits = checkpoint(model, *inputs, use_reentrant=False)
         assert logits is not None
         F.cross_entropy(logits, labels).backward()
@@ -163,7 +163,7 @@ def test_the_whole_model_checkpointed_with_reentry_is_not_silent():
     model = Concat()
     inputs, labels = batch()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         F.cross_entropy(checkpoint(model, *leaves(inputs), use_reentrant=True), labels).backward()
         assert scores.take() is None
         assert "the whole model is inside reentrant activation checkpointing" in monitor.silence()

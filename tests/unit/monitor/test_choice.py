@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import balanceopt as bo
+from balanceopt.monitor import require_scores
 from tests.models import FUSIONS, PER_HEAD, SPLIT, Concat, Gated, SumHeads, batch, train_step, watch
 from tests.unit.monitor.helpers import no_hooks, step
 
@@ -31,7 +32,7 @@ def test_before_the_first_pass_auto_says_that_it_does_not_know():
 def test_stats_of_a_few_passes():
     model = Concat()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         inputs, labels = batch(8)
         for _ in range(2):
             train_step(model, inputs, labels)
@@ -53,13 +54,13 @@ def test_stats_of_a_few_passes():
 def test_no_head_is_features_only():
     model = Concat()
     with bo.ModalityMonitor(model, model.modalities) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         train_step(model, *batch(8))
         assert scores.take() is None
         assert monitor.stats()["scores"] is None
         assert "scores='features only'" in repr(monitor)
         with pytest.raises(ValueError, match=r"OGM needs uni-modal scores. Build the monitor with `head=`"):
-            monitor.expect_scores("OGM")
+            require_scores(monitor, "OGM")
 
 
 def test_a_single_modality():
@@ -116,7 +117,7 @@ def test_an_own_head_inside_its_own_encoder():
     """Late fusion of whole uni-modal classifiers."""
     model = nn.ModuleDict({m: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5)) for m in "ab"})
     with bo.ModalityMonitor(model, {"a": "a", "b": "b"}, {"a": "a.2", "b": "b.2"}) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         x, labels = torch.randn(8, 3), torch.randint(5, (8,))
         nn.functional.cross_entropy(model["a"](x) + model["b"](x), labels).backward()
         assert scores.take() is not None

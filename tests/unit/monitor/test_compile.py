@@ -43,7 +43,7 @@ def test_compiled_before_the_first_call(make, how):
         model.compile(backend="eager")
     elif how == "wrapped after":
         runs = compiled(model)
-    scores, spy = monitor.accumulator(), Spy(monitor)
+    scores, spy = monitor.scores(), Spy(monitor)
     for _ in range(3):
         train(runs, inputs, labels)
         sums = scores.take()
@@ -61,7 +61,7 @@ def test_modes_switch_between_compiled_calls():
     runs = compiled(model)
     inputs, labels = batch()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for _ in range(2):
             model.train()
             train(runs, inputs, labels)
@@ -102,7 +102,7 @@ def test_a_compiled_loss_with_a_watched_loss_module():
     counter = CompileCounter()
     inputs, labels = batch()
     with watch(model, labels=criterion) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         loss = torch.compile(lambda logits, y: criterion(logits, y), backend=counter)
         for _ in range(2):
             loss(model(*inputs), labels).backward()
@@ -118,7 +118,7 @@ def test_graph_breaks_are_few():
     counter = CompileCounter()
     runs = torch.compile(model, backend=counter)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         frames = []
         for _ in range(4):
             train(runs, *batch())
@@ -140,7 +140,7 @@ def test_built_after_the_first_compiled_call(how):
     inputs, labels = batch()
     train(runs, inputs, labels)
     with bo.ModalityMonitor(runs, model.modalities, model.head) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         train(runs, inputs, labels)
         if scores.take() is None:
             assert "the model was compiled: build the monitor before" in monitor.silence()
@@ -154,6 +154,6 @@ def test_a_full_graph_is_an_error_that_says_what_to_do():
     runs = compiled(model, fullgraph=True)
     inputs, labels = batch()
     with watch(model) as monitor:
-        monitor.accumulator()
+        monitor.scores()
         with pytest.raises(torch._dynamo.exc.Unsupported, match="without fullgraph=True"):
             train(runs, inputs, labels)

@@ -140,7 +140,7 @@ def test_entropy_is_of_the_features_that_enter_the_fusion(case, head):
     if head == "mlp":
         model.head = nn.Sequential(nn.Linear(model.head.in_features, 5), nn.ReLU(), nn.Linear(5, C))
     with watched(model) as monitor:
-        scores = monitor.accumulator(needs_entropy=True)
+        scores = monitor.scores(needs_entropy=True)
         train(model, inputs)
         expected = feature_entropy(read(model.first(inputs[0]))).sum()
         torch.testing.assert_close(scores.take().feature_entropy[0], expected, rtol=1e-4, atol=1e-5)
@@ -159,8 +159,8 @@ def test_a_diagnosis_takes_the_tensor_that_reaches_the_head(case):
     loader = [(*inputs, torch.arange(B) % 2)]
     found = bo.diagnose(loader, loader, monitor=monitor, seed=0)
     assert not found.skipped
-    collected = monitor.features("a", model.first(inputs[0]))
-    project = monitor.projection("a")
+    collected = monitor.features.of("a", model.first(inputs[0]))
+    project = monitor.features.projections.get("a")
     assert project is not None
     torch.testing.assert_close(project(collected, B), read(model.first(inputs[0])))
 
@@ -173,7 +173,7 @@ def test_a_diagnosis_before_any_training_pass_follows_the_graph_once(case, head)
     loader = [(*inputs, torch.arange(B) % 2)]
     assert not bo.diagnose(loader, loader, monitor=monitor).skipped
     assert (monitor.stats()["passes"], monitor.latest) == passes
-    assert monitor.features("a", model.first(inputs[0])) is not None
+    assert monitor.features.of("a", model.first(inputs[0])) is not None
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -191,7 +191,7 @@ def test_frozen_encoders_are_matched_by_their_numbers():
     model, inputs = text()
     model.first.requires_grad_(False)
     with watched(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         train(model, inputs)
         assert scores.take() is not None
         assert monitor.stats()["scores"] == "split"
@@ -209,7 +209,7 @@ def test_a_view_that_is_changed_in_place_reaches_the_logits():
         nn.Sequential(nn.Linear(5, 4), nn.Flatten()), nn.Linear(6, 4), lambda a, b: [F.relu_(a.flatten(1)), b]
     )
     with watched(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         train(model, (torch.randn(B, 5), torch.randn(B, 6)))
         assert scores.take() is not None
 
@@ -223,12 +223,12 @@ def test_both_tensors_in_the_fusion_are_scored_by_zero_out_and_ask_for_select_wh
     )
     inputs = torch.randn(B, 7, 5), torch.randn(B, 6)
     with watched(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         train(model, inputs)
         assert scores.take() is not None
         assert monitor.stats()["scores"] == "zero-out"
-        monitor.accumulator(needs_entropy=True).remove()
-        entropies = monitor.accumulator(needs_entropy=True)
+        monitor.scores(needs_entropy=True).remove()
+        entropies = monitor.scores(needs_entropy=True)
         with pytest.raises(RuntimeError, match=r"'pooler_output'\] all reach the logits.*select="):
             model(*inputs)
         entropies.remove()
@@ -305,7 +305,7 @@ def test_frames_are_split_exactly(pool):
 def test_entropy_of_frames_is_that_of_the_pooled_features_in_every_mode(fusion, pool):
     model, inputs = Frames(fusion, pool), clips()
     with watch_frames(model) as monitor:
-        scores = monitor.accumulator(needs_entropy=True)
+        scores = monitor.scores(needs_entropy=True)
         for frames in (3, 2):
             inputs = clips(frames)
             train(model, inputs)
@@ -347,7 +347,7 @@ def test_frames_that_are_no_whole_number_for_each_sample_are_an_error_that_names
 
     model, inputs = Odd(), clips()
     with watch_frames(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         train(model, inputs)
         with pytest.raises(ValueError, match=r"encoder of 'a' returned 23 rows for 8 samples.*`select="):
             scores.take()
@@ -372,7 +372,7 @@ HAS = torch.arange(B) % 2 == 0
 def test_an_encoder_on_some_samples_is_an_error_without_present():
     model = Lacking()
     with watched(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         train(model, (torch.randn(B, 5), torch.randn(B, 6), HAS))
         with pytest.raises(ValueError, match=r"encoder of 'a' returned 4 rows for 8 samples.*present="):
             scores.take()
@@ -384,7 +384,7 @@ def test_an_encoder_on_some_samples_is_right_with_present(inject):
     a, b, labels = torch.randn(B, 5), torch.randn(B, 6), torch.randint(C, (B,))
     monitor = watched(model)
     objective = bo.UnimodalObjective(monitor, C, inject=inject, seed=0)
-    scores = monitor.accumulator(needs_entropy=True)
+    scores = monitor.scores(needs_entropy=True)
     monitor.observe(labels, present={"a": HAS})
     loss = F.cross_entropy(model(a, b, HAS), labels)
     (loss if inject else loss + objective(labels)).backward()

@@ -28,13 +28,13 @@ def test_remove_leaves_no_hook(fusion):
     model = FUSIONS[fusion](3)
     criterion = nn.CrossEntropyLoss()
     monitor = watch(model, labels=criterion)
-    assert monitor.active
+    assert monitor.hooks.active
     assert not no_hooks(model)
     inputs, labels = batch(8, 3)
     criterion(model(*inputs), labels).backward()
     for _ in range(2):
         monitor.remove()
-        assert not monitor.active
+        assert not monitor.hooks.active
         assert no_hooks(model)
         assert no_hooks(criterion)
     assert step(monitor, model, inputs, labels) is None
@@ -76,7 +76,7 @@ def test_a_module_that_takes_no_hooks_leaves_none_on_the_others():
 def test_remove_between_forward_and_backward():
     model = Concat()
     monitor = watch(model)
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     inputs, labels = batch()
     loss = F.cross_entropy(model(*inputs), labels)
     monitor.remove()
@@ -87,7 +87,7 @@ def test_remove_between_forward_and_backward():
 def test_remove_forgets_scores():
     model = Concat()
     monitor = watch(model)
-    scores, other = monitor.accumulator(), monitor.accumulator(steps=False)
+    scores, other = monitor.scores(), monitor.scores(steps=False)
     train_step(model, *batch())
     monitor.remove()
     assert scores.take() is other.take() is None
@@ -153,8 +153,8 @@ def test_a_copy_of_the_model_is_a_plain_model(kind, trained, copied):
         if trained:
             step(monitor, model, inputs, labels)
             model.zero_grad()
-        scores = monitor.accumulator()
-        monitor.taps.add(lambda *given: seen.append(given))
+        scores = monitor.scores()
+        monitor.hooks.outputs.add(lambda *given: seen.append(given))
         twin = copied(model)
         train_step(twin, inputs, labels)
         assert scores.take() is None
@@ -173,7 +173,7 @@ def test_deepcopy_amid_a_step(when):
     model = Concat()
     inputs, labels = batch()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         twin = copy.deepcopy((model, monitor)) if when == "before" else None
         loss = F.cross_entropy(model(*inputs), labels)
         twin = copy.deepcopy((model, monitor)) if when == "between" else twin
@@ -189,7 +189,7 @@ def test_an_averaged_model_is_not_watched():
     inputs, labels = batch()
     with watch(model) as monitor:
         averaged = AveragedModel(model)
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         train_step(model, inputs, labels)
         averaged.update_parameters(model)
         averaged(*inputs)
@@ -214,7 +214,7 @@ def test_a_monitor_that_is_dropped_leaves_no_hook():
 
 def test_a_consumer_keeps_its_monitor():
     model = Concat()
-    scores = watch(model).accumulator()
+    scores = watch(model).scores()
     gc.collect()
     train_step(model, *batch())
     assert scores.take() is not None
@@ -241,7 +241,7 @@ def test_a_listener_that_is_dropped_is_not_called():
     model = Concat()
     with watch(model) as monitor:
         listener = Listener()
-        monitor.taps.add(listener.tap)
+        monitor.hooks.outputs.add(listener.tap)
         train_step(model, *batch())
         del listener
         gc.collect()
@@ -338,7 +338,7 @@ def test_a_copy_of_model_and_monitor_watches_nothing(kind, copied):
         assert inert.stats()["passes"] == 0
         inert.observe(batch()[1])
         inert.remove()
-        assert monitor.active
+        assert monitor.hooks.active
         assert step(monitor, model, *batch()) is not None
 
 
@@ -377,9 +377,9 @@ def test_tracing_the_model_in_eval_mode():
 
 
 def test_type_of_the_public_names():
-    from balanceopt.monitor import Accumulator, ModalityMonitor, ModalitySums
+    from balanceopt.monitor import ModalityMonitor, ScoreBuffer, Scores
 
     assert ModalityMonitor is bo.ModalityMonitor
     with watch(model := Concat()) as monitor:
-        assert isinstance(monitor.accumulator(), Accumulator)
-        assert isinstance(step(monitor, model, *batch()), ModalitySums)
+        assert isinstance(monitor.scores(), ScoreBuffer)
+        assert isinstance(step(monitor, model, *batch()), Scores)

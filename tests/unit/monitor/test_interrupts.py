@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 def train(model, monitor, *extra):
     inputs, labels = batch(8)
-    scores = monitor.accumulator()
+    scores = monitor.scores()
 
     def run():
         loss = F.cross_entropy(model(*inputs), labels)

@@ -21,7 +21,7 @@ def counts_of(labels, classes=5):
 
 def taken(monitor, run):
     """What one pass gives."""
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     run()
     sums = scores.take()
     scores.remove()
@@ -49,7 +49,7 @@ def wrong_at(labels, row):
 def test_observed_labels_at_any_time(when, kind):
     model = Concat()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for _ in range(3):
             inputs, labels = batch(6)
             given = kind(wrong(labels))
@@ -94,7 +94,7 @@ def test_a_buffer_of_labels_may_be_reused(run):
     inputs, labels = batch(6)
     buffer = labels.clone()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         run(model, monitor, inputs, buffer)
         buffer.copy_(wrong(labels))
         sums = scores.take()
@@ -108,7 +108,7 @@ def test_a_buffer_of_flags_may_be_reused():
     inputs, labels = batch(6)
     flags = torch.tensor([True, False] * 3)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         monitor.observe(labels, present={"audio": flags})
         train_step(model, inputs, labels)
         flags.fill_(True)
@@ -120,7 +120,7 @@ def test_a_buffer_of_flags_may_be_reused():
 def test_observed_labels_of_micro_batches():
     model = Concat()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         expected = torch.zeros(5)
         for size in (3, 5, 4):
             inputs, labels = batch(size)
@@ -136,7 +136,7 @@ def test_soft_labels():
     model = Concat()
     with watch(model) as monitor:
         spy = Spy(monitor)
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         inputs, labels = batch(6)
         soft = 0.7 * F.one_hot(labels, 5) + 0.3 * F.one_hot(labels.flip(0), 5)
         monitor.observe(soft)
@@ -154,7 +154,7 @@ def test_soft_labels_for_each_position():
     soft = torch.rand(4, 3, 5).softmax(-1)
     with watch(model) as monitor:
         monitor.observe(soft)
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         F.cross_entropy(model(*inputs).flatten(0, 1), soft.flatten(0, 1)).backward()
         sums = scores.take()
     assert sums is not None
@@ -179,7 +179,7 @@ def test_ignored_samples(ignore_index):
 def test_all_samples_ignored():
     model = Concat()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         inputs, _ = batch(4)
         monitor.observe(torch.full((4,), -100))
         model(*inputs).sum().backward()
@@ -203,7 +203,7 @@ def test_all_samples_ignored():
 def test_labels_that_do_not_fit_are_an_error_when_they_are_used(labels, message):
     model = Concat()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         monitor.observe(labels)
         train_step(model, *batch(8))
         with pytest.raises(ValueError, match=message):
@@ -214,7 +214,7 @@ def test_labels_that_do_not_fit_are_an_error_when_they_are_used(labels, message)
 def test_only_observed_labels_where_asked_for():
     model = Concat()
     with watch(model, labels="observe") as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         train_step(model, *batch(8))
         assert scores.take() is None
         assert monitor.stats()["passes_without_scores"] == 1
@@ -468,7 +468,7 @@ def test_label_smoothing_is_counted_and_warned_of(smoothing):
             optimizer = torch.optim.SGD(model.parameters(), 1.0)
             criterion(model(*inputs), labels).backward()
             optimizer.step()
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         criterion(20 * model(*inputs), labels).backward()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -490,7 +490,7 @@ def confuse(model, inputs, labels):
 def test_doubtful_labels_are_an_error_when_strict():
     model = Concat()
     with watch(model, strict=True) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         confuse(model, *batch(16)).backward()
         with pytest.raises(
             RuntimeError, match=r"rows have several negative gradients.*monitor.observe\(labels\)"
@@ -503,7 +503,7 @@ def test_doubtful_labels_are_an_error_with_few_classes(classes):
     model = Concat(classes=classes)
     inputs, labels = batch(16, classes=classes)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         logits = model(*inputs)
         (F.cross_entropy(logits, labels) - 3 * logits.mean()).backward()
         with pytest.raises(RuntimeError, match="rows have several negative gradients"):
@@ -513,7 +513,7 @@ def test_doubtful_labels_are_an_error_with_few_classes(classes):
 def test_the_warning_names_the_users_line():
     model = Concat()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         confuse(model, *batch(64)).backward()
         with pytest.warns(UserWarning, match="several negative gradients") as caught:
             scores.take()
@@ -524,7 +524,7 @@ def test_a_single_doubtful_row_among_many_is_no_reason_to_warn():
     model = Concat()
     inputs, labels = batch(200)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         logits = model(*inputs)
         (F.cross_entropy(logits, labels, reduction="sum") - 2 * logits[0].sum()).backward()
         sums = scores.take()
@@ -590,7 +590,7 @@ def test_a_binary_head_that_returns_a_vector():
 def test_binary_labels_out_of_range():
     model = Concat(classes=1)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         monitor.observe(torch.full((8,), 3))
         model(*batch(8)[0]).sum().backward()
         with pytest.raises(ValueError, match=r"lie in \[0, 2\)"):
@@ -620,7 +620,7 @@ def tokens(seed, size=32):
 def test_labels_that_the_model_shifts_are_read_from_the_gradient_from_the_first_batch_on(size):
     model = NextToken()
     with watch(model) as monitor, watch(model, labels="gradient") as oracle:
-        scores, expected = monitor.accumulator(), oracle.accumulator()
+        scores, expected = monitor.scores(), oracle.scores()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for seed in range(3):
@@ -642,7 +642,7 @@ def test_labels_that_the_gradient_refutes_are_an_error_where_the_user_named_thei
     inputs, labels = tokens(0)
     criterion = nn.CrossEntropyLoss()
     with watch(model, labels=source) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         monitor.watch_loss(criterion)
         monitor.observe(labels)
         logits = model(*inputs, labels=labels)
@@ -657,7 +657,7 @@ def test_labels_of_another_task_are_refuted():
     model = Concat()
     inputs, labels = batch(64)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         monitor.observe(labels.flip(0))
         train_step(model, inputs, labels)
         with pytest.raises(RuntimeError, match="another task's labels"):
@@ -681,7 +681,7 @@ def test_labels_of_any_classifications_loss_are_not_refuted(criterion, sharpness
         model.head.weight.mul_(sharpness)
     optimizer = torch.optim.SGD(model.parameters(), 0.3)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for _ in range(5):
             inputs, labels = batch(64)
             monitor.observe(labels)
@@ -729,7 +729,7 @@ def smoothed(logits):
 def test_a_loss_without_one_class_for_each_sample_is_refused(loss, outputs):
     model = Concat(classes=outputs)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         loss(model(*batch(16)[0])).backward()
         with pytest.raises(
             RuntimeError, match=r"regression.*monitor.observe\(labels\).*UnimodalObjective\(..., loss"
@@ -764,7 +764,7 @@ GRADED = torch.tensor([torch.nan, 1, 0, 1, 0, 1, 0, 1])
 def test_targets_of_a_regression_are_no_labels_of_a_single_logit(targets):
     model = Concat(classes=1)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         monitor.observe(targets)
         F.mse_loss(model(*batch(8)[0])[:, 0], targets).backward()
         with pytest.raises(ValueError, match=r"0 or 1, or those of a class all.*a regression's targets\?"):
@@ -791,7 +791,7 @@ def test_labels_of_a_single_logit_may_be_smoothed_and_ignored(dtype, smoothed):
 def test_a_batch_of_ignored_floats_has_no_labels():
     model = Concat(classes=1)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         monitor.observe(torch.full((8,), -100.0))
         model(*batch(8)[0]).sum().backward()
         sums = scores.take()

@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import balanceopt as bo
-from tests.models import FUSIONS, Concat, Gated, MLPHead, SumHeads, batch, batch_norm, train_step, watch
+from tests.models import (
+    FUSIONS,
+    Concat,
+    Gated,
+    MLPHead,
+    SumHeads,
+    batch,
+    batch_norm,
+    columns_of,
+    train_step,
+    watch,
+)
 from tests.unit.monitor.helpers import Spy, columns_by_hand, step, sums_of
 
 
@@ -39,7 +50,7 @@ def monitor(model):
 
 
 def test_forward_without_backward(model, monitor):
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     model(*batch()[0])
     assert scores.take() is None
     assert monitor.stats()["passes"] == 0
@@ -47,7 +58,7 @@ def test_forward_without_backward(model, monitor):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_grad(model, monitor, mode):
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     with mode():
         model(*batch()[0])
     assert scores.take() is None
@@ -55,7 +66,7 @@ def test_no_grad(model, monitor, mode):
 
 
 def test_eval_mode(model, monitor):
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     model.eval()
     train_step(model, *batch())
     assert scores.take() is None
@@ -92,7 +103,7 @@ def test_a_frozen_encoder_is_scored_too(model, monitor):
 def test_micro_batches_add_up(model, monitor):
     inputs, labels = batch(12)
     expected = sums_of(model, inputs, labels)
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     for part in (slice(0, 5), slice(5, 6), slice(6, 12)):
         (loss_of(model, [x[part] for x in inputs], labels[part]) / 3).backward()
     assert_sums(scores.take(), expected)
@@ -105,7 +116,7 @@ def test_two_forwards_then_two_backwards(fusion):
     first, second = batch(4), batch(6)
     expected = [sums_of(model, *b, train_only=False) for b in (first, second)]
     with watch(model, train_only=False) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         losses = [loss_of(model, *b) for b in (first, second)]
         losses[0].backward()
         assert_sums(scores.take(), expected[0])
@@ -119,7 +130,7 @@ def test_two_forwards_in_one_loss(model, monitor, reverse):
     a, b = (sums_of(model, *b) for b in (first, second))
     assert a is not None
     assert b is not None
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     losses = [loss_of(model, *b) for b in (first, second)]
     sum(reversed(losses) if reverse else losses).backward()
     assert_sums(scores.take(), a + b)
@@ -128,7 +139,7 @@ def test_two_forwards_in_one_loss(model, monitor, reverse):
 def test_one_of_two_forwards_goes_backward(model, monitor):
     first, second = batch(4), batch(6)
     expected = sums_of(model, *first)
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     loss = loss_of(model, *first)
     model(*second[0])
     loss.backward()
@@ -138,7 +149,7 @@ def test_one_of_two_forwards_goes_backward(model, monitor):
 def test_an_eval_pass_between_forward_and_backward(model, monitor):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     loss = loss_of(model, inputs, labels)
     model.eval()
     model(*batch(3)[0])
@@ -152,7 +163,7 @@ def test_an_eval_pass_between_forward_and_backward(model, monitor):
 def test_backward_twice_in_one_step_counts_once(model, monitor):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     loss = loss_of(model, inputs, labels)
     loss.backward(retain_graph=True)
     loss.backward()
@@ -179,7 +190,7 @@ def test_an_exception_in_forward_leaves_the_next_pass_as_it_should_be():
     inputs, labels = batch()
     with watch(model) as monitor:
         expected = step(monitor, model, inputs, labels)
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         model.broken = True
         with pytest.raises(ValueError, match="broken"):
             model(*batch(3)[0])
@@ -200,7 +211,7 @@ def test_an_exception_in_forward_and_then_a_loop_of_parts(training):
     model = Fragile()
     inputs, labels = batch()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         model.train(training)
         with pytest.raises(ValueError, match="broken"):
             model(*batch(3)[0])
@@ -213,7 +224,7 @@ def test_an_exception_in_forward_and_then_a_loop_of_parts(training):
 
 
 def test_a_model_called_while_an_exception_is_handled(model, monitor):
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     try:
         raise KeyError
     except KeyError:
@@ -231,7 +242,7 @@ def parts_loss(model, inputs, labels):
 def test_a_loop_that_never_calls_the_model(model, monitor):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     for _ in range(2):
         parts_loss(model, inputs, labels).backward()
         assert_sums(scores.take(), expected)
@@ -240,7 +251,7 @@ def test_a_loop_that_never_calls_the_model(model, monitor):
 def test_parts_twice_forward_then_backward(model, monitor):
     first, second = batch(4), batch(6)
     expected = [sums_of(model, *b) for b in (first, second)]
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     losses = [parts_loss(model, *b) for b in (first, second)]
     losses[0].backward()
     assert_sums(scores.take(), expected[0])
@@ -252,7 +263,7 @@ def test_parts_with_the_head_called_for_each_modality_and_for_both(model, monito
     """As the papers' own scripts do."""
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     a, b = model.encode(*inputs)
     model.fuse([a, torch.zeros_like(b)])
     model.fuse([torch.zeros_like(a), b])
@@ -261,7 +272,7 @@ def test_parts_with_the_head_called_for_each_modality_and_for_both(model, monito
 
 
 def test_parts_in_eval_mode_or_without_gradients(model, monitor):
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     with torch.no_grad():
         parts_loss(model, *batch())
     model.eval()
@@ -272,7 +283,7 @@ def test_parts_in_eval_mode_or_without_gradients(model, monitor):
 def test_a_call_of_an_encoder_on_the_side(model, monitor):
     """A contrastive term, say: its labels are those of the model's own pass."""
     inputs, labels = batch()
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     expected = sums_of(model, inputs, labels)
     scores.discard()
 
@@ -298,7 +309,7 @@ def test_each_consumer_takes_for_itself(model, monitor):
     a, b = (sums_of(model, *one) for one in batches)
     assert a is not None
     assert b is not None
-    first, second = monitor.accumulator(), monitor.accumulator()
+    first, second = monitor.scores(), monitor.scores()
     train_step(model, *batches[0])
     assert_sums(first.take(), a)
     train_step(model, *batches[1])
@@ -315,7 +326,7 @@ def test_a_pass_is_scored_once_for_all_consumers():
         return features
 
     with watch(gated := Gated(width=5), scores=own) as monitor:
-        consumers = [monitor.accumulator() for _ in range(3)]
+        consumers = [monitor.scores() for _ in range(3)]
         train_step(gated, *batch())
         assert all(consumer.take() is not None for consumer in consumers)
     assert calls == [1]
@@ -333,7 +344,7 @@ def test_scores_are_made_for_those_who_collect_them(make):
     with watch(model, scores=scores) as monitor:
         train_step(model, *batch())
         assert len(calls) == 0
-        first, second = monitor.accumulator(), monitor.accumulator()
+        first, second = monitor.scores(), monitor.scores()
         train_step(model, *batch())
         assert len(calls) == 1
         first.remove()
@@ -367,22 +378,22 @@ def test_an_optimizer_that_is_dropped_collects_no_scores():
 def test_the_columns_are_found_though_nobody_collects_scores():
     model, seen = Concat(), []
     with watch(model) as monitor:
-        monitor.gradient_listeners.add(lambda current, gradient: seen.append(set(current.unimodal or {})))
+        monitor.hooks.gradients.add(lambda current, gradient: seen.append(set(current.unimodal or {})))
         train_step(model, *batch())
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
         train_step(model, *batch())
     assert seen == [set(model.names), set()]
 
 
 def test_a_consumer_that_left_is_not_fed(model, monitor):
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     scores.remove()
     train_step(model, *batch())
     assert scores.take() is None
 
 
 def test_discard_and_reset_forget_what_was_not_taken(model, monitor):
-    scores, other = monitor.accumulator(), monitor.accumulator(steps=False)
+    scores, other = monitor.scores(), monitor.scores(steps=False)
     train_step(model, *batch())
     scores.discard()
     assert scores.take() is None
@@ -394,7 +405,7 @@ def test_discard_and_reset_forget_what_was_not_taken(model, monitor):
 
 def test_entropies_where_a_consumer_asks_for_them(model, monitor):
     inputs, labels = batch()
-    scores = monitor.accumulator(needs_entropy=True)
+    scores = monitor.scores(needs_entropy=True)
     train_step(model, inputs, labels)
     sums = scores.take()
     assert sums is not None
@@ -413,7 +424,7 @@ def test_entropies_where_a_consumer_asks_for_them(model, monitor):
 def test_samples_that_lack_a_modality(model, monitor):
     inputs, labels = batch()
     present = torch.tensor([True, False] * 4)
-    scores, spy = monitor.accumulator(), Spy(monitor)
+    scores, spy = monitor.scores(), Spy(monitor)
     loss = loss_of(model, inputs, labels)
     monitor.observe(labels, present={"audio": present})
     loss.backward()
@@ -428,7 +439,7 @@ def test_samples_that_lack_a_modality(model, monitor):
 @pytest.mark.parametrize("kind", [list, lambda flags: torch.tensor(flags).int(), torch.tensor])
 def test_present_as_flags_of_any_kind(model, monitor, kind):
     inputs, labels = batch(4)
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     monitor.observe(labels, present={"visual": kind([True, False, False, True])})
     train_step(model, inputs, labels)
     sums = scores.take()
@@ -442,7 +453,7 @@ def test_present_counts_where_labels_come_from_elsewhere(model, labels_from):
     with watch(model, labels=labels_from) as monitor:
         criterion = nn.CrossEntropyLoss()
         monitor.watch_loss(criterion)
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         monitor.observe(labels, present={"visual": torch.tensor([True, False, False, True])})
         criterion(model(*inputs), labels).backward()
         sums = scores.take()
@@ -454,7 +465,7 @@ def test_present_counts_where_labels_come_from_elsewhere(model, labels_from):
 
 
 def test_present_of_a_modality_that_no_sample_has(model, monitor):
-    scores = monitor.accumulator()
+    scores = monitor.scores()
     inputs, labels = batch(4)
     monitor.observe(labels, present={"audio": torch.zeros(4, dtype=torch.bool)})
     train_step(model, inputs, labels)
@@ -483,7 +494,7 @@ def test_the_model_and_its_gradients_are_bit_for_bit_the_same(fusion):
         model = FUSIONS[fusion](3, encoder=batch_norm)
         inputs, labels = batch(8, 3)
         monitor = watch(model) if watched else None
-        scores = monitor.accumulator() if monitor else None
+        scores = monitor.scores() if monitor else None
         train_step(model, inputs, labels)
         assert scores is None or scores.take() is not None
         return [p.grad for p in model.parameters()], torch.get_rng_state()
@@ -500,7 +511,7 @@ def test_what_was_seen_is_let_go():
 
     model = MLPHead()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         inputs, labels = batch()
         logits = model(*inputs)
         kept = [weakref.ref(logits), weakref.ref(inputs[0])]
@@ -515,7 +526,7 @@ def test_two_monitors_on_one_model(model):
     inputs, labels = batch()
     expected = [sums_of(model, inputs, labels, scores=scores) for scores in ("split", "zero-out")]
     with watch(model) as one, watch(model, scores="zero-out") as two:
-        a, b = one.accumulator(), two.accumulator()
+        a, b = one.scores(), two.scores()
         train_step(model, inputs, labels)
         assert_sums(a.take(), expected[0])
         assert_sums(b.take(), expected[1])

@@ -60,7 +60,7 @@ def test_clean_logits_where_features_are_dropped():
     with watch(model) as monitor:
         step(monitor, model, inputs, labels)
         spy = Spy(monitor)
-        monitor.transforms.add(lambda name, current, z: z * 0)
+        monitor.hooks.transforms.add(lambda name, current, z: z * 0)
         train_step(model, inputs, labels)
     torch.testing.assert_close(spy.unimodal, [clean])
 
@@ -88,7 +88,7 @@ def test_a_loop_that_calls_only_the_parts():
     expected = sums_of(model, inputs, labels)
     assert expected is not None
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for _ in range(2):
             logits = sum(
                 model.own_heads[name](model.encoders[name](x))
@@ -105,7 +105,7 @@ def test_a_row_of_logits_for_each_position():
     inputs, _ = batch(4)
     labels = torch.randint(5, (4, 3))
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         F.cross_entropy(model(*inputs).flatten(0, 1), labels.flatten()).backward()
         sums = scores.take()
     assert sums is not None

@@ -21,7 +21,7 @@ def test_autocast(fusion, dtype):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores, spy = monitor.accumulator(), Spy(monitor)
+        scores, spy = monitor.scores(), Spy(monitor)
         with torch.autocast("cpu", dtype):
             logits = model(*inputs)
             loss = F.cross_entropy(logits.float(), labels)
@@ -67,7 +67,7 @@ def test_a_scaled_loss(scale):
     inputs, labels = batch()
     expected = sums_of(model, inputs, labels)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         (scale * F.cross_entropy(model(*inputs), labels)).backward()
         sums = scores.take()
     assert sums is not None
@@ -79,7 +79,7 @@ def test_a_gradient_that_overflowed_tells_no_labels():
     model = Concat()
     inputs, labels = batch()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         (
             F.cross_entropy(model(*inputs), labels, reduction="none")
             * torch.tensor([1.0] * 7 + [float("inf")])
@@ -93,7 +93,7 @@ def test_logits_that_are_not_finite():
     model = Concat()
     with watch(model) as monitor:
         train_step(model, *batch())
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         inputs, labels = batch()
         monitor.observe(labels)
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_the_grad_scaler():
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     inputs, labels = batch()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(model(*inputs).float(), labels)
         scaler.scale(loss).backward()

@@ -35,7 +35,7 @@ class Mixed(Gated):
 def scores_of(model, steps=2):
     """The scores of the last of some training passes, and what a copy in eval mode with its hooks answers."""
     with watch(model) as monitor:
-        accumulator = monitor.accumulator()
+        accumulator = monitor.scores()
         for _ in range(steps):
             inputs, labels = batch(8)
             F.cross_entropy(model(*inputs), labels).backward()
@@ -63,7 +63,7 @@ def test_torchs_own_reparametrisation_by_hooks(norm):
     norm(model.mix)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with watch(model) as monitor:
-        accumulator = monitor.accumulator()
+        accumulator = monitor.scores()
         for _ in range(3):
             inputs, labels = batch(8)
             optimizer.zero_grad()
@@ -117,7 +117,7 @@ def test_a_hook_on_an_encoder_acts_on_what_it_gives_again():
     model = Mixed()
     model.encoders["audio"].register_forward_hook(lambda module, args, output: output + 1)
     with watch(model) as monitor:
-        accumulator = monitor.accumulator()
+        accumulator = monitor.scores()
         inputs, labels = batch(8)
         F.cross_entropy(model(*inputs), labels).backward()
         taken = accumulator.take()
@@ -185,7 +185,7 @@ def test_observers_are_not_called_again(kind):
         register(looking(name))
     inputs, labels = batch(8)
     with watch(model) as monitor:
-        accumulator = monitor.accumulator()
+        accumulator = monitor.scores()
         for _ in range(2):
             F.cross_entropy(model(*inputs), labels).backward()
             assert accumulator.take() is not None
@@ -212,7 +212,7 @@ def test_no_probe_is_left():
     model = Mixed()
     handle = model.mix.register_forward_hook(lambda *_: None)
     monitor = watch(model)
-    accumulator = monitor.accumulator()
+    accumulator = monitor.scores()
     inputs, labels = batch(8)
     F.cross_entropy(model(*inputs), labels).backward()
     assert len(model.mix._forward_hooks) == 3
@@ -224,7 +224,7 @@ def test_no_probe_is_left():
 def test_hooks_of_another_monitor_are_not_called():
     model = Mixed()
     with watch(model) as first, watch(model) as second:
-        accumulators = [first.accumulator(), second.accumulator()]
+        accumulators = [first.scores(), second.scores()]
         inputs, labels = batch(8)
         F.cross_entropy(model(*inputs), labels).backward()
         assert all(a.take() is not None for a in accumulators)

@@ -180,7 +180,7 @@ def after_training(make, watched, act):
     torch.manual_seed(0)
     model = make()
     monitor = watch(model) if watched else None
-    scores = monitor.accumulator() if monitor else None
+    scores = monitor.scores() if monitor else None
     logits = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -228,7 +228,7 @@ def test_originals_stay_the_same_objects():
     model(*inputs)
     before = {**vars(model), **model._buffers}
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         F.cross_entropy(model(*inputs), labels).backward()
         assert scores.take() is not None
     assert all(value is before[name] for name, value in {**vars(model), **model._buffers}.items())
@@ -247,7 +247,7 @@ def test_each_modality_is_scored_from_the_same_state():
     model = Carried()
     inputs, labels = batch(8)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         F.cross_entropy(model(*inputs), labels).backward()
         taken = scores.take()
     assert taken is not None
@@ -275,8 +275,8 @@ def test_what_can_not_be_put_back_is_refused(where):
     name = {"attribute": "Writing.mark", "list": "Writing.marks.0", "input": "its inputs"}[where]
     inputs, _ = batch(8)
     with watch(model) as monitor:
-        monitor.accumulator()
-        held = monitor.accumulator()
+        monitor.scores()
+        held = monitor.scores()
         with pytest.raises(RuntimeError, match=rf"changes {name} in place in eval mode.*Make it a buffer"):
             model(*inputs)
         assert held.take() is None
@@ -292,7 +292,7 @@ def test_inputs_that_are_written_to_are_those_of_one_forward():
     inputs, labels = batch(8)
     expected = [x * 0.5 for x in inputs]
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         F.cross_entropy(model(*inputs), labels).backward()
         assert scores.take() is not None
     torch.testing.assert_close(inputs, expected)
@@ -323,7 +323,7 @@ def test_an_encoder_output_that_the_model_writes_into():
     model: Any = Projecting()
     inputs, labels = batch(8)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for _ in range(2):
             F.cross_entropy(model(*inputs), labels).backward()
             taken = scores.take()
@@ -382,7 +382,7 @@ def test_dropout_in_an_mlp_head_draws_as_without_a_monitor():
         torch.manual_seed(0)
         model = MLPHead()
         monitor = watch(model) if watched else None
-        scores = monitor.accumulator() if monitor else None
+        scores = monitor.scores() if monitor else None
         inputs, labels = batch(8)
         F.cross_entropy(model(*inputs), labels).backward()
         streams.append(torch.get_rng_state().tolist())
@@ -403,7 +403,7 @@ def test_a_scripted_layer_is_in_eval_mode_and_trains_again():
         model = Scripted()
     inputs, labels = batch(8)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for _ in range(2):
             F.cross_entropy(model(*inputs), labels).backward()
             taken = scores.take()

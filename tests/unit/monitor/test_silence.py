@@ -14,7 +14,7 @@ from tests.unit.monitor.helpers import step
 
 def silence_after(model, run=train_step, steps=1, **options):
     with watch(model, **options) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for _ in range(steps):
             run(model, *batch())
             assert scores.take() is None
@@ -81,14 +81,14 @@ def test_no_labels():
 def test_a_loss_that_tells_no_labels():
     model = Concat()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         model(*batch()[0]).sum().backward()
         with pytest.warns(UserWarning, match=r"only 0 of 8 rows at the logits tell a label.*monitor.observe"):
             sums = scores.take()
         assert sums is not None
         assert not sums.present.any()
     with watch(model, strict=True) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         model(*batch()[0]).sum().backward()
         with pytest.raises(RuntimeError, match="tell a label: the loss is not cross-entropy"):
             scores.take()
@@ -134,7 +134,7 @@ def test_an_encoder_that_is_never_called_is_named():
     model = Idle()
     inputs, labels = batch(8)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for _ in range(9):
             F.cross_entropy(model(*inputs), labels).backward()
         with pytest.warns(UserWarning, match="encoder of 'visual' was not called in 10 training forwards"):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
-from tests.models import Concat, Gated, batch, linear, train_step, watch
+from tests.models import Concat, Gated, batch, columns_of, linear, train_step, watch
 from tests.unit.monitor.helpers import columns_by_hand, step, sums_of
 
 
@@ -57,7 +57,7 @@ def test_ddp_around_the_model_the_encoders_or_the_head(process_group, make):
     for given in (outer, model):
         with bo.ModalityMonitor(given, model.modalities, model.head) as monitor:
             assert monitor.model is model
-            scores = monitor.accumulator()
+            scores = monitor.scores()
             F.cross_entropy(outer(*inputs), labels).backward()
             sums = scores.take()
             assert sums is not None
@@ -78,7 +78,7 @@ def test_lazy_modules(slices):
         sums = step(monitor, model, inputs, labels)
         assert sums is not None
         assert (sums.count == 8).all()
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
         assert monitor.stats()["scores"] == "split"
         assert all(not torch.nn.parameter.is_lazy(p) for own in monitor.parameters.values() for p in own)
 

@@ -11,7 +11,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import balanceopt as bo
-from tests.models import WRAPPINGS, Concat, ConcatOfWrapped, Signal, Tokens, batch, linear, train_step, watch
+from tests.models import (
+    WRAPPINGS,
+    Concat,
+    ConcatOfWrapped,
+    Signal,
+    Tokens,
+    batch,
+    columns_of,
+    linear,
+    train_step,
+    watch,
+)
 from tests.unit.monitor.helpers import Spy, columns_by_hand, eq8, score, step, sums_of, unimodal_of
 
 
@@ -21,7 +32,7 @@ def test_exact_additive_and_scored_as_by_hand():
     with watch(model) as monitor:
         spy = Spy(monitor)
         sums = step(monitor, model, inputs, labels)
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
     features = model.encode(*inputs)
     for i, (name, columns) in enumerate(columns_by_hand(model).items()):
         expected = eq8(model, name, features[i], columns)
@@ -38,7 +49,7 @@ def test_any_order_of_concatenation(order):
     inputs, labels = batch(8, 3)
     with watch(model) as monitor:
         step(monitor, model, inputs, labels)
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
 
 
 def test_order_of_the_encoders_given_does_not_matter():
@@ -100,10 +111,10 @@ def test_pooling_and_the_like_between_encoder_and_head(name):
     with watch(model) as monitor:
         spy = Spy(monitor)
         step(monitor, model, inputs, labels)
-        assert monitor.head_columns == {"audio": slice(width, 2 * width), "visual": slice(0, width)}
+        assert columns_of(monitor) == {"audio": slice(width, 2 * width), "visual": slice(0, width)}
         assert monitor.stats()["scores"] == "split"
     assert model.between is not None
-    for encoded, (modality, columns) in zip(model.encode(*inputs), monitor.head_columns.items(), strict=True):
+    for encoded, (modality, columns) in zip(model.encode(*inputs), columns_of(monitor).items(), strict=True):
         expected = eq8(model, modality, model.between(encoded), columns)
         torch.testing.assert_close(spy.unimodal[0][modality], expected)
 
@@ -116,7 +127,7 @@ def test_clean_logits_where_features_are_dropped_on_their_way(name):
     clean = unimodal_of(model, inputs, labels)
     with watch(model) as monitor:
         spy = Spy(monitor)
-        monitor.transforms.add(
+        monitor.hooks.transforms.add(
             lambda modality, current, z: z * (torch.arange(8) % 2).view(8, *[1] * (z.dim() - 1))
         )
         train_step(model, inputs, labels)
@@ -130,7 +141,7 @@ def test_dropout_between_is_recognised():
     with watch(model) as monitor:
         spy = Spy(monitor)
         logits = train_step(model, inputs, labels)
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
     torch.testing.assert_close(torch.stack(list(spy.unimodal[0].values())).sum(0), logits)
 
 
@@ -152,7 +163,7 @@ def test_a_row_of_logits_for_each_position():
     inputs, _ = batch(4)
     labels = torch.randint(5, (4, 3))
     with watch(model) as monitor:
-        scores, spy = monitor.accumulator(), Spy(monitor)
+        scores, spy = monitor.scores(), Spy(monitor)
         logits = model(*inputs)
         F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
         sums = scores.take()
@@ -172,7 +183,7 @@ def test_encoders_that_return_more_than_a_tensor(wrapping):
     with watch(model) as monitor:
         assert step(monitor, model, inputs, labels) is not None
         assert monitor.stats()["scores"] == "split"
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
 
 
 def test_select_names_the_feature_where_the_batch_is_not_first():
@@ -189,7 +200,7 @@ def test_select_names_the_feature_where_the_batch_is_not_first():
     inputs, labels = batch(8)
     with watch(model, select=select) as monitor:
         step(monitor, model, inputs, labels)
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
         assert monitor.stats()["scores"] == "split"
 
 
@@ -202,7 +213,7 @@ def test_columns_that_no_encoder_made_are_nobodys():
     inputs, labels = batch(8)
     with watch(model) as monitor:
         assert step(monitor, model, inputs, labels) is not None
-        assert monitor.head_columns == {"audio": slice(0, 4), "visual": slice(6, 10)}
+        assert columns_of(monitor) == {"audio": slice(0, 4), "visual": slice(6, 10)}
 
 
 # Ambiguity and slices=
@@ -247,7 +258,7 @@ def test_slices_for_some_modalities_only():
     model = Concat(3)
     with watch(model, slices={"visual": slice(4, 8)}) as monitor:
         assert step(monitor, model, *batch(8, 3)) is not None
-        assert monitor.head_columns == {"audio": slice(0, 4), "visual": slice(4, 8), "text": slice(8, 12)}
+        assert columns_of(monitor) == {"audio": slice(0, 4), "visual": slice(4, 8), "text": slice(8, 12)}
 
 
 @pytest.mark.parametrize(
@@ -359,12 +370,12 @@ def test_a_first_batch_that_is_not_finite_shows_nothing(bad):
     broken = [inputs[0].clone(), inputs[1]]
     broken[0][0, 0] = bad
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         F.cross_entropy(model(*broken), labels).backward()
         sums = scores.take()
         assert sums is None or (sums.count == 0).any()
         after = step(monitor, model, inputs, labels)
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
     assert after is not None
     assert (after.count == 8).all()
 
@@ -376,14 +387,14 @@ def test_a_first_batch_of_zero_features_shows_nothing():
     with watch(model) as monitor:
         step(monitor, model, [torch.zeros_like(x) for x in inputs], labels)
         step(monitor, model, inputs, labels)
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
 
 
 def test_a_first_batch_of_one_sample():
     model = Concat()
     with watch(model) as monitor:
         step(monitor, model, *batch(1))
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)
 
 
 def test_an_empty_first_batch():
@@ -392,4 +403,4 @@ def test_an_empty_first_batch():
         assert step(monitor, model, *batch(0)) is None
         assert monitor.stats()["passes_without_scores"] == 1
         assert step(monitor, model, *batch(8)) is not None
-        assert monitor.head_columns == columns_by_hand(model)
+        assert columns_of(monitor) == columns_by_hand(model)

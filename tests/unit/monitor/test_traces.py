@@ -30,7 +30,7 @@ def expected(number):
     """The scores of one plain pass."""
     model = made()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         loss_of(model, number)[0].backward()
         return taken(scores).score
 
@@ -69,7 +69,7 @@ def hessian_vector_product(model, number):
 def test_a_backward_to_the_inputs_does_not_count(probe, first):
     model = made()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for _ in range(2 if first else 0):
             probe(model, 1)
         loss_of(model, 0)[0].backward()
@@ -82,7 +82,7 @@ def test_a_backward_to_the_inputs_does_not_count(probe, first):
 def test_a_backward_to_the_inputs_through_a_pass_that_trains_counts_once():
     model = made()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         loss, inputs = loss_of(model, 0)
         gradient, *_ = torch.autograd.grad(loss, inputs, create_graph=True)
         (loss + gradient.square().sum()).backward()
@@ -94,7 +94,7 @@ def test_a_backward_whose_gradients_the_loop_sets_by_hand_counts(some):
     model = made()
     params = list(model.parameters())[some]
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for number in range(2):
             torch.autograd.grad(loss_of(model, number)[0], params)
         torch.testing.assert_close(taken(scores).score, expected(0) + expected(1))
@@ -104,7 +104,7 @@ def test_a_backward_whose_gradients_the_loop_sets_by_hand_counts(some):
 def test_a_backward_to_some_parameters_counts(some):
     model = made()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         loss_of(model, 0)[0].backward(inputs=list(model.parameters())[some])
         torch.testing.assert_close(taken(scores).score, expected(0))
 
@@ -126,7 +126,7 @@ def test_micro_batches_of_different_modalities_count():
     model = Either()
     (x, y), labels = batch(8)
     with watch(model, slices={"audio": slice(0, 4), "visual": slice(4, 8)}) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         for which, given in (("audio", x), ("visual", y)):
             F.cross_entropy(model(which, given), labels).backward()
         assert taken(scores).count.tolist() == [8, 8]
@@ -136,7 +136,7 @@ def test_micro_batches_of_different_modalities_count():
 def test_scores_of_gradients_that_were_cleared_go_with_them(clear):
     model = made()
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         loss_of(model, 1)[0].backward()
         clear(model)
         loss_of(model, 0)[0].backward()
@@ -171,7 +171,7 @@ def test_a_base_that_clears_gradients_itself_is_modulated_by_the_pass_that_it_st
     def closure():
         with watch(twin) as other:
             twin.load_state_dict(model.state_dict())
-            scores = other.accumulator()
+            scores = other.scores()
             loss_of(twin, 0)[0].backward()
             seen.append(taken(scores).mean_score)
         loss, _ = loss_of(model, 0)

@@ -91,7 +91,7 @@ def state_after_three_steps(make, encoder, *, watched):
     random.seed(1)
     model = make(encoder=encoder)
     monitor = watch(model) if watched else None
-    scores = monitor.accumulator() if monitor else None
+    scores = monitor.scores() if monitor else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
         inputs, labels = batch(8)
@@ -327,7 +327,7 @@ def test_what_comes_after_the_head_does_not_run():
     model = Loud()
     inputs, labels = batch(8)
     with watch(model) as monitor:
-        scores = monitor.accumulator()
+        scores = monitor.scores()
         F.cross_entropy(model(*inputs)["logits"], labels).backward()
         assert scores.take() is not None
     assert model.runs == 1
@@ -423,7 +423,7 @@ def test_a_loop_that_calls_only_the_parts():
     model = Gated()
     inputs, labels = batch(8)
     with watch(model) as monitor:
-        _held = monitor.accumulator()
+        _held = monitor.scores()
         with pytest.raises(RuntimeError, match="the model itself was not called, only its parts"):
             F.cross_entropy(model.fuse(model.encode(*inputs)), labels).backward()
 

@@ -207,7 +207,7 @@ def test_a_warning_that_is_an_error_leaves_nothing_behind(form: Any, name: str):
     with pytest.raises(UserWarning, match=message):
         form(base, monitor, modulation)
     assert traces(base) == before
-    assert not list(monitor._scorer.accumulators)
+    assert not list(monitor._scorer.buffers)
     with pytest.warns(UserWarning, match=message):
         form(base, monitor, modulation).remove()
 

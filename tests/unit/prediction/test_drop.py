@@ -70,8 +70,8 @@ def test_an_encoder_with_the_samples_along_another_dimension_is_refused():
     monitor = watch(Recurrent(encoder=nn.LSTM), select=dict.fromkeys(NAMES[:2], lambda output: output[0][0]))
     with pytest.raises(ValueError, match=r"encoder of 'audio', a LSTM with batch_first=False"):
         bo.OPM(monitor)
-    assert not monitor.transforms
-    assert not monitor._scorer.accumulators
+    assert not monitor.hooks.transforms
+    assert not monitor._scorer.buffers
 
 
 def test_rows_that_do_not_fit_the_samples_are_refused():

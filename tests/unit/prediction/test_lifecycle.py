@@ -36,8 +36,8 @@ def test_remove_leaves_nothing_behind():
     modulator.remove()
     assert {name: len(m._forward_hooks) for name, m in model.named_modules()} == hooks
     assert not parameter._post_accumulate_grad_hooks
-    assert not monitor.transforms
-    assert not monitor._scorer.accumulators
+    assert not monitor.hooks.transforms
+    assert not monitor._scorer.buffers
 
 
 def test_one_that_is_garbage_collected_leaves_nothing_behind():
@@ -47,8 +47,8 @@ def test_one_that_is_garbage_collected_leaves_nothing_behind():
     del modulator
     assert gone() is None
     assert kept(fused(model)).all()
-    assert not monitor.transforms
-    assert not monitor._scorer.accumulators
+    assert not monitor.hooks.transforms
+    assert not monitor._scorer.buffers
     bo.OPM(monitor)
     assert not parameter._post_accumulate_grad_hooks
 
@@ -69,8 +69,8 @@ def test_a_warning_that_is_an_error_leaves_nothing_behind():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="nothing to balance"):
             bo.OPM(monitor)
-    assert not monitor.transforms
-    assert not monitor._scorer.accumulators
+    assert not monitor.hooks.transforms
+    assert not monitor._scorer.buffers
     assert not next(model.parameters())._post_accumulate_grad_hooks
 
 
@@ -110,8 +110,8 @@ def test_options_are_checked_before_anything_is_hooked(options, message):
     monitor = watch(small_model())
     with pytest.raises(ValueError, match=message):
         bo.OPM(monitor, **options)
-    assert not monitor._scorer.accumulators
-    assert not monitor.transforms
+    assert not monitor._scorer.buffers
+    assert not monitor.hooks.transforms
 
 
 def test_what_is_no_monitor_or_has_no_head_is_refused():

@@ -66,7 +66,7 @@ def test_scores_are_those_of_the_clean_features(name):
     still(model)
     inputs, labels = batch(16)
     monitor = watch(model, labels="observe")
-    sums = monitor.accumulator()
+    sums = monitor.scores()
 
     def scores():
         monitor.observe(labels)
@@ -234,7 +234,7 @@ def test_micro_batches_have_a_q_each():
     inputs, labels = batch(16)
     model = small_model()
     monitor = watch(model)
-    sums, modulator = monitor.accumulator(), bo.OPM(monitor, seed=0)
+    sums, modulator = monitor.scores(), bo.OPM(monitor, seed=0)
     for cut in (slice(0, 6), slice(6, 16)):
         backward(model, ([x[cut] for x in inputs], labels[cut]))
         model(*inputs)

@@ -1,0 +1,84 @@
+"""Why there may be no scores: how often what happened, and what to tell the user."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+
+class Seen:
+    """How often what happened: in all, and since the last score."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.total: Counter[str] = Counter()
+        self.recent: Counter[str] = Counter()
+
+    def note(self, what: str) -> None:
+        """Something happened."""
+        self.total[what] += 1
+        self.recent[what] += 1
+
+    def note_score(self) -> None:
+        """A pass was scored: what was wrong before is over."""
+        self.recent.clear()
+
+
+def why_silent(seen: Seen, *, compiled: bool) -> str:
+    """Why no score may have come since the last one, in words for the user."""
+    recent = seen.recent
+    reasons = []
+    if compiled and not recent["heads"]:
+        reasons.append(
+            "the model was compiled: build the monitor before the first call of the compiled model, or call "
+            "torch._dynamo.reset()"
+        )
+    reasons += _uncalled(recent)
+    if recent["forwards"] and not recent["heads"]:
+        reasons.append("the head's hook did not fire: the head was replaced, or only its weights are used")
+    elif not recent["forwards"] and recent["reruns"]:
+        reasons.append(
+            "the whole model is inside reentrant activation checkpointing, whose first run has no gradients: use "
+            "checkpoint(..., use_reentrant=False)"
+        )
+    elif not recent["forwards"]:
+        reasons.append(
+            "no forward of the model in training mode was seen (fine-tuning in eval mode: train_only=False; "
+            "torch.func transforms are not watched: call loss.backward())"
+        )
+    elif recent["thrown"]:
+        reasons.append(
+            "zero_grad (or monitor.reset) came between backward and step, and the scores went with the gradients: call "
+            "it before backward"
+        )
+    elif not recent["passes"] and recent["to inputs"]:
+        reasons.append(
+            "backward reached the head's output and no parameter (torch.autograd.grad to the inputs, frozen parameters)"
+        )
+    elif not recent["passes"]:
+        reasons.append("no backward reached the head's output (frozen model, or no loss on it)")
+    elif recent["unscored"]:
+        reasons.append("no labels or no features came with the pass: call monitor.observe(labels)")
+    reasons.append(
+        ("otherwise: " if reasons else "")
+        + "model compiled before the monitor was built, wrong or replaced head, head used functionally, frozen model"
+    )
+    return "; ".join(reasons)
+
+
+def _uncalled(recent: Counter[str]) -> list[str]:
+    missing = [
+        w.split(":", 1)[1] for w, n in recent.items() if w.startswith("missing:") and n >= recent["forwards"]
+    ]
+    return [
+        f"the encoder of {name!r} was never called: give the module that the model calls" for name in missing
+    ]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was used on the model or on a part of it."""
+    return any(
+        "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
+        for module in model.modules()
+    )

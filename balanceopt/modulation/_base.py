@@ -83,8 +83,8 @@ class StepContext:
 class Modulation(Method, ABC):
     """A method that changes the modalities' gradients before a step, or scales what the step does.
 
-    A subclass defines `modulate`; a method that is one factor for each modality is a `GradientScaling`. It acts in one
-    optimizer at a time.
+    A subclass defines `modulate`; a method that is one factor for each modality is a `GradientScaling`. A method with a
+    state acts in one optimizer at a time.
 
     Args:
         start: first step or epoch in which the method acts, counted from 0.

@@ -82,7 +82,7 @@ class ModalityMonitor:
         NotImplementedError: for FullyShardedDataParallel (FSDP1), DataParallel and DeepSpeed models.
 
     Example:
-        >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b")})
+        >>> model = nn.ModuleDict({m: nn.Linear(2, 3) for m in ("a", "b")})
         >>> with ModalityMonitor(model, {"a": "a", "b": "b"}) as monitor:
         ...     print(monitor.modalities)
         ('a', 'b')

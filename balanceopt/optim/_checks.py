@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
+from balanceopt._method import Method
 from balanceopt._options import check_flag, check_kind, check_seed
 from balanceopt._undo import optimizers_in
 from balanceopt._warnings import warn_user
@@ -148,10 +149,11 @@ def check_arguments(
     check_flag("strict", strict)
     refuse_modulated(optimizer)
     for modulation in chosen:
-        if modulation.engine is not None and modulation.engine() is not None:
+        keeps_state = type(modulation).state_dict is not Method.state_dict
+        if keeps_state and modulation.engine is not None and modulation.engine() is not None:
             raise ValueError(
-                f"this {type(modulation).__name__} acts in another optimizer already. Build one for each optimizer, or "
-                "call that optimizer's remove() first."
+                f"this {type(modulation).__name__} keeps a state, and acts in another optimizer already. Build one for "
+                "each optimizer, or call that optimizer's remove() first."
             )
     require_scores(monitor, type(chosen[0]).__name__)
     held = {id(p) for p in unwrap(monitor.model).parameters()}

@@ -229,6 +229,10 @@ class Engine:
         if (sums is None and not self._any_nonzero(gradients)) or not gradients:
             return
         balances = len(self.monitor.modalities) > 1
+        for modulation in self.modulations:
+            modulation.epoch = (
+                self._counters.epoch
+            )  # a modulation without a state may act in several optimizers
         acting = [m for m in self.modulations if balances and not m.removed and m.is_open(self._number)]
         if not acting:
             self._health.outside_window()

@@ -140,7 +140,7 @@ def test_one_method_acts_in_one_optimizer():
     method = Slower()
     _, optimizer = modulated(method)
     with pytest.raises(
-        ValueError, match=r"this Slower acts in another optimizer already. Build one for each"
+        ValueError, match=r"this Slower keeps a state, and acts in another optimizer already. Build one"
     ):
         modulated(method)
     optimizer.remove()

@@ -236,5 +236,5 @@ def test_copies_of_the_model_leave_the_scheduler_behind():
     model.encoders["visual"].requires_grad_(False)
     _, scheduler = scheduler_of(model, model.modalities)
     twin = copy.deepcopy(scheduler.monitor)
-    assert not len(twin.taps)
+    assert not len(twin.hooks.outputs)
     assert len(scheduler.monitor.hooks.outputs) == 1

@@ -332,7 +332,7 @@ def test_a_copy_of_model_and_monitor_watches_nothing(kind, copied):
         twin, inert = copied((model, monitor))
         assert inert.model is twin
         assert inert.encoders == dict(twin.encoders.items())
-        assert not inert.active
+        assert not inert.hooks.active
         assert step(inert, twin, *batch()) is None
         assert "hooks were removed" in inert.silence()
         assert inert.stats()["passes"] == 0

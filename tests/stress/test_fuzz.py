@@ -29,6 +29,7 @@ IGNORED = -100
 
 # All that may be said of what the machine does.
 SAID = (
+    "the gap between training and validation purity says nothing of these modalities",
     "no scores since the last step",
     "no scores in 10 training forwards in a row",
     "scores are not finite, all zero, or of fewer than two modalities",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -23,3 +24,9 @@ def keep_compiler_stance() -> Callable[[], object]:
     from torch._dynamo import eval_frame  # not at import: it takes long, and few need it
 
     return partial(eval_frame._set_stance, eval_frame._stance)
+
+
+def holds_compiled_code() -> bool:
+    """Whether the process holds code made by torch.compile, which torch runs for all modules of a class alike."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    return dynamo is not None and any(code() is not None for code in dynamo.output_codes.seen)

@@ -1,5 +1,6 @@
 """From hooks to scores: what each modality alone would have answered."""
 
+from balanceopt.monitor._calls import CallWatch, compiled_before
 from balanceopt.monitor._columns import as_rows
 from balanceopt.monitor._company import enter, leave, refuse_company
 from balanceopt.monitor._features import samples_first
@@ -14,6 +15,7 @@ from balanceopt.monitor._scores import ScoreBuffer, Scores
 from balanceopt.monitor._supported import in_backward, is_batched
 
 __all__ = [
+    "CallWatch",
     "ScoreBuffer",
     "ModalityMonitor",
     "Scores",
@@ -23,6 +25,7 @@ __all__ = [
     "WeakHook",
     "as_rows",
     "check_layout",
+    "compiled_before",
     "enter",
     "evaluate",
     "in_backward",

@@ -19,6 +19,7 @@ from balanceopt._options import (
     shown,
     to_tensor,
 )
+from balanceopt._torch import holds_compiled_code
 from balanceopt.distributed import Group, check_group
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
 from balanceopt.monitor._answers import Answers
@@ -299,7 +300,13 @@ class ModalityMonitor:
         """Why no score may have come, in words for the user."""
         if not self.hooks.active:
             return "the monitor's hooks were removed"
-        return why_silent(self._scorer.seen, compiled=self._was_compiled or is_compiled(self.model))
+        compiled = self._was_compiled or is_compiled(self.model) or holds_compiled_code()
+        return why_silent(self._scorer.seen, compiled=compiled)
+
+    def uncalled(self) -> list[str]:
+        """Modalities whose encoders no hook has seen a call of."""
+        seen = self._scorer.seen.total
+        return [name for name in self.modalities if seen[f"missing:{name}"] == seen["forwards"]]
 
     @property
     def latest(self) -> Pass | None:

@@ -29,12 +29,13 @@ def why_silent(seen: Seen, *, compiled: bool) -> str:
     """Why no score may have come since the last one, in words for the user."""
     recent = seen.recent
     reasons = []
-    if compiled and not recent["heads"]:
+    uncalled = _uncalled(recent)
+    if compiled and (uncalled or not recent["heads"]):
         reasons.append(
-            "the model was compiled: build the monitor before the first call of the compiled model, or call "
-            "torch._dynamo.reset()"
+            "the model was compiled, or another one of its class: build the monitor before the first call of the "
+            "compiled model, or call torch._dynamo.reset()"
         )
-    reasons += _uncalled(recent)
+    reasons += uncalled
     if recent["forwards"] and not recent["heads"]:
         reasons.append("the head's hook did not fire: the head was replaced, or only its weights are used")
     elif not recent["forwards"] and recent["reruns"]:

@@ -14,10 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from balanceopt._deferred import DeferredCounts
 from balanceopt._torch import after_backward, backward_number
+from balanceopt._warnings import warn_user
 from balanceopt.functional import recover_labels, recover_scale
 from balanceopt.functional._labels import INVALID
 from balanceopt.functional._targets import as_targets
 from balanceopt.monitor import (
+    CallWatch,
     ModalityMonitor,
     Pass,
     WeakHook,
@@ -35,6 +37,9 @@ from balanceopt.monitor import (
 )
 from balanceopt.objective._heads import Heads, Loss, loss_of, row_cross_entropy
 
+_NOTHING_ADDED = "no uni-modal gradient is added"
+# Backwards without a gradient at the joint logits before it is said.
+_IDLE_BACKWARDS = 10
 # From a modality's name and logits to its loss, and what the loss is differentiated with.
 Weigh = Callable[[str, Tensor], tuple[Tensor, Tensor]]
 
@@ -79,9 +84,10 @@ class Injection:
         """
         self.monitor, self.heads, self.weight, self.loss = monitor, heads, weight, loss
         self._key = object()  # of this one's notes on a pass, which does not keep it alive
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle | CallWatch] = []
         self._head_gradients: dict[nn.Parameter, Tensor] = {}
         self._acted = False
+        self._idle_backwards: set[int] | None = set()
         self._hooked: set[nn.Parameter] = set()
         self._doubtful = DeferredCounts(("rows", "doubtful"), _refuse_doubtful)
         if loss is not None and not isinstance(loss, nn.Module):
@@ -105,6 +111,7 @@ class Injection:
         if not any(self.weight.values()):
             return
         enter(self)
+        self.handles.append(CallWatch(self.monitor, "inject=True", _NOTHING_ADDED))
         self.monitor.hooks.outputs.add(self._on_output)
         if isinstance(self.loss, nn.Module):
             self.handles.append(self.loss.register_forward_hook(WeakHook(self._on_loss), with_kwargs=True))
@@ -145,7 +152,8 @@ class Injection:
             if (
                 tensor.requires_grad
             ):  # an encoder that is called again gets a list of its own, which stays empty
-                tensor.register_hook(partial(_add, seen.extras.setdefault(name, []), index))
+                add = WeakHook(self._add, seen, seen.extras.setdefault(name, []), index)
+                tensor.register_hook(add)
 
     def _on_late_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         current = self.monitor.latest
@@ -193,6 +201,7 @@ class Injection:
 
     def _make(self, seen: _Seen, current: Pass, samples: int | None, weigh: Weigh) -> None:
         """Make all uni-modal gradients of a pass: kept for the encoders' outputs, added for the own heads."""
+        self._idle_backwards = None
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "inject=True can't follow backward(create_graph=True): the added gradient has no derivative. Add "
@@ -227,6 +236,26 @@ class Injection:
     def _add_to_head(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor | None:
         extra = self._head_gradients.pop(parameter, None)
         return None if extra is None else gradient + extra
+
+    def _add(self, seen: _Seen, extras: list[Tensor | None], index: int, gradient: Tensor) -> Tensor | None:
+        """Add the uni-modal gradient to the joint one at a tensor of an encoder's output."""
+        if not extras:
+            if self._idle_backwards is not None:
+                self._warn_of_idle_backward()
+            return None
+        extra, extras[index] = extras[index], None
+        return None if extra is None else gradient + extra.to(gradient.dtype)
+
+    def _warn_of_idle_backward(self) -> None:
+        """Note a backward that reached an encoder and not the logits, as where the head's hook does not fire."""
+        assert self._idle_backwards is not None
+        self._idle_backwards.add(backward_number())
+        if len(self._idle_backwards) == _IDLE_BACKWARDS:
+            self._idle_backwards = None
+            warn_user(
+                f"{_IDLE_BACKWARDS} backwards reached encoders and not the joint logits: {_NOTHING_ADDED}. Likely "
+                f"causes: {'the loss module was not called' if self.loss else self.monitor.silence()}."
+            )
 
     def _weigh_rows(
         self, labels: Tensor, scale: Tensor, current: Pass, name: str, logits: Tensor
@@ -282,19 +311,11 @@ class Injection:
         return torch.where(targets.valid, targets.index, INVALID), torch.zeros_like(targets.valid)
 
 
-def remove_handles(handles: list[RemovableHandle]) -> None:
+def remove_handles(handles: list[RemovableHandle | CallWatch]) -> None:
     """Take hooks off by their handles."""
     for handle in handles:
         handle.remove()
     handles.clear()
-
-
-def _add(extras: list[Tensor | None], index: int, gradient: Tensor) -> Tensor | None:
-    """Add the uni-modal gradient to the joint one at a tensor of an encoder's output."""
-    if not extras:
-        return None
-    extra, extras[index] = extras[index], None
-    return None if extra is None else gradient + extra.to(gradient.dtype)
 
 
 def _leaf(leaves: list[Tensor], x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -89,25 +90,29 @@ def refuse_shared_gradients(slots: Iterable[Slot]) -> None:
     Raises:
         ValueError: saying what to do instead.
     """
-    first: dict[int, Slot] = {}
+    places: list[tuple[int, int, int, Slot]] = []
     for slot in slots:
         gradient = slot.grad
         if gradient.layout != torch.strided or hasattr(gradient, "device_mesh") or gradient.numel() == 0:
             continue
-        expanded = any(
-            n > 1 and stride == 0 for n, stride in zip(gradient.shape, gradient.stride(), strict=True)
-        )
-        other = first.setdefault(gradient.data_ptr(), slot)
-        if expanded or (other is not slot and gradient.data_ptr() != 0):
-            found = (
-                "an expanded tensor, whose elements share memory"
-                if expanded
-                else f"the memory of the gradient of parameter {other.index}"
-            )
-            raise ValueError(
-                f"gradients are changed in place, so each should have memory of its own. Found {found}, as the .grad "
-                f"of parameter {slot.index} (shape {tuple(slot.parameter.shape)}): set it to a .clone()."
-            )
+        span = 1 + sum((n - 1) * stride for n, stride in zip(gradient.shape, gradient.stride(), strict=True))
+        if span < gradient.numel():
+            raise _no_memory_of_its_own(slot, "an expanded tensor, whose elements share memory")
+        memory = gradient.untyped_storage().data_ptr()
+        if memory:  # a tensor with gaps may stand in those of another: only its first element is sure
+            start, size = int(gradient.storage_offset()), int(span) if span == gradient.numel() else 1
+            places.append((memory, start * gradient.itemsize, (start + size) * gradient.itemsize, slot))
+    places.sort(key=lambda place: place[:3])
+    for (memory, _, end, other), (same, start, _, slot) in pairwise(places):
+        if memory == same and start < end:
+            raise _no_memory_of_its_own(slot, f"memory of the gradient of parameter {other.index}")
+
+
+def _no_memory_of_its_own(slot: Slot, found: str) -> ValueError:
+    return ValueError(
+        f"gradients are changed in place, so each should have memory of its own. Found {found}, as the .grad of "
+        f"parameter {slot.index} (shape {tuple(slot.parameter.shape)}): set it to a .clone()."
+    )
 
 
 def warn_of_known_defects(optimizer: torch.optim.Optimizer) -> None:

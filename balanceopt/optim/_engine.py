@@ -12,11 +12,12 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._method import Listener
 from balanceopt._options import shown
+from balanceopt._torch import holds_compiled_code
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, StepContext
 from balanceopt.modulation._shards import local_part
-from balanceopt.monitor import ModalityMonitor, Scores
+from balanceopt.monitor import ModalityMonitor, Scores, compiled_before
 from balanceopt.optim._checks import (
     check_arguments,
     claim,
@@ -245,6 +246,7 @@ class Engine:
     def _modulate(self, acting: Sequence[Modulation], sums: Scores, slots: dict[str, list[Slot]]) -> None:
         if not self._looked:  # what a loop does with `.grad` it does in every step
             refuse_shared_gradients(slot for own in slots.values() for slot in own)
+            self._refuse_compiled(slots)
             self._looked = True
         self._health.begin(sums)
         if not any(slots.values()):
@@ -268,6 +270,12 @@ class Engine:
                 )
             )
         self._health.end()
+
+    def _refuse_compiled(self, slots: dict[str, list[Slot]]) -> None:
+        """Raise where compiled code ran in place of the hooks on an encoder."""
+        for name in self.monitor.uncalled():
+            if holds_compiled_code() and self._any_nonzero(slot.grad for slot in slots.get(name, ())):
+                raise RuntimeError(f"{compiled_before(name)} Until then its modality is not balanced.")
 
     def _take(self) -> Scores | None:
         """This step's sums, over micro-batches and ranks; None where nobody has any."""

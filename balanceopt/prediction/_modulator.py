@@ -10,8 +10,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
 from balanceopt._deferred import on_host
 from balanceopt._method import Unit
@@ -21,6 +19,7 @@ from balanceopt.distributed import active_group, rank_in, sum_over_ranks
 from balanceopt.functional import discrepancy_ratio, drop_probability
 from balanceopt.functional._scores import RatioReduction
 from balanceopt.monitor import (
+    CallWatch,
     ModalityMonitor,
     Pass,
     ScoreBuffer,
@@ -48,8 +47,6 @@ from balanceopt.prediction._drop import (
 # Updates without any score before the user is told; two forwards before one backward are nothing unusual.
 _SILENT_UPDATES = 10
 _STAYS = "OPM leaves its drop probabilities as they are"
-# Backwards without a forward that the hooks saw, before the user is told.
-_UNSEEN_BACKWARDS = 10
 
 
 class OPM(ForwardMethod):
@@ -133,7 +130,7 @@ class OPM(ForwardMethod):
         self._forwards_here = 0
         self._warned: set[str] = set()
         self._scores: ScoreBuffer | None = None
-        self._watch: _BackwardWatch | None = None
+        self._watch: CallWatch | None = None
         if alone:
             monitor.hooks.transforms.drop(self._on_output)
         else:
@@ -254,7 +251,7 @@ class OPM(ForwardMethod):
         if self._scores is not None:
             self._scores.remove()
         if self._watch is not None:
-            self._watch.stop()
+            self._watch.remove()
         self._latest = self._latest_pass = None
 
     def __repr__(self) -> str:
@@ -280,8 +277,8 @@ class OPM(ForwardMethod):
 
     def _hook(self) -> None:
         """Put the hooks on, such that they go with this object."""
-        self._watch = _BackwardWatch(self.monitor)
-        weakref.finalize(self, self._watch.stop).atexit = False
+        self._watch = CallWatch(self.monitor, "OPM", "nothing is dropped")
+        weakref.finalize(self, self._watch.remove).atexit = False
         self._scores = self.monitor.scores(steps=False)
         enter(self)
         self.monitor.hooks.logits.add(self._on_logits)
@@ -313,8 +310,6 @@ class OPM(ForwardMethod):
             refuse_company(self, "OPM")
         self._forwards_here += 1
         number = self.number_of(current)
-        if self._watch is not None:
-            self._watch.stop()
         self._warn_of_lost_samples()
         self.update()
         self._latest_pass = current
@@ -397,37 +392,6 @@ class OPM(ForwardMethod):
                 f"the encoder of {missing!r} was not called in a forward in which features of {list(drop.rows)} were "
                 "dropped: samples may have lost all that they had. Say before the forward which samples have which "
                 "modality: monitor.observe(labels, present={modality: bool (B,)}).",
-            )
-
-
-class _BackwardWatch:
-    """Count backwards on one encoder's parameter until a first forward is seen.
-
-    Hooks on modules never fire on a model whose compiled code was there before them, and nothing else would tell.
-    """
-
-    def __init__(self, monitor: ModalityMonitor) -> None:
-        self._monitor = weakref.ref(monitor)
-        self._backwards = 0
-        self._handle: RemovableHandle | None = None
-        for parameter in (p for params in monitor.parameters.values() for p in params):
-            if parameter.requires_grad and not is_lazy(parameter):
-                self._handle = parameter.register_post_accumulate_grad_hook(self._count)
-                break
-
-    def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _count(self, parameter: Tensor) -> None:
-        self._backwards += 1
-        monitor = self._monitor()
-        if self._backwards == _UNSEEN_BACKWARDS and monitor is not None:
-            self.stop()
-            warn_user(
-                f"{_UNSEEN_BACKWARDS} backwards without a training forward that OPM saw: nothing is dropped. "
-                f"Likely causes: {monitor.silence()}."
             )
 
 

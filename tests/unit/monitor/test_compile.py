@@ -143,7 +143,7 @@ def test_built_after_the_first_compiled_call(how):
         scores = monitor.scores()
         train(runs, inputs, labels)
         if scores.take() is None:
-            assert "the model was compiled: build the monitor before" in monitor.silence()
+            assert "build the monitor before the first call of the compiled model" in monitor.silence()
             torch._dynamo.reset()
             train(runs, inputs, labels)
             assert scores.take() is not None

@@ -103,7 +103,7 @@ def test_a_step_hook_may_give_the_step_another_closure():
     assert called == [1]
 
 
-@pytest.mark.parametrize("kind", ["expanded", "shared"])
+@pytest.mark.parametrize("kind", ["expanded", "shared", "overlapping", "unfolded"])
 def test_gradients_without_memory_of_their_own_are_refused(kind: str):
     model, optimizer = modulated()
     backward(model, batch(0, model))
@@ -111,6 +111,11 @@ def test_gradients_without_memory_of_their_own_are_refused(kind: str):
     weight = next(model.modalities["audio"].parameters())
     if kind == "expanded":
         weight.grad = grad_of(weight).mean(-1, keepdim=True).expand_as(weight)
+    elif kind == "unfolded":
+        weight.grad = torch.randn(weight.numel()).as_strided(weight.shape, (1, 1))
+    elif kind == "overlapping":
+        buffer = torch.randn(len(first) + len(second))
+        first.grad, second.grad = buffer[: len(first)], buffer[len(first) - 1 :][: len(second)]
     else:
         second.grad = grad_of(first)[: len(second)]
     before = [p.detach().clone() for p in model.parameters()]

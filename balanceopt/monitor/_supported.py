@@ -65,8 +65,15 @@ def in_backward() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a function transform (`torch.func`) or an export is at work, which shows no numbers."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a function transform (`torch.func`), an export or a tracer is at work: no training, or no numbers."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(modes.FAKE) is not None
+        or torch._C._get_dispatch_mode(modes.PROXY) is not None
+    )
 
 
 def is_batched(gradient: Tensor) -> bool:

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.models import Concat, Gated, SumHeads, batch, train_step, watch
 from tests.unit.monitor.helpers import Spy, sums_of, unimodal_of
@@ -159,7 +161,28 @@ def exported(model, inputs, labels):
     return {"logits": program.module()(*inputs)}
 
 
-@pytest.mark.parametrize("way", [by_transform, by_sample, in_batches, exported])
+def traced(model, inputs, labels):
+    """TorchScript's tracing in training mode."""
+    return {"logits": torch.jit.trace(model, tuple(inputs))(*inputs)}
+
+
+def as_graph(model, inputs, labels):
+    """make_fx in training mode: hooks leave nothing in the graph."""
+    program = make_fx(model)(*inputs)
+    return {"logits": program(*inputs), "nodes": torch.tensor(len(program.graph.nodes))}
+
+
+def without_numbers(model, inputs, labels):
+    """Shapes alone, as for an estimate of memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        logits = model(*(mode.from_tensor(x) for x in inputs))
+    return {"shape": torch.tensor(logits.shape)}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "way", [by_transform, by_sample, in_batches, exported, traced, as_graph, without_numbers]
+)
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap itself
 def test_ways_that_show_no_numbers_are_no_training_pass(model, way):
     inputs, labels = batch()

@@ -1,12 +1,101 @@
-"""Private parts of torch that have no public name, in one place."""
+"""Private parts of torch that have no public name, in one place; no other file of the package touches any."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Loops over lists of tensors in one call each: documented, and named as if they were private.
+foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul_ = torch._foreach_mul_
+foreach_norm = torch._foreach_norm
+foreach_sub = torch._foreach_sub
+
+# The hooks of a module by kind: there is no public way to look at them, or to take one off without its handle.
+BEFORE_FORWARD, AFTER_FORWARD = "_forward_pre_hooks", "_forward_hooks"
+MODULE_HOOKS = (BEFORE_FORWARD, AFTER_FORWARD, "_backward_pre_hooks", "_backward_hooks")
+# Hooks on all modules.
+GLOBAL_HOOKS: list[dict[int, Any]] = [
+    hooks
+    for name, hooks in vars(nn.modules.module).items()
+    if name.startswith("_global_") and name.endswith("_hooks")
+]
+# What Optimizer.__init__ makes, and third-party optimizers that never call it lack.
+OPTIMIZER_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+# Modules of torch's hooks that see to shards, which a replay gathers by itself.
+SHARDING_HOOKS = ("torch.distributed.fsdp", "torch.distributed._composable")
+# What torch.compile and activation checkpointing put into the names of a module's parameters.
+WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+# -- modules and tensors ----------------------------------------------------------------------------------------------
+
+
+def compiled_module(module: nn.Module) -> Any:
+    """Return the module that torch.compile has wrapped; None for others."""
+    return getattr(module, "_orig_mod", None)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was used on a model or on a part of it, as a wrapper or in place."""
+    return any(
+        "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
+        for module in model.modules()
+    )
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module defines a forward, which containers do not."""
+    return getattr(type(module).forward, "__name__", "") != "_forward_unimplemented"
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor's memory was written to in place."""
+    return tensor._version
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that another one is a view of."""
+    return tensor._base
+
+
+def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield a module's own parameters; several times faster than `parameters(recurse=False)`."""
+    return (parameter for parameter in module._parameters.values() if parameter is not None)
+
+
+def steps_in_backward(parameter: Tensor) -> bool:
+    """Whether an optimizer inside backward updates a parameter."""
+    return hasattr(parameter, "_in_backward_optimizers")
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether a parameter is FSDP1's flat local shard of several."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def is_joining() -> bool:
+    """Whether a forward runs under `DistributedDataParallel.join()`."""
+    running = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return bool(getattr(getattr(running, "_join_config", None), "enable", False))
+
+
+# -- autograd ---------------------------------------------------------------------------------------------------------
 
 
 def backward_number() -> int:
@@ -14,9 +103,70 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
+def in_backward() -> bool:
+    """Whether autograd is running: a forward seen then is activation checkpointing's second one."""
+    return backward_number() != -1
+
+
 def after_backward(callback: Callable[[], None]) -> None:
     """Call `callback` once when the backward that is running ends, as DistributedDataParallel does."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def running_node() -> Any:
+    """Return the node whose backward is running; None for none."""
+    return torch._C._current_autograd_node()
+
+
+def number_of_node(node: Any) -> int:
+    """Return the number that a node got when its forward made it; -1 for None."""
+    return -1 if node is None else int(node._sequence_nr())
+
+
+def next_node() -> int:
+    """Return the number that autograd will give to the next node of this thread's graph."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward that is running goes through a node.
+
+    Raises:
+        RuntimeError: for a leaf that `torch.autograd.grad` was asked for.
+    """
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+# -- tracing and compiling --------------------------------------------------------------------------------------------
+
+
+def is_traced() -> bool:
+    """Whether a function transform (`torch.func`), an export or a tracer is at work: no training, or no numbers."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    modes = torch._C._TorchDispatchModeKey
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(modes.FAKE) is not None
+        or torch._C._get_dispatch_mode(modes.PROXY) is not None
+    )
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether a gradient stands for many, as under `vmap` or `torch.autograd.grad(..., is_grads_batched=True)`."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
+def inductor_options() -> dict[str, Any]:
+    """Return the options that torch.compile's default compiler knows here, with their values."""
+    options: dict[str, Any] = torch._inductor.config.get_config_copy()
+    return options
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile's front end was imported, which takes a second."""
+    return "torch._dynamo" in sys.modules
 
 
 def keep_compiler_stance() -> Callable[[], object]:

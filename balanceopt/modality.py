@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from balanceopt._options import check_kind, names_of, shown
+from balanceopt._torch import compiled_module, has_forward
 
 Encoders = Mapping[str, nn.Module | str] | nn.ModuleDict
 
@@ -17,7 +18,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
         parallel = isinstance(model, (DistributedDataParallel, DataParallel))
-        inner = getattr(model, "module" if parallel else "_orig_mod", None)
+        inner = model.module if parallel else compiled_module(model)
         if not isinstance(inner, nn.Module):
             return model
         model = inner
@@ -85,10 +86,7 @@ def resolve_encoders(model: nn.Module, encoders: Encoders) -> dict[str, nn.Modul
 
 def _refuse_container(name: str, encoder: nn.Module) -> None:
     inner = unwrap(encoder)
-    if (
-        "forward" not in vars(inner)
-        and getattr(type(inner).forward, "__name__", "") == "_forward_unimplemented"
-    ):
+    if "forward" not in vars(inner) and not has_forward(inner):
         raise ValueError(
             f"encoders[{name!r}] should be a module that the model calls. Found a {type(inner).__name__}, which has no "
             "forward: its parts are called one by one. Put the modality's layers into a module of their own, whose "

@@ -1,9 +1,15 @@
-"""The papers' update rules as pure functions: tensors in, tensors out."""
+"""The papers' update rules as pure functions: tensors in, tensors out.
 
+Names outside `__all__` are for the rest of the package.
+"""
+
+from balanceopt.functional._coefficients import CoefficientForm as CoefficientForm
 from balanceopt.functional._coefficients import adaptive_coefficient, drop_probability, modulation_coefficient
 from balanceopt.functional._kmeans import KMeansResult, kmeans
+from balanceopt.functional._labels import INVALID as INVALID
 from balanceopt.functional._labels import recover_labels, recover_scale
 from balanceopt.functional._logits import linear_logits
+from balanceopt.functional._masks import check_clamp as check_clamp
 from balanceopt.functional._masks import keep_ratio, kept_units, unit_importance
 from balanceopt.functional._relearning import purity, reinit_strength, soft_reinit_
 from balanceopt.functional._sampling import (
@@ -15,6 +21,7 @@ from balanceopt.functional._sampling import (
     systematic_sample_padded,
 )
 from balanceopt.functional._scaling import minmax_scale
+from balanceopt.functional._scores import RatioReduction as RatioReduction
 from balanceopt.functional._scores import (
     discrepancy_ratio,
     feature_entropy,
@@ -22,6 +29,8 @@ from balanceopt.functional._scores import (
     significance_from_sums,
     true_class_score,
 )
+from balanceopt.functional._targets import Targets as Targets
+from balanceopt.functional._targets import as_targets as as_targets
 
 __all__ = [
     "KMeansResult",

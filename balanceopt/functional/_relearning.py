@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._options import check_kind, check_number, check_tensor, is_number, shown
+from balanceopt._torch import foreach_copy_, foreach_lerp_
 from balanceopt.functional._dtypes import narrowed, wide
 
 # Cells up to which purity counts in a dense table of clusters by classes.
@@ -163,9 +164,9 @@ def soft_reinit_(
 
 def _move_(params: list[Tensor], initial: list[Tensor], alpha: float) -> None:
     if alpha == 1:
-        torch._foreach_copy_(params, initial)
+        foreach_copy_(params, initial)
     else:
-        torch._foreach_lerp_(params, initial, alpha)
+        foreach_lerp_(params, initial, alpha)
 
 
 def _strengths(strength: float | Tensor | Sequence[float | Tensor], count: int) -> list[float]:

@@ -16,11 +16,8 @@ from balanceopt._options import check_flag, check_seed, names_of, shown
 from balanceopt.integrations._beside import Beside, Prediction, ReLearn
 from balanceopt.modality import Encoders, find_module, unwrap
 from balanceopt.modulation import OGM, Modulation
-from balanceopt.monitor import ModalityMonitor
-from balanceopt.monitor._labels import LabelSource
-from balanceopt.optim import AttachedModulation, attach
-from balanceopt.optim._checks import check_modulations
-from balanceopt.optim._state import SEED
+from balanceopt.monitor import LabelSource, ModalityMonitor
+from balanceopt.optim import SEED, AttachedModulation, attach, check_modulations
 
 Head = nn.Module | str | Mapping[str, nn.Module | str] | None
 WhichEncoders = Encoders | Callable[[Any], Encoders] | ModalityMonitor

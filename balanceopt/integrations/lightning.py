@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from balanceopt.integrations._balance import Balance, Methods, WhichEncoders, WhichHead, smallest_holder
 from balanceopt.integrations._beside import Prediction, ReLearn
-from balanceopt.monitor._supported import refuse_model
+from balanceopt.monitor import refuse_model
 
 try:
     from lightning.pytorch import Callback, LightningModule

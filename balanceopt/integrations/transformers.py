@@ -9,7 +9,7 @@ import torch
 from balanceopt._warnings import warn_user
 from balanceopt.integrations._balance import Balance, Methods, WhichEncoders, WhichHead
 from balanceopt.integrations._beside import Prediction, ReLearn
-from balanceopt.optim._state import BARE_STATE, STEP
+from balanceopt.optim import BARE_STATE, STEP
 
 try:
     from transformers import TrainerCallback

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from balanceopt._method import Unit
 from balanceopt._options import check_entries, check_flag, check_number, check_tensor
+from balanceopt._sharding import local_box
 from balanceopt.functional import adaptive_coefficient
 from balanceopt.modality import unwrap
 from balanceopt.modulation._base import StepContext
 from balanceopt.modulation._scaling import ApplyTo, GradientScaling
-from balanceopt.modulation._shards import all_finite, local_box
+from balanceopt.modulation._spread import all_finite
 
 
 class AGM(GradientScaling):

@@ -11,8 +11,7 @@ from balanceopt._deferred import on_host
 from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_count, check_number
 from balanceopt._warnings import warn_user
-from balanceopt.functional import keep_ratio
-from balanceopt.functional._masks import check_clamp
+from balanceopt.functional import check_clamp, keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, StepContext
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._masks import Masks, MaskScale, part_of

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import on_host
+from balanceopt._torch import foreach_mul_
 from balanceopt.modulation._base import Slot
 from balanceopt.modulation._noise import scale_and_add_gaussians_
-from balanceopt.modulation._shards import all_finite, stds
+from balanceopt.modulation._spread import all_finite, stds
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def _scale_(grads: list[Tensor], coefficient: Tensor, finite: Tensor) -> None:
         for grad, own in zip(grads, torch.where(finite, coefficient, 1), strict=True):
             grad.mul_(own)
     elif grads:
-        torch._foreach_mul_(grads, coefficient)
+        foreach_mul_(grads, coefficient)
 
 
 def _by_device(slots: Sequence[Slot]) -> dict[torch.device, list[Slot]]:

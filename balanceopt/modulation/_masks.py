@@ -11,6 +11,8 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._random import uniforms
+from balanceopt._sharding import distributed_as, is_sharded, local_part, summed_over_shards
+from balanceopt._torch import foreach_mul_
 from balanceopt.functional import (
     inclusion_probabilities_padded,
     kept_units,
@@ -19,7 +21,6 @@ from balanceopt.functional import (
     unit_importance,
 )
 from balanceopt.modulation._base import Slot
-from balanceopt.modulation._shards import is_sharded, local_part, summed_over_shards
 from balanceopt.modulation._units import UnitView
 
 MaskScale = Literal["none", "unbiased", "official"]
@@ -80,19 +81,11 @@ class Part:
 
 def part_of(slot: Slot, modality: int, units: UnitView) -> Part:
     """The part for a parameter, whole or sharded."""
-    p: Any = slot.parameter
-    if not is_sharded(p):
+    if not is_sharded(slot.parameter):
         return Part(slot, modality, units)
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    numbers = units.numbers(p.device)
+    numbers = units.numbers(slot.parameter.device).contiguous()
     # Along a dimension of size 1 the numbers broadcast, however the parameter is cut there.
-    placements = [
-        place if isinstance(place, Shard) and numbers.shape[place.dim] > 1 else Replicate()
-        for place in p.placements
-    ]
-    shard = distribute_tensor(numbers.contiguous(), p.device_mesh, placements, src_data_rank=None)
-    return Part(slot, modality, units, shard.to_local())
+    return Part(slot, modality, units, local_part(distributed_as(slot.parameter, numbers, broadcast=True)))
 
 
 class Masks:
@@ -131,7 +124,7 @@ class Masks:
                 factors[0].append(grad)
                 factors[1].append(part.spread(weight))
         if factors[0]:
-            torch._foreach_mul_(*factors)
+            foreach_mul_(*factors)
         return nonfinite
 
     def importances(self) -> list[Tensor]:

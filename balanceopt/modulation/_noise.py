@@ -18,8 +18,9 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._random import mixed, mixed_in
+from balanceopt._sharding import distributed_as, local_box
+from balanceopt._torch import foreach_add_, foreach_mul_
 from balanceopt.modulation import _noise_compiled
-from balanceopt.modulation._shards import distributed_as, local_box
 
 Noise = Literal["compiled"]
 Box = tuple[slice, ...]
@@ -148,8 +149,8 @@ def _apply(target: Tensor, factor: float | Tensor, numbers: Tensor) -> None:
             target, numbers = target.view(-1), numbers.view(-1)
         rows = max(1, _PIECE * len(target) // target.numel())
         pieces = target.split(rows)
-        torch._foreach_mul_(pieces, factor)
-        torch._foreach_add_(pieces, numbers.split(rows))
+        foreach_mul_(pieces, factor)
+        foreach_add_(pieces, numbers.split(rows))
 
 
 def _cut(

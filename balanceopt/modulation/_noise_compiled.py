@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from balanceopt._deferred import sent
 from balanceopt._random import mixed_in
+from balanceopt._torch import inductor_options
 
 _BITS = 2.0**-32
 # Of the hash: shifts and factors, round by round, and an odd factor between the words of radius and angle.
@@ -89,7 +90,7 @@ def warm_up(device: torch.device) -> None:
 
 @lru_cache(maxsize=1)
 def _kernel() -> Callable[..., Any]:
-    known = torch._inductor.config.get_config_copy()
+    known = inductor_options()
     options: dict[str, Any] = {
         name: value
         for name, value in _OPTIONS.items()

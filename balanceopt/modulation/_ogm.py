@@ -10,9 +10,7 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_number
-from balanceopt.functional import discrepancy_ratio, modulation_coefficient
-from balanceopt.functional._coefficients import CoefficientForm
-from balanceopt.functional._scores import RatioReduction
+from balanceopt.functional import CoefficientForm, RatioReduction, discrepancy_ratio, modulation_coefficient
 from balanceopt.modulation._base import Slot, StepContext
 from balanceopt.modulation._gradients import scale_and_add_noise_
 from balanceopt.modulation._noise import Noise

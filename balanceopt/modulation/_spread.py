@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from balanceopt._sharding import is_sharded, local_part, summed_over_shards
+from balanceopt._torch import foreach_norm
+
 # Elements that are summed in float32: a tensor, or rows of a larger one. Longer sums lose digits, and how many depends
 # on the processor.
 _SMALL, _ROW = 2**13, 2**10
@@ -16,7 +19,7 @@ _SMALL, _ROW = 2**13, 2**10
 _LOST, _TINY = 0.5, 1e-30
 
 
-def stds(tensors: Sequence[Tensor]) -> Tensor:
+def _whole_stds(tensors: Sequence[Tensor]) -> Tensor:
     """Population standard deviations of each tensor's elements.
 
     Contiguous float32 tensors on the CPU are summed in float32, by rows of 2^10 elements if they have more than
@@ -35,7 +38,7 @@ def stds(tensors: Sequence[Tensor]) -> Tensor:
     if small:
         chosen = [tensors[place] for place in small]
         sums[small] = torch.stack([tensor.sum() for tensor in chosen]).numpy()
-        squares[small] = torch.stack(torch._foreach_norm(chosen)).numpy().astype(np.float64) ** 2
+        squares[small] = torch.stack(foreach_norm(chosen)).numpy().astype(np.float64) ** 2
     for place in np.flatnonzero(in_order & (sizes > _SMALL)).tolist():
         sums[place], squares[place] = _by_rows(tensors[place].detach().view(-1))
     with np.errstate(all="ignore"):
@@ -63,3 +66,37 @@ def _by_rows(flat: Tensor) -> tuple[float, float]:
 
 def _exact(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).std(correction=0)
+
+
+def stds(tensors: Sequence[Tensor]) -> Tensor:
+    """`(n,)` population standard deviations of all elements of each tensor; not finite where an element is not."""
+    if not any(is_sharded(tensor) for tensor in tensors):
+        return _whole_stds(tensors)
+    count, total, squares = torch.stack(summed_over_shards(tensors, [_moments(t) for t in tensors])).unbind(1)
+    mean = total / count
+    return (squares / count - mean.square()).clamp(min=0).sqrt().to(_wide_dtype(tensors[0]))
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """bool `(n,)`, tensors of which all elements are: a sum is, unless a term is not (or they are beyond use)."""
+    parts = [local_part(t.coalesce().values() if t.is_sparse else t) for t in tensors]
+    sums = [part.sum(dtype=_wide_dtype(part)).view(1) for part in parts]
+    return torch.isfinite(torch.cat(summed_over_shards(tensors, sums)))
+
+
+def _moments(tensor: Tensor) -> Tensor:
+    """Count, sum and sum of squares of this rank's part, in float64: the mean's square is to be taken off again."""
+    part = local_part(tensor)
+    if part.numel() == 0:
+        return torch.zeros(3, dtype=torch.float64, device=part.device)
+    std, mean = (x.double() for x in torch.std_mean(_wide(part), correction=0))
+    count = torch.full_like(mean, part.numel())
+    return torch.stack([count, count * mean, count * (std.square() + mean.square())])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide_dtype(tensor))
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -5,21 +5,22 @@ from balanceopt.monitor._columns import as_rows
 from balanceopt.monitor._company import enter, leave, refuse_company
 from balanceopt.monitor._features import samples_first
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._labels import off_residual, two_classes
+from balanceopt.monitor._labels import LabelSource, off_residual, two_classes
 from balanceopt.monitor._logits import UnimodalLogits, check_layout
 from balanceopt.monitor._module_hooks import WeakHook
 from balanceopt.monitor._monitor import ModalityMonitor, require_scores
 from balanceopt.monitor._outputs import is_differentiable, map_tensors, tensors_in
 from balanceopt.monitor._replay import State, evaluate, keep_random_states, without_gradients
 from balanceopt.monitor._scores import ScoreBuffer, Scores
-from balanceopt.monitor._supported import in_backward, is_batched
+from balanceopt.monitor._supported import refuse_model
 
 __all__ = [
     "CallWatch",
-    "ScoreBuffer",
+    "LabelSource",
     "ModalityMonitor",
-    "Scores",
     "Pass",
+    "ScoreBuffer",
+    "Scores",
     "State",
     "UnimodalLogits",
     "WeakHook",
@@ -28,14 +29,13 @@ __all__ = [
     "compiled_before",
     "enter",
     "evaluate",
-    "in_backward",
-    "is_batched",
     "is_differentiable",
     "keep_random_states",
     "leave",
     "map_tensors",
     "off_residual",
     "refuse_company",
+    "refuse_model",
     "require_scores",
     "samples_first",
     "tensors_in",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts
 from balanceopt._warnings import warn_user
-from balanceopt.functional._targets import Targets
+from balanceopt.functional import Targets
 from balanceopt.monitor._labels import NO_CLASSES, of_two_classes, two_classes
 
 # Fewer rows may be those of one mixed batch (mixup); a model's own loss mixes nothing.

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from balanceopt._pooling import Projection, pool_features, samples_in
+from balanceopt._torch import base_of
 from balanceopt.modality import unwrap
 from balanceopt.monitor._forward import Edge, Pass
 from balanceopt.monitor._outputs import feature_tensors, map_tensors, shapes_of
@@ -96,8 +97,9 @@ class Features:
             if x.requires_grad:
                 edges.setdefault(edge_of(x), path)
                 # Changed in place, a view's own node leaves the graph; that of its base stays.
-                if x._base is not None and x._base.requires_grad:
-                    current.bases.setdefault(edge_of(x._base), (name, path))
+                base = base_of(x)
+                if base is not None and base.requires_grad:
+                    current.bases.setdefault(edge_of(base), (name, path))
 
     def learn(self, current: Pass) -> None:
         """Follow the graph back from the logits, and choose each modality's features.

@@ -11,10 +11,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from balanceopt._torch import next_node, number_of_node, running_node, version_of
 from balanceopt._undo import Undo
 from balanceopt.monitor._module_hooks import FunctionalHooks
 from balanceopt.monitor._scores import Scores
-from balanceopt.monitor._supported import next_node, running_node
 
 if TYPE_CHECKING:
     from balanceopt.monitor._scorer import Scorer
@@ -122,7 +122,7 @@ class Pass:
     @property
     def written_parameters(self) -> set[int]:
         """Ids of the replayed modules' parameters that the forward has written to."""
-        return {id(parameter) for parameter, version in self.versions if parameter._version != version}
+        return {id(parameter) for parameter, version in self.versions if version_of(parameter) != version}
 
     @property
     def answered(self) -> int:
@@ -219,7 +219,7 @@ class Passes:
         that made the node whose backward is running; a checkpoint inside a checkpoint makes new nodes, and belongs to
         the pass around it.
         """
-        node = running_node()
+        node = number_of_node(running_node())
         made = [current for current in self._alive if current.made(node)]
         if made:
             self._backward = max(made, key=lambda current: current.first_node)

@@ -12,6 +12,8 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor, nn
 
+from balanceopt._sharding import is_sharded
+from balanceopt._torch import in_backward, is_batched, next_node
 from balanceopt._undo import Undo
 from balanceopt.distributed import Group
 from balanceopt.monitor._answers import Answers
@@ -22,7 +24,7 @@ from balanceopt.monitor._module_hooks import Hook, remove_hooks
 from balanceopt.monitor._outputs import first_tensor, map_tensors, tensors_in
 from balanceopt.monitor._per_head import refuse_widths
 from balanceopt.monitor._scorer import Scorer
-from balanceopt.monitor._supported import in_backward, is_batched, next_node, outside_graphs, refuse_join
+from balanceopt.monitor._supported import outside_graphs, refuse_join
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -132,7 +134,7 @@ class Hooks:
         """
         unimodal, known = self._scorer.unimodal, self.features.paths
         shown = known.keys() >= self.encoders.keys() and (unimodal is None or unimodal.knows_layout)
-        if shown or any(hasattr(p, "device_mesh") for p in self.model.parameters()):
+        if shown or any(is_sharded(p) for p in self.model.parameters()):
             return run()
         undo = Undo()
         with undo, undo:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from balanceopt._deferred import DeferredCounts, on_host
 from balanceopt._warnings import warn_user
-from balanceopt.functional import recover_labels
-from balanceopt.functional._labels import INVALID
+from balanceopt.functional import INVALID, recover_labels
 from balanceopt.monitor._forward import Observed, Pass
 from balanceopt.monitor._outputs import first_tensor
 

@@ -10,14 +10,9 @@ from weakref import WeakMethod, finalize, ref
 
 from torch import nn
 
+from balanceopt._torch import AFTER_FORWARD, BEFORE_FORWARD, SHARDING_HOOKS, version_of
 from balanceopt.monitor._outputs import tensors_in
 from balanceopt.monitor._supported import outside_graphs
-
-_BEFORE, _AFTER = "_forward_pre_hooks", "_forward_hooks"
-HOOKS = (_BEFORE, _AFTER, "_backward_pre_hooks", "_backward_hooks")
-
-# torch's hooks that see to shards, which a replay gathers by itself.
-_SHARDING = ("torch.distributed.fsdp", "torch.distributed._composable")
 
 
 class WeakHook:
@@ -61,7 +56,7 @@ class Hook(WeakHook):
     def remove(self) -> None:
         """Take the hook off. May be called twice."""
         attributes = vars(module) if (module := self._module()) is not None else {}
-        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        for kind in (BEFORE_FORWARD, AFTER_FORWARD):
             hooks = attributes.get(kind, {})
             for key in [key for key, hook in hooks.items() if hook is self]:
                 del hooks[key]
@@ -96,10 +91,14 @@ class FunctionalHooks:
     def probe(self, modules: Iterable[nn.Module]) -> None:
         """Put probes around those hooks on `modules` whose code does not tell what they are."""
         modules = list(modules)
-        hooked = [module for module in modules if vars(module).get(_BEFORE) or vars(module).get(_AFTER)]
+        hooked = [
+            module
+            for module in modules
+            if vars(module).get(BEFORE_FORWARD) or vars(module).get(AFTER_FORWARD)
+        ]
         classes = {type(module) for module in modules} if hooked else set()
         for module in hooked:
-            for kind in (_BEFORE, _AFTER):
+            for kind in (BEFORE_FORWARD, AFTER_FORWARD):
                 hooks = vars(module).get(kind, {})
                 doubtful = [hook for key, hook in hooks.items() if not self._is_of_model(key, hook, classes)]
                 if doubtful:
@@ -107,12 +106,12 @@ class FunctionalHooks:
 
     def resent(self, module: nn.Module, output: Any) -> None:
         """Note that this package itself has exchanged a module's output."""
-        if (id(module), _AFTER) in self._before:
-            self._before[id(module), _AFTER] = _shown((output,))
+        if (id(module), AFTER_FORWARD) in self._before:
+            self._before[id(module), AFTER_FORWARD] = _shown((output,))
 
     def of(self, module: nn.Module, kind: str) -> dict[int, Callable[..., Any]]:
         """The hooks of one kind on a module that are part of the model's function, by their number."""
-        hooks = vars(module).get(kind, {}) if kind in (_BEFORE, _AFTER) else {}
+        hooks = vars(module).get(kind, {}) if kind in (BEFORE_FORWARD, AFTER_FORWARD) else {}
         return {
             key: hook
             for key, hook in hooks.items()
@@ -152,7 +151,7 @@ class FunctionalHooks:
         self.probes += pair  # before they are put on: an interrupt leaves none behind that is not listed
         self._around[id(module), kind] = pair
         for probe, prepend in zip(pair, (True, False), strict=True):
-            put_on = probe.before if kind == _BEFORE else probe.after
+            put_on = probe.before if kind == BEFORE_FORWARD else probe.after
             put_on(prepend=prepend)
 
     def _on_first(self, kind: str, module: nn.Module, *values: Any) -> None:
@@ -171,13 +170,13 @@ class FunctionalHooks:
 def _shown(values: tuple[Any, ...]) -> tuple[list[Any], list[int]]:
     """What hooks may exchange or change: `(args, kwargs)`, or the output, which is the last; and tensors' versions."""
     items = [values[0], *values[1].values()] if len(values) == 2 else [values[-1]]
-    return items, [tensor._version for tensor in tensors_in(items) if not tensor.is_inference()]
+    return items, [version_of(tensor) for tensor in tensors_in(items) if not tensor.is_inference()]
 
 
 def _is_plumbing(hook: Callable[..., Any]) -> bool:
     """Whether a hook is this package's, or sees to shards."""
     code = _code(hook)
-    return isinstance(code, WeakHook) or str(getattr(code, "__module__", "")).startswith(_SHARDING)
+    return isinstance(code, WeakHook) or str(getattr(code, "__module__", "")).startswith(SHARDING_HOOKS)
 
 
 def _is_code_of(hook: Callable[..., Any], classes: set[type[nn.Module]]) -> bool:

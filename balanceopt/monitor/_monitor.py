@@ -19,7 +19,7 @@ from balanceopt._options import (
     shown,
     to_tensor,
 )
-from balanceopt._torch import holds_compiled_code
+from balanceopt._torch import holds_compiled_code, is_compiled
 from balanceopt.distributed import Group, check_group
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
 from balanceopt.monitor._answers import Answers
@@ -33,7 +33,7 @@ from balanceopt.monitor._logits import UserScores
 from balanceopt.monitor._module_hooks import Hook, remove_hooks
 from balanceopt.monitor._scorer import Scorer
 from balanceopt.monitor._scores import ScoreBuffer
-from balanceopt.monitor._silence import is_compiled, why_silent
+from balanceopt.monitor._silence import why_silent
 from balanceopt.monitor._supported import refuse_model
 from balanceopt.monitor._traces import Traces
 

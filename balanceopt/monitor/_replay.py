@@ -16,17 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from balanceopt._torch import keep_compiler_stance
+from balanceopt._sharding import is_sharded
+from balanceopt._torch import GLOBAL_HOOKS, MODULE_HOOKS, has_compiler, keep_compiler_stance, version_of
 from balanceopt._undo import Undo
-from balanceopt.monitor._module_hooks import HOOKS, FunctionalHooks
+from balanceopt.monitor._module_hooks import FunctionalHooks
 
 Twin = TypeVar("Twin")
 
-_GLOBAL_HOOKS: list[dict[int, Any]] = [
-    hooks
-    for name, hooks in vars(nn.modules.module).items()
-    if name.startswith("_global_") and name.endswith("_hooks")
-]
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set})
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
 # What nn.Module itself keeps, empty in most modules: the hooks that a forward may add to are hidden, and the rest is no
@@ -65,14 +61,14 @@ def quieten(undo: Undo, modules: Sequence[nn.Module], device: torch.device) -> N
     without_gradients(undo)
     keep_random_states(undo, [device])
     for module in modules:
-        if hasattr(module, "unshard") and any(hasattr(p, "full_tensor") for p in module.parameters()):
+        if hasattr(module, "unshard") and any(is_sharded(p) for p in module.parameters()):
             sharded: Any = module  # their own hooks else see to it
             undo.note(sharded.reshard)
             sharded.unshard()
-    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes a second
+    if has_compiler():  # else nothing was compiled
         undo.note(keep_compiler_stance())
         torch.compiler.set_stance("force_eager")
-    for hooks in filter(None, _GLOBAL_HOOKS):  # of profilers, counters of operations
+    for hooks in filter(None, GLOBAL_HOOKS):  # of profilers, counters of operations
         undo.note(partial(_refill, hooks, dict(hooks)))
         hooks.clear()
     checkpoint = sys.modules.get("torch.utils.checkpoint")
@@ -125,24 +121,22 @@ class State:
             thorough: make a twin of each tensor among the attributes, but of no buffer: the caller sees to these.
         """
         self._undo = undo
-        self._modules = [module for module in modules if not _is_unbuilt(module)]
+        self._parts = [module for module in modules if not _is_unbuilt(module)]
         self._written = written
         self._thorough = thorough
         self._before: dict[int, tuple[Any, Any]] = {}
         self._twins: dict[int, Any] = {}
         self._watched: list[tuple[Tensor, int, tuple[Any, ...]]] = []
         undo.note(self._restore)
-        for module in self._modules:
+        for module in self._parts:
             self._keep_module(module)
 
     def quieten(self, functional: FunctionalHooks) -> None:
         """Put the modules into eval mode, and call only those hooks that are part of the model's function."""
-        evaluate(
-            self._undo, (module for module in self._modules if isinstance(module, torch.jit.ScriptModule))
-        )
-        for module in self._modules:
+        evaluate(self._undo, (module for module in self._parts if isinstance(module, torch.jit.ScriptModule)))
+        for module in self._parts:
             namespace = vars(module)
-            for kind in HOOKS:
+            for kind in MODULE_HOOKS:
                 namespace[kind] = OrderedDict(functional.of(module, kind) if namespace.get(kind) else ())
             namespace["training"] = False
 
@@ -158,9 +152,9 @@ class State:
         if not tensor.requires_grad:
             if self._thorough:
                 return tensor if buffer else self._twin(tensor, _copied(tensor))
-            if buffer or tensor.is_inference() or tensor._version > 0:
+            if buffer or tensor.is_inference() or version_of(tensor) > 0:
                 return self._twin(tensor, _copied(tensor))
-        self._watched.append((tensor, tensor._version, where))
+        self._watched.append((tensor, version_of(tensor), where))
         return tensor
 
     def refuse_changed(self) -> None:
@@ -170,7 +164,7 @@ class State:
             RuntimeError: naming the attribute.
         """
         for tensor, version, where in self._watched:
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 raise RuntimeError(
                     f"the model's forward changes {'.'.join(map(str, where))} in place in eval mode. The run of the "
                     "fusion by which a modality is scored alone can't take that back. Make it a buffer, change it out "

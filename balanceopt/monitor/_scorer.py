@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from balanceopt._pooling import as_real, samples_in
+from balanceopt._torch import parameters_of, version_of
 from balanceopt._undo import Undo
 from balanceopt._warnings import warn_user
-from balanceopt.functional import feature_entropy
-from balanceopt.functional._labels import INVALID
-from balanceopt.functional._targets import Targets, as_targets
+from balanceopt.functional import INVALID, Targets, as_targets, feature_entropy
 from balanceopt.monitor._agreement import Agreement
 from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
@@ -81,10 +80,10 @@ class Scorer:
             current.replayed = self.unimodal.replayed()
             self.hooks.probe(current.replayed)
             current.versions = [
-                (parameter, parameter._version)
+                (parameter, version_of(parameter))
                 for module in current.replayed
-                for parameter in module._parameters.values()
-                if parameter is not None and not is_lazy(parameter)
+                for parameter in parameters_of(module)
+                if not is_lazy(parameter)
             ]
 
     def end_forward(self, current: Pass) -> None:

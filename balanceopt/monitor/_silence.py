@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from torch import nn
-
 
 class Seen:
     """How often what happened: in all, and since the last score."""
@@ -75,11 +73,3 @@ def _uncalled(recent: Counter[str]) -> list[str]:
     return [
         f"the encoder of {name!r} was never called: give the module that the model calls" for name in missing
     ]
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile was used on the model or on a part of it."""
-    return any(
-        "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
-        for module in model.modules()
-    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from balanceopt._sharding import whole
 from balanceopt._undo import Undo
 from balanceopt.monitor._columns import (
     AmbiguousMatchError,
@@ -71,7 +72,7 @@ class SplitHead(UnimodalLogits):
         """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
         x = projected(name, self.projections.get(name), features, samples)
         weight, bias = self._parameters()
-        weight, share = _attached(weight), None if bias is None else _attached(bias) / len(self.modalities)
+        weight, share = whole(weight), None if bias is None else whole(bias) / len(self.modalities)
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
         return nn.functional.linear(x, weight[:, self.columns[name]], share)
 
@@ -88,7 +89,9 @@ class SplitHead(UnimodalLogits):
     def _detached(self) -> tuple[Tensor, Tensor | None]:
         """Weight, and each modality's share of the bias, whole and in float32."""
         weight, bias = self._parameters()
-        return _whole(weight).float(), None if bias is None else _whole(bias).float() / len(self.modalities)
+        return whole(weight).detach().float(), None if bias is None else whole(bias).detach().float() / len(
+            self.modalities
+        )
 
     def _try(self, x: Tensor, weight: Tensor, share: Tensor | None, current: Pass) -> bool:
         """Make sure that weight and bias make the head's output; False where this pass can't tell.
@@ -207,15 +210,3 @@ def _like_rows(features: Tensor, head_input: Tensor) -> Tensor:
     """Features with one row for each row of a head's input that has more than two dimensions."""
     per_position = head_input.dim() > 2 and features.shape[:-1] == head_input.shape[:-1]
     return as_rows(features) if per_position else features
-
-
-def _attached(parameter: Tensor) -> Tensor:
-    """The full tensor of a sharded parameter, attached to the graph."""
-    full: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)
-    return parameter if full is None else full()
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The full tensor of a sharded parameter, detached."""
-    full = getattr(parameter, "full_tensor", None)
-    return parameter.detach() if full is None else full().detach()

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
-from balanceopt._torch import backward_number
+from balanceopt._sharding import is_sharded
+from balanceopt._torch import backward_number, running_node, will_run
 
 Head = nn.Module | Mapping[str, nn.Module] | None
 
@@ -22,7 +22,7 @@ class Traces:
         """Look at one parameter after the other, the likeliest first."""
         self._model = model
         heads = head.values() if isinstance(head, Mapping) else [head]
-        self._modules = [*(h for h in heads if h is not None), *encoders.values(), model]
+        self._parts = [*(h for h in heads if h is not None), *encoders.values(), model]
         self._latest: ref[nn.Parameter] | None = None
         self._backward = -1
 
@@ -42,7 +42,7 @@ class Traces:
         for parameter in self._likely(latest):
             if not parameter.requires_grad or nn.parameter.is_lazy(parameter):
                 continue
-            if hasattr(parameter, "device_mesh"):  # the graph's leaves are other tensors (FSDP2)
+            if is_sharded(parameter):  # the graph's leaves are other tensors (FSDP2)
                 return True
             trainable = True
             reached = _reached(parameter)
@@ -55,13 +55,13 @@ class Traces:
     def _likely(self, latest: nn.Parameter | None) -> Iterator[nn.Parameter]:
         if latest is not None:
             yield latest
-        for module in self._modules:
+        for module in self._parts:
             yield from module.parameters()
 
     def _in_graph(self) -> bool:
         """Whether any of the model's parameters is in the graph that the logits came from."""
         params = {id(p) for p in self._model.parameters()}
-        nodes: list[Any] = [torch._C._current_autograd_node()]
+        nodes: list[Any] = [running_node()]
         seen = set(nodes)
         while nodes:
             node = nodes.pop()
@@ -77,6 +77,6 @@ def _reached(parameter: nn.Parameter) -> bool | None:
     """Whether the running backward adds to the parameter's gradient; None where it returns it to a caller."""
     node = get_gradient_edge(parameter).node
     try:
-        return bool(torch._C._will_engine_execute_node(node))
+        return will_run(node)
     except RuntimeError:  # a leaf that torch.autograd.grad was asked for
         return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt._pooling import Projection
+from balanceopt._torch import AFTER_FORWARD, BEFORE_FORWARD
 from balanceopt.modality import modules_outside
 from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._columns import projection_onto
@@ -87,8 +88,8 @@ class ZeroOut(UnimodalLogits):
             undo.set(vars(self.encoders[name]), "forward", _Cached(outputs, zero=name != alone))
         if self.head is not self.model:
             stop = _Stop(current.answering_call)
-            hooks = vars(self.head)["_forward_hooks"]
-            undo.set(vars(self.head), "_forward_hooks", OrderedDict([*hooks.items(), (_Stop.key, stop)]))
+            hooks = vars(self.head)[AFTER_FORWARD]
+            undo.set(vars(self.head), AFTER_FORWARD, OrderedDict([*hooks.items(), (_Stop.key, stop)]))
         look = self._look(alone, current)
         # A forward may take its batch apart, and write into it.
         args, kwargs = map_tensors(lambda x: state.tensor(x, "its inputs"), current.inputs)
@@ -115,10 +116,8 @@ class ZeroOut(UnimodalLogits):
             return None
         look = _Look(z)
         for module in modules_outside(self.model, self.encoders.values()):
-            hooks = vars(module)["_forward_pre_hooks"]
-            current.undo.set(
-                vars(module), "_forward_pre_hooks", OrderedDict([*hooks.items(), (_Stop.key, look)])
-            )
+            hooks = vars(module)[BEFORE_FORWARD]
+            current.undo.set(vars(module), BEFORE_FORWARD, OrderedDict([*hooks.items(), (_Stop.key, look)]))
         return look
 
 

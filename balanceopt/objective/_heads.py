@@ -14,10 +14,10 @@ from torch.nn.parameter import is_lazy
 
 from balanceopt._options import check_kind
 from balanceopt._pooling import Pool, pool_features, samples_in
-from balanceopt._torch import after_backward, backward_number
+from balanceopt._torch import after_backward, backward_number, version_of
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import Group, active_group
-from balanceopt.functional._targets import as_targets
+from balanceopt.functional import as_targets
 from balanceopt.monitor import ModalityMonitor, two_classes
 
 HeadKind = Literal["own", "shared"]
@@ -60,7 +60,7 @@ def build(head: nn.Linear, width: int) -> None:
 
 
 def _versions_of(params: Iterable[nn.Parameter]) -> int:
-    return sum(p._version for p in params if not is_lazy(p))
+    return sum(version_of(p) for p in params if not is_lazy(p))
 
 
 class Heads:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from balanceopt._deferred import DeferredCounts
-from balanceopt._torch import after_backward, backward_number
+from balanceopt._sharding import is_sharded
+from balanceopt._torch import after_backward, backward_number, in_backward, is_batched
 from balanceopt._warnings import warn_user
-from balanceopt.functional import recover_labels, recover_scale
-from balanceopt.functional._labels import INVALID
-from balanceopt.functional._targets import as_targets
+from balanceopt.functional import INVALID, as_targets, recover_labels, recover_scale
 from balanceopt.monitor import (
     CallWatch,
     ModalityMonitor,
@@ -25,8 +24,6 @@ from balanceopt.monitor import (
     WeakHook,
     as_rows,
     enter,
-    in_backward,
-    is_batched,
     is_differentiable,
     leave,
     map_tensors,
@@ -100,7 +97,7 @@ class Injection:
                 "inject=True reads labels and scale from the gradient at the joint logits. Build the monitor with "
                 "`head=`, or pass `loss=`, the loss module that the loop calls."
             )
-        if heads.shared and any(hasattr(p, "device_mesh") for p in heads.parameters(monitor.modalities[0])):
+        if heads.shared and any(is_sharded(p) for p in heads.parameters(monitor.modalities[0])):
             raise NotImplementedError(
                 "inject=True with heads='shared' is not supported for a sharded head: its gradient is made on other "
                 "tensors. Use heads='own', or add objective(labels) to the loss."

@@ -24,8 +24,9 @@ from balanceopt._options import (
     to_tensor,
 )
 from balanceopt._pooling import Pool, check_pool
+from balanceopt._torch import in_backward
 from balanceopt.distributed import active_group, shared_seed
-from balanceopt.monitor import ModalityMonitor, Pass, in_backward, require_scores
+from balanceopt.monitor import ModalityMonitor, Pass, require_scores
 from balanceopt.objective._heads import (
     HeadKind,
     Heads,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from balanceopt._method import Listener
+from balanceopt._torch import OPTIMIZER_HOOKS
 from balanceopt._undo import Before
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
@@ -180,7 +181,7 @@ def attach(
     Reference:
         docs/integrations.md.
     """
-    if isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, OPTIMIZER_HOOKS[0]):
         raise TypeError(
             f"{type(optimizer).__name__} has no step hooks. Use ModulatedOptimizer, or attach to the optimizer "
             "inside it (`.optimizer`)."

@@ -11,6 +11,8 @@ import torch
 
 from balanceopt._method import Method
 from balanceopt._options import check_flag, check_kind, check_seed
+from balanceopt._sharding import is_sharded
+from balanceopt._torch import is_flattened, steps_in_backward
 from balanceopt._undo import optimizers_in
 from balanceopt._warnings import warn_user
 from balanceopt.modality import unwrap
@@ -60,11 +62,11 @@ def refuse_groups(groups: Sequence[dict[str, Any]]) -> None:
     for group in groups:
         refuse_differentiable(group)
         for parameter in group["params"]:
-            if hasattr(parameter, "_in_backward_optimizers"):
+            if steps_in_backward(parameter):
                 raise NotImplementedError(
                     "an optimizer that steps inside backward leaves no gradients to modulate. Step it after backward."
                 )
-            if getattr(parameter, "_fsdp_flattened", False):
+            if is_flattened(parameter):
                 raise NotImplementedError(
                     "FullyShardedDataParallel (FSDP1) is not supported: its parameters are flat local shards. "
                     "Use torch.distributed.fsdp.fully_shard (FSDP2)."
@@ -93,7 +95,7 @@ def refuse_shared_gradients(slots: Iterable[Slot]) -> None:
     places: list[tuple[int, int, int, Slot]] = []
     for slot in slots:
         gradient = slot.grad
-        if gradient.layout != torch.strided or hasattr(gradient, "device_mesh") or gradient.numel() == 0:
+        if gradient.layout != torch.strided or is_sharded(gradient) or gradient.numel() == 0:
             continue
         span = 1 + sum((n - 1) * stride for n, stride in zip(gradient.shape, gradient.stride(), strict=True))
         if span < gradient.numel():

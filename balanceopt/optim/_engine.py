@@ -12,11 +12,11 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._method import Listener
 from balanceopt._options import shown
+from balanceopt._sharding import local_part
 from balanceopt._torch import holds_compiled_code
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, StepContext
-from balanceopt.modulation._shards import local_part
 from balanceopt.monitor import ModalityMonitor, Scores, compiled_before
 from balanceopt.optim._checks import (
     check_arguments,

@@ -9,20 +9,12 @@ from typing import Any, NoReturn, overload
 import torch
 
 from balanceopt._method import Listener
+from balanceopt._torch import OPTIMIZER_HOOKS
 from balanceopt._undo import Before
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._engine import Engine
 from balanceopt.optim._state import check_state
-
-_HOOKS = (
-    "_optimizer_step_pre_hooks",
-    "_optimizer_step_post_hooks",
-    "_optimizer_state_dict_pre_hooks",
-    "_optimizer_state_dict_post_hooks",
-    "_optimizer_load_state_dict_pre_hooks",
-    "_optimizer_load_state_dict_post_hooks",
-)
 
 
 class ModulatedOptimizer(torch.optim.Optimizer):
@@ -258,5 +250,5 @@ class ModulatedOptimizer(torch.optim.Optimizer):
 
 def _give_hooks(optimizer: torch.optim.Optimizer) -> None:
     """What Optimizer.__init__ makes, for optimizers that never called it."""
-    for name in _HOOKS:
+    for name in OPTIMIZER_HOOKS:
         optimizer.__dict__.setdefault(name, OrderedDict())

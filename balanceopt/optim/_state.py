@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from balanceopt._options import check_count, check_entries, check_kind
+from balanceopt._sharding import local_part
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import shared_seed
-from balanceopt.modulation._shards import local_part
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim._checks import refuse_differentiable
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt._deferred import on_host
-from balanceopt.modulation._shards import local_part
+from balanceopt._sharding import local_part
+from balanceopt._torch import foreach_add_, foreach_lerp_, foreach_mul_, foreach_sub
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
@@ -85,7 +86,7 @@ def _scale_differences(values: list[Tensor], before: list[Tensor], factor: Tenso
     """`values <- before + factor (values - before)` in place; exact where both are equal, and for a factor of 1."""
     host_value = on_host(factor)
     if host_value is not None and factor.dim() == 0:
-        torch._foreach_lerp_(values, before, 1 - float(host_value))
+        foreach_lerp_(values, before, 1 - float(host_value))
         return
     rest = torch.where(torch.isfinite(factor), 1 - factor, 0)
     if factor.dim():
@@ -97,6 +98,6 @@ def _scale_differences(values: list[Tensor], before: list[Tensor], factor: Tenso
         by_kind.setdefault((x.device, x.dtype), []).append(index)
     for (device, dtype), indices in by_kind.items():
         chosen = [values[i] for i in indices]
-        differences = torch._foreach_sub([before[i] for i in indices], chosen)
-        torch._foreach_mul_(differences, rest.to(device, dtype.to_real()))
-        torch._foreach_add_(chosen, differences)
+        differences = foreach_sub([before[i] for i in indices], chosen)
+        foreach_mul_(differences, rest.to(device, dtype.to_real()))
+        foreach_add_(chosen, differences)

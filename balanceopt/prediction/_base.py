@@ -13,15 +13,9 @@ from torch import Tensor
 from balanceopt._method import Method, Unit
 from balanceopt._options import check_count, check_entries, check_kind
 from balanceopt._random import generator_for
+from balanceopt._torch import in_backward
 from balanceopt.distributed import rank_in, shared_seed
-from balanceopt.monitor import (
-    ModalityMonitor,
-    Pass,
-    in_backward,
-    is_differentiable,
-    map_tensors,
-    samples_first,
-)
+from balanceopt.monitor import ModalityMonitor, Pass, is_differentiable, map_tensors, samples_first
 
 
 @dataclass

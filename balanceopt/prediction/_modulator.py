@@ -16,8 +16,7 @@ from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_count, check_entries, check_kind, check_number, shown
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, rank_in, sum_over_ranks
-from balanceopt.functional import discrepancy_ratio, drop_probability
-from balanceopt.functional._scores import RatioReduction
+from balanceopt.functional import RatioReduction, discrepancy_ratio, drop_probability
 from balanceopt.monitor import (
     CallWatch,
     ModalityMonitor,

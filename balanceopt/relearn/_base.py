@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from balanceopt._method import Method
 from balanceopt._options import check_count, check_entries, check_kind
+from balanceopt._undo import Attempt
 from balanceopt.monitor import ModalityMonitor
 
 
@@ -23,6 +25,8 @@ class EpochMethod(Method, ABC):
 
     Attributes:
         last_epoch: epochs that have ended.
+        attempt: of the step under way. Where the step does not end well, what `run` has noted in it goes back:
+            `self.attempt.note(function)`, before each change.
 
     Raises:
         TypeError: if `monitor` is no `ModalityMonitor`.
@@ -37,21 +41,29 @@ class EpochMethod(Method, ABC):
         super().__init__(start=start, end=end, unit="epoch")
         self.monitor = monitor
         self.last_epoch = 0
+        self.attempt = Attempt()
 
     @abstractmethod
     def run(self, epoch: int) -> Any:
         """Act after an epoch, counted from 0; what is returned is what `step` returns."""
 
-    def step(self) -> Any:
+    def step(self, *args: Any, **given: Any) -> Any:
         """Count an epoch that has ended; act where it lies in the window.
+
+        Args:
+            *args: further arguments of `run`, where it has any.
+            **given: the same, by name.
 
         Returns:
             What `run` returns; None outside the window and after `remove()`.
         """
         epoch = self.last_epoch
         self.set_epoch(epoch)
-        result = None if self.removed or not self.is_open(epoch) else self.run(epoch)
-        self.last_epoch = epoch + 1
+        self.attempt = attempt = Attempt()
+        with attempt, attempt:
+            attempt.note(partial(vars(self).update, last_epoch=epoch))
+            result = None if self.removed or not self.is_open(epoch) else self.run(epoch, *args, **given)
+            self.last_epoch = epoch + 1
         return result
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from balanceopt._options import to_tensor
 from balanceopt._pooling import samples_in
+from balanceopt._torch import in_backward
 from balanceopt._undo import Undo
 from balanceopt.distributed import active_group
 from balanceopt.monitor import (
@@ -23,7 +24,6 @@ from balanceopt.monitor import (
     Pass,
     State,
     evaluate,
-    in_backward,
     keep_random_states,
     map_tensors,
     without_gradients,

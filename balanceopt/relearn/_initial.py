@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from balanceopt._options import check_kind, names_of, shown
+from balanceopt._sharding import local_like, local_part, sharded_like
+from balanceopt._torch import WRAPPER_NAMES
 from balanceopt._undo import Before, Undo, optimizers_in
 from balanceopt._warnings import warn_user
 from balanceopt.functional import soft_reinit_
@@ -19,8 +21,6 @@ from balanceopt.monitor import ModalityMonitor
 
 OptimizerState = Literal["keep", "reset"]
 
-# What torch.compile and activation checkpointing put into the names of a module's parameters.
-_INSIDE = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 # What optimizers call a copy of the weights in their state: Lookahead's and Ranger's slow ones (torch_optimizer,
 # pytorch_optimizer, timm, the author's), Schedule-Free's z, ASGD's average, the single-precision ones of half weights.
@@ -70,7 +70,7 @@ class InitialWeights:
         """Copy the parameters that have become built and trainable."""
         for parameter, value in list(self._values.items()):
             if value is None and parameter.requires_grad and not is_lazy(parameter):
-                self._values[parameter] = self.copy_of(_local(parameter.detach()), parameter)
+                self._values[parameter] = self.copy_of(local_part(parameter.detach()), parameter)
 
     def give(self, state: Mapping[str, Any]) -> None:
         """Replace the copies by the user's values: a model's state dict, or one of each encoder by modality.
@@ -91,7 +91,7 @@ class InitialWeights:
         """Return the copies by name, for a checkpoint: sharded where the parameters are; None where there is none."""
         values = {name: (p, self._values.get(p)) for name, p in self._by_dotted_name().items()}
         later = {name: None for name, (p, _) in values.items() if p not in self._values}
-        return later | {name: _as_saved(v, p) for name, (p, v) in values.items() if v is not None}
+        return later | {name: sharded_like(v, p) for name, (p, v) in values.items() if v is not None}
 
     def check(self, state: Mapping[str, Tensor | None]) -> None:
         """Refuse a checkpoint of another model.
@@ -126,7 +126,7 @@ class InitialWeights:
                 f"parameters {unknown} came after the scheduler was built: there is no initial value for them, and "
                 "they are left as they are."
             )
-        return [(built[n], _local_start(v, built[n])) for n, v in values.items() if v is not None]
+        return [(built[n], local_like(v, built[n])) for n, v in values.items() if v is not None]
 
     def _by_dotted_name(self) -> dict[str, nn.Parameter]:
         """The parameters of all modalities."""
@@ -137,7 +137,7 @@ class InitialWeights:
         copies = {}
         for name, value in state.items():
             if value is not None:
-                value = self.copy_of(_local_start(value.detach(), current[name]), current[name])
+                value = self.copy_of(local_like(value.detach(), current[name]), current[name])
             copies[name] = value
         for name, value in copies.items():
             self._values.pop(current[name], None)
@@ -195,7 +195,7 @@ def reinitialise(
             states = [(o, o.state[parameter]) for o in holders if parameter in o.state]
             copies = [value for _, own in states for key, value in own.items() if key in _COPIES]
             for tensor in (parameter, *copies):
-                moves[id(tensor)] = (_local(tensor.detach()), start, alpha)
+                moves[id(tensor)] = (local_part(tensor.detach()), start, alpha)
             forgotten += [(o, parameter) for o, own in states if own.keys() - _COPIES]
     targets = [target for target, _, _ in moves.values()]
     undo.note(Before(optimizer).restore)
@@ -244,42 +244,6 @@ def _check_shapes(state: Mapping[str, Tensor | None], current: Mapping[str, Tens
 
 
 def _clean(name: str) -> str:
-    for part in _INSIDE:
+    for part in WRAPPER_NAMES:
         name = name.replace(part, "")
     return name.removeprefix("module.")  # DistributedDataParallel
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, of the same storage; the tensor itself where it is not sharded."""
-    part: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
-    return tensor if part is None else part()
-
-
-def _local_start(start: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's part of an initial value, given whole, as a part, or sharded in whatever way, for `tensor`."""
-    mesh: Any = getattr(tensor, "device_mesh", None)
-    if mesh is None:
-        full: Callable[[], Tensor] | None = getattr(start, "full_tensor", None)
-        return start if full is None else full()
-    placements: Any = tensor.placements  # type: ignore[attr-defined]
-    if hasattr(start, "to_local"):
-        return _local(start.redistribute(mesh, placements))  # type: ignore[attr-defined]
-    if start.shape == _local(tensor.detach()).shape:
-        return start
-    from torch.distributed.tensor import distribute_tensor
-
-    return _local(distribute_tensor(start.to(mesh.device_type), mesh, placements, src_data_rank=None))
-
-
-def _as_saved(start: Tensor, tensor: Tensor) -> Tensor:
-    """An initial value as a checkpoint holds it: sharded as `tensor` is."""
-    mesh: Any = getattr(tensor, "device_mesh", None)
-    if mesh is None:
-        return start
-    from torch.distributed.tensor import DTensor
-
-    part = _local_start(start, tensor).to(mesh.device_type)
-    placements: Any = tensor.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )

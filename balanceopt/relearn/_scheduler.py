@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 import torch
 
-from balanceopt._method import Listener
 from balanceopt._options import (
     check_choice,
     check_count,
@@ -19,9 +18,9 @@ from balanceopt._options import (
     check_kind,
 )
 from balanceopt._pooling import Pool
-from balanceopt._undo import Attempt
 from balanceopt._warnings import warn_user
 from balanceopt.monitor import ModalityMonitor
+from balanceopt.relearn._base import EpochMethod
 from balanceopt.relearn._diagnosis import (
     Diagnosis,
     Features,
@@ -41,7 +40,7 @@ from balanceopt.relearn._initial import InitialWeights, OptimizerState, reinitia
 _RECORDED = ("train_purity", "val_purity", "gap", "strength")
 
 
-class ReLearnScheduler:
+class ReLearnScheduler(EpochMethod):
     r"""Diagnosing & Re-learning, stepped once an epoch like a learning-rate scheduler.
 
     At every `every`-th `step()` the encoders' features of the training and of the validation samples are clustered; the
@@ -139,8 +138,8 @@ class ReLearnScheduler:
         check_count("every", every, at_least=1)
         check_count("epochs", epochs, at_least=1, or_none=True)
         check_count("first", first, at_least=1, or_none=True)
+        super().__init__(monitor)
         self.optimizer = optimizer
-        self.monitor = monitor
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.every = every
@@ -150,9 +149,7 @@ class ReLearnScheduler:
         self.forward = forward
         self.optimizer_state: OptimizerState = optimizer_state
         self.progress = progress
-        self.last_epoch = 0
         self.relearns = 0
-        self.listeners: list[Listener] = []
         self._options = options(
             seed,
             monitor.group,
@@ -188,18 +185,23 @@ class ReLearnScheduler:
             ValueError: if there is no data to diagnose, of one class, or with labels that are not integers.
             TypeError, KeyError: if the data is of another kind.
         """
-        diagnosis = None
-        if self._due:
-            diagnosis = replace(self.diagnose(train, val), epoch=self.last_epoch + 1)
-        attempt = Attempt()
-        with attempt, attempt:
-            attempt.note(partial(vars(self).update, last_epoch=self.last_epoch, relearns=self.relearns))
-            if diagnosis is not None:
-                reinitialise(attempt, diagnosis.strength, self._initial, self.optimizer, self.optimizer_state)
-                self.relearns += len(diagnosis.skipped) < len(diagnosis.modalities)
-            self.last_epoch += 1
-        if diagnosis is not None:
-            self._report(diagnosis)
+        diagnosis: Diagnosis | None = super().step(train=train, val=val)
+        for quantity in _RECORDED if diagnosis is not None else ():
+            values = list(getattr(diagnosis, quantity).values())
+            shown = torch.tensor(values, dtype=torch.float64, device="cpu")
+            self.report(self.last_epoch, quantity, self.monitor.modalities, shown)
+        return diagnosis
+
+    def run(
+        self, epoch: int, *, train: Features | None = None, val: Features | None = None
+    ) -> Diagnosis | None:
+        """Diagnose and re-initialise, if it is time to."""
+        if not self._due:
+            return None
+        diagnosis = replace(self.diagnose(train, val), epoch=epoch + 1)
+        self.attempt.note(partial(vars(self).update, relearns=self.relearns))
+        reinitialise(self.attempt, diagnosis.strength, self._initial, self.optimizer, self.optimizer_state)
+        self.relearns += len(diagnosis.skipped) < len(diagnosis.modalities)
         return diagnosis
 
     def diagnose(self, train: Source | None = None, val: Source | None = None) -> Diagnosis:
@@ -222,43 +224,43 @@ class ReLearnScheduler:
     def state_dict(self) -> dict[str, Any]:
         """Count of epochs and of re-initialisations, the seed, and the initial weights by dotted name."""
         return {
-            "last_epoch": self.last_epoch,
+            **super().state_dict(),
             "relearns": self.relearns,
             "seed": self._options.seed,
             "initial": self._initial.state(),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
         Args:
-            state_dict: from `state_dict()`.
+            state: from `state_dict()`.
 
         Raises:
             ValueError: if its initial weights are not those of this model, or a counter is no whole number; nothing is
                 changed then.
             TypeError, KeyError: if it is no state of a scheduler; nothing is changed then.
         """
-        self.check_state(state_dict)
-        self._initial.load(state_dict["initial"])
-        self.last_epoch, self.relearns = int(state_dict["last_epoch"]), int(state_dict["relearns"])
-        self._options = replace(self._options, seed=int(state_dict["seed"]))
+        super().load_state_dict(state)
+        self._initial.load(state["initial"])
+        self.relearns = int(state["relearns"])
+        self._options = replace(self._options, seed=int(state["seed"]))
 
-    def check_state(self, state_dict: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse what `load_state_dict` can't take.
 
         Raises:
             ValueError, TypeError, KeyError: as `load_state_dict`.
         """
-        check_entries(
-            "the state of a ReLearnScheduler", state_dict, ("last_epoch", "relearns", "seed", "initial")
-        )
-        for entry in ("last_epoch", "relearns", "seed"):
-            check_count(entry, state_dict[entry])
-        self._initial.check(state_dict["initial"])
+        super().check_state(state)
+        check_entries("the state of ReLearnScheduler", state, ("relearns", "seed", "initial"))
+        for entry in ("relearns", "seed"):
+            check_count(entry, state[entry])
+        self._initial.check(state["initial"])
 
     def remove(self) -> None:
-        """Stop listening to the monitor. May be called twice."""
+        """Act no more, and stop listening to the monitor. May be called twice."""
+        super().remove()
         self.monitor.hooks.outputs.drop(self._copy_late)
 
     @property
@@ -304,14 +306,6 @@ class ReLearnScheduler:
         self._initial.take()
         if not self._initial.waiting:
             self.monitor.hooks.outputs.drop(self._copy_late)
-
-    def _report(self, diagnosis: Diagnosis) -> None:
-        for listener in self.listeners:
-            for quantity in _RECORDED:
-                values = torch.tensor(
-                    list(getattr(diagnosis, quantity).values()), dtype=torch.float64, device="cpu"
-                )
-                listener(self.last_epoch, quantity, diagnosis.modalities, values)
 
 
 def _check_arguments(

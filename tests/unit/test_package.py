@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,56 @@ def test_imports_go_down_only(path):
         other = layer_of(part)
         assert other is not None, f"{path.name} imports {part}, which belongs to no layer"
         assert other <= own, f"{path.name} imports {part} from a layer above its own"
+
+
+def private_imports(path: Path) -> list[str]:
+    """Private modules of other folders that a file imports from."""
+    folder = path.relative_to(PACKAGE).parts[0]
+    nodes = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    modules = [(node.module or "").split(".") for node in nodes]
+    return [".".join(m) for m in modules if m[0] == "balanceopt" and len(m) > 2 and m[1] != folder]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_no_folder_imports_another_folders_private_module(path):
+    assert private_imports(path) == []
+
+
+# Names of torch's that begin with an underscore: of its modules, and of tensors, parameters and modules.
+PRIVATE_TORCH = re.compile(
+    r"\btorch(\.\w+)*\._(?!dynamo\.reset)\w|from torch\S* import (.*[ (,])?_\w"
+    r"|\._(version|base|local_tensor|modules|buffers)\b(?! =)"
+    r"|[\"']_(forward(_pre)?_hooks|orig_mod|in_backward_optimizers|fsdp_flattened|optimizer_\w+_hooks)\b"
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_private_torch_is_in_one_file(path):
+    code = ast.unparse(without_docstrings(ast.parse(path.read_text(encoding="utf-8"))))
+    lines = [line for line in code.splitlines() if PRIVATE_TORCH.search(line) and "balanceopt" not in line]
+    assert path.name in ("_torch.py", "_sharding.py") or lines == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_shards_are_handled_in_one_file(path):
+    code = ast.unparse(without_docstrings(ast.parse(path.read_text(encoding="utf-8"))))
+    assert path.name == "_sharding.py" or not re.search(
+        r"torch\.distributed\.tensor|DTensor|device_mesh|full_tensor|to_local", code
+    )
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
 
 
 def test_init_only_exports():

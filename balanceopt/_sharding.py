@@ -1,0 +1,116 @@
+"""Tensors of which each rank holds a shard (DTensor): the part of this rank, sums over shards, the way back to shards.
+
+A tensor that is no DTensor is its own part. DTensor is imported where it is needed: importing it takes long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, of the same storage."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, attached to its graph; for a DTensor a collective."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def local_box(tensor: Tensor) -> tuple[Tensor | None, Sequence[int]]:
+    """This rank's part, and where in the whole tensor it begins; None if it is not one box of it."""
+    if not is_sharded(tensor):
+        return tensor, (0,) * tensor.dim()
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # has no public twin
+
+    t: Any = tensor
+    if any(type(placement) not in (Replicate, Shard) for placement in t.placements):
+        return None, ()
+    _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return t.to_local(), offset
+
+
+def distributed_as(tensor: Tensor, values: Tensor, *, broadcast: bool = False) -> Tensor:
+    """Values that every rank holds, cut like a DTensor.
+
+    Args:
+        tensor: the DTensor.
+        values: of its shape; with `broadcast` of a shape that broadcasts with it.
+        broadcast: leave dimensions of size 1 whole.
+    """
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    t: Any = tensor
+    placements = t.placements
+    if broadcast:
+        placements = [
+            p if isinstance(p, Shard) and values.shape[p.dim] > 1 else Replicate() for p in placements
+        ]
+    values = values.to(t.device_mesh.device_type)
+    shards: Tensor = distribute_tensor(values, t.device_mesh, placements, src_data_rank=None)
+    return shards
+
+
+def local_like(values: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's part of values that belong to a tensor, given whole, as its own part, or sharded in whatever way."""
+    if not is_sharded(tensor):
+        return whole(values)
+    t: Any = tensor
+    if is_sharded(values):
+        return local_part(values.redistribute(t.device_mesh, t.placements))  # type: ignore[attr-defined]
+    if values.shape == local_part(tensor.detach()).shape:
+        return values
+    return local_part(distributed_as(tensor, values))
+
+
+def sharded_like(part: Tensor, tensor: Tensor) -> Tensor:
+    """Values of which this rank holds `part`, as a DTensor that is cut like another tensor; `part` for no DTensor."""
+    if not is_sharded(tensor):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    t: Any = tensor
+    local = local_like(part, tensor).to(t.device_mesh.device_type)
+    return DTensor.from_local(
+        local, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+    )
+
+
+def summed_over_shards(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over the shards of `tensors[i]` of what each rank has found in its own, `own[i]` of one dimension.
+
+    Those of tensors that are not sharded are returned as they are. Copies of a shard count once. One collective for all
+    of a mesh.
+    """
+    result = list(own)
+    if not any(is_sharded(tensor) for tensor in tensors):
+        return result
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    together: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            t: Any = tensor
+            kinds = tuple(not placement.is_replicate() for placement in t.placements)
+            together.setdefault((t.device_mesh, kinds, own[index].dtype), []).append(index)
+    for (mesh, kinds, _), indices in together.items():
+        placements = [Partial() if kind else Replicate() for kind in kinds]
+        sums = torch.cat([own[index] for index in indices])
+        total: Tensor = DTensor.from_local(sums, mesh, placements, run_check=False).full_tensor()
+        pieces = total.split([own[index].numel() for index in indices])
+        for index, piece in zip(indices, pieces, strict=True):
+            result[index] = piece
+    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from collections.abc import Callable, Container, Iterator
@@ -61,11 +62,13 @@ def _traced(run: Callable[[], object], at_line: Callable[[Line], None]) -> None:
         return trace
 
     before = sys.gettrace()
+    gc.disable()  # what a collection finalizes meanwhile would run lines of the package too
     sys.settrace(trace)
     try:
         run()
     finally:
         sys.settrace(before)
+        gc.enable()
 
 
 def shape_of(model: nn.Module) -> dict[str, Any]:

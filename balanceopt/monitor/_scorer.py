@@ -265,7 +265,9 @@ def _refuse_partial(done: Pass) -> None:
     for name, rows in done.rows.items():
         if name in done.present or (done.samples and rows % done.samples):
             flags = done.present.get(name)
-            samples_in(name, torch.empty(rows, device="meta"), done.samples, flags, frames=True)
+            samples_in(
+                name, torch.empty(rows, dtype=torch.float32, device="meta"), done.samples, flags, frames=True
+            )
 
 
 def _by_sample(name: str, done: Pass) -> Tensor:

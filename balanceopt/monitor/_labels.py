@@ -172,6 +172,10 @@ _TOLD_PART = 0.5
 _FEWEST_CLASSES_FOR_LINE = 4
 
 _CURE = "Pass labels via monitor.observe(labels) or monitor.watch_loss(loss)."
+CHANGED_AFTER = (
+    "logits that are changed between head and loss (upsampled, as in DeepLab and SegFormer): give as `head=` what "
+    "makes those of the loss, such as the model itself"
+)
 NO_CLASSES = (
     "Regression and several labels a sample have no uni-modal score. What works there: UnimodalObjective(..., "
     "loss=...) called in the loop, and re-learning where samples have a class too."
@@ -237,8 +241,8 @@ class Recovery:
         if counts["ambiguous"] > _AMBIGUOUS_PART * counts["rows"] or foreign:
             message = (
                 f"{counts['ambiguous']} of {counts['rows']} rows have several negative gradients at the logits: soft "
-                "targets, label smoothing, an auxiliary loss on the logits, several labels a sample or regression. "
-                f"Labels recovered from them may be wrong. {_CURE} {NO_CLASSES}"
+                "targets, label smoothing, an auxiliary loss on the logits, several labels a sample, regression, or "
+                f"{CHANGED_AFTER}. Labels recovered from them may be wrong. {_CURE} {NO_CLASSES}"
             )
             if self.strict or foreign or self._classes < _FEWEST_CLASSES_FOR_LINE:
                 raise RuntimeError(message)

@@ -17,7 +17,7 @@ from balanceopt.functional import INVALID, Targets, as_targets, feature_entropy
 from balanceopt.monitor._agreement import Agreement
 from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._labels import Labels, Recovery, two_classes
+from balanceopt.monitor._labels import CHANGED_AFTER, Labels, Recovery, two_classes
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._module_hooks import FunctionalHooks
 from balanceopt.monitor._scores import ScoreBuffer, Scores
@@ -228,7 +228,7 @@ def _given(done: Pass, ignore_index: int, agreement: Agreement) -> Targets:
     if per_row.shape[0] != rows:
         raise ValueError(
             f"labels from {done.label_source} should have one entry for each of the {rows} rows of the logits. "
-            f"Found shape {tuple(labels.shape)}."
+            f"Found shape {tuple(labels.shape)}. Likely causes: labels of another batch, or {CHANGED_AFTER}."
         )
     return as_targets(per_row, classes, ignore_index)
 

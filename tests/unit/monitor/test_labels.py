@@ -816,3 +816,46 @@ def test_a_loss_whose_targets_are_no_classes_is_not_watched(criterion):
     with pytest.raises(ValueError, match=f"Found {type(criterion).__name__}"):
         watch(Concat(), labels=criterion)
     assert not criterion._forward_hooks
+
+
+class Upsampled(nn.Module):
+    """Dense: a head on small maps, whose logits are interpolated for the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.rgb, self.depth = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(1, 4, 4, 4)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, rgb, depth):
+        small = self.head(torch.cat([self.rgb(rgb), self.depth(depth)], 1))
+        return F.interpolate(small, scale_factor=4, mode="bilinear")
+
+
+@pytest.mark.parametrize("how", ["observe", "watch", "gradient"])
+def test_logits_that_are_changed_after_the_head_are_told_to_take_the_model_as_head(how):
+    model = Upsampled()
+    inputs, labels = (torch.randn(2, 3, 16, 16), torch.randn(2, 1, 16, 16)), torch.randint(5, (2, 16, 16))
+    loss = nn.CrossEntropyLoss()
+
+    def sums_with(head):
+        with bo.ModalityMonitor(
+            model, {"rgb": model.rgb, "depth": model.depth}, head, strict=True
+        ) as monitor:
+            scores = monitor.scores()
+            if how == "watch":
+                monitor.watch_loss(loss)
+            logits = model(*inputs)
+            if how == "observe":
+                monitor.observe(labels)
+            loss(logits, labels).backward()
+            return scores.take()
+
+    with pytest.raises((ValueError, RuntimeError), match=r"upsampled.*such as the model itself"):
+        sums_with(model.head)
+    sums = sums_with(model)
+    assert sums.label_counts.tolist() == torch.bincount(labels.flatten(), minlength=5).tolist()
+    with torch.no_grad():
+        both = torch.cat([model.rgb(inputs[0]), torch.zeros(2, 4, 4, 4)], 1)
+        alone = F.interpolate(model.head(both), scale_factor=4, mode="bilinear").softmax(1)
+    expected = alone.gather(1, labels[:, None]).sum()
+    torch.testing.assert_close(sums.score[0], expected)

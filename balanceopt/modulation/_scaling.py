@@ -87,6 +87,7 @@ class GradientScaling(Modulation):
     def usable_coefficients(self, step: StepContext) -> Tensor:
         """Return the step's `(M,)` coefficients, 1 where there is nothing to compare."""
         scores = step.scores
+        step.report("score", scores.mean_score)
         k = self.coefficients(step)
         if k.shape != scores.score.shape:
             raise ValueError(
@@ -94,7 +95,6 @@ class GradientScaling(Modulation):
                 f"Found shape {tuple(k.shape)}."
             )
         k = torch.where(scores.usable & torch.isfinite(k), k, 1)
-        step.report("score", scores.mean_score)
         step.report("coefficient", k)
         return k
 

@@ -29,6 +29,7 @@ from balanceopt.functional._scores import (
     significance_from_sums,
     true_class_score,
 )
+from balanceopt.functional._scores import row_scores as row_scores
 from balanceopt.functional._targets import Targets as Targets
 from balanceopt.functional._targets import as_targets as as_targets
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from balanceopt._options import check_choice, check_kind, check_number, check_tensor
 from balanceopt.functional._dtypes import narrowed, wide
-from balanceopt.functional._targets import as_targets
+from balanceopt.functional._targets import Targets, as_targets
 
 RatioReduction = Literal["mean_of_ratios", "ratio_of_means"]
 
@@ -46,9 +46,20 @@ def true_class_score(logits: Tensor, labels: Tensor, ignore_index: int = -100) -
         Peng et al., CVPR 2022, Eq. 8; the sums are those of Eq. 9.
     """
     _expect_rows(logits, labels)
-    probabilities = wide(logits).softmax(-1)
-    score = as_targets(labels, logits.shape[-1], ignore_index).pick(probabilities).sum(-1)
-    return narrowed(score, logits)
+    score, _ = row_scores(logits, as_targets(labels, logits.shape[-1], ignore_index))
+    return narrowed(score.sum(-1), logits)
+
+
+@torch.no_grad()
+def row_scores(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Score and log-likelihood (nats) of each row's label: `(..., B, C)` to two of `(..., B)`, 0 where not valid.
+
+    Of soft labels the means over the classes, by their probabilities. In float32 or wider.
+    """
+    log_p = wide(logits).log_softmax(-1)
+    log_likelihood = targets.pick(log_p)
+    score = log_likelihood.exp() if targets.index is not None else targets.pick(log_p.exp())
+    return torch.where(targets.valid, score, 0), log_likelihood
 
 
 @torch.no_grad()
@@ -151,7 +162,7 @@ def modal_significance(
             )
     entropy = torch.stack([feature_entropy(z) for z in features])
     significance = significance_from_sums(
-        cross_entropy=-targets.pick(wide(logits).log_softmax(-1)).sum(-1),
+        cross_entropy=-row_scores(logits, targets)[1].sum(-1),
         feature_entropy=torch.where(targets.valid, entropy, 0).sum(-1),
         label_counts=targets.class_counts(),
         count=targets.valid.sum().to(entropy.dtype).expand(len(features)),

@@ -13,7 +13,7 @@ from balanceopt._pooling import as_real, samples_in
 from balanceopt._torch import parameters_of, version_of
 from balanceopt._undo import Undo
 from balanceopt._warnings import warn_user
-from balanceopt.functional import INVALID, Targets, as_targets, feature_entropy
+from balanceopt.functional import INVALID, Targets, as_targets, feature_entropy, row_scores
 from balanceopt.monitor._agreement import Agreement
 from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass
@@ -252,10 +252,8 @@ def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> Scores:
             for name in modalities
         ]
     )
-    log_p = logits.log_softmax(-1)
-    log_score = targets.pick(log_p)
-    score = targets.pick(log_p.exp()) if targets.index is None else log_score.exp()
-    parts = torch.stack([score, torch.ones_like(score), -log_score, entropy])
+    score, log_likelihood = row_scores(logits, targets)
+    parts = torch.stack([score, torch.ones_like(score), -log_likelihood, entropy])
     sums = torch.where(valid, parts, 0).sum(-1)
     return Scores(sums[0], sums[1], sums[2], sums[3], targets.class_counts())
 

@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from balanceopt._sharding import whole
 from balanceopt._undo import Undo
+from balanceopt.functional import linear_logits
 from balanceopt.monitor._columns import (
     AmbiguousMatchError,
     Match,
@@ -56,7 +57,7 @@ class SplitHead(UnimodalLogits):
                 z = self._clean_columns(name, current, x)
                 if z is not None:
                     current.vectors[name] = z
-                    found[name] = nn.functional.linear(z.float(), weight[:, self.columns[name]], share)
+                    found[name] = linear_logits([z.float()], weight[:, self.columns[name]], share)[0]
         return found
 
     def join(self, current: Pass) -> None:

@@ -19,9 +19,15 @@ def scale_grads_(slots: Sequence[Slot], coefficient: Tensor) -> Tensor:
     """Multiply the gradients by a 0-d `coefficient`; returns how many were not finite and left alone, 0-d."""
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
-        finite = all_finite([slot.grad for slot in own])
+        grads = [slot.grad for slot in own]
+        finite, k = all_finite(grads), coefficient.to(device)
         left += (~finite).sum().to(left.device)
-        _scale_([own[i].grad for i in _to_touch(finite)], coefficient.to(device), finite)
+        touched = [grads[i] for i in _to_touch(finite)]
+        if on_host(finite) is None:
+            for grad, factor in zip(grads, torch.where(finite, k, 1), strict=True):
+                grad.mul_(factor)
+        elif touched:
+            foreach_mul_(touched, k)
     return left
 
 
@@ -70,15 +76,6 @@ def _to_touch(finite: Tensor) -> list[int]:
     """Places of the finite ones; all places where that can't be read without waiting."""
     host = on_host(finite)
     return [i for i in range(len(finite)) if host is None or host[i]]
-
-
-def _scale_(grads: list[Tensor], coefficient: Tensor, finite: Tensor) -> None:
-    """Multiply those of `_to_touch`."""
-    if on_host(finite) is None:
-        for grad, own in zip(grads, torch.where(finite, coefficient, 1), strict=True):
-            grad.mul_(own)
-    elif grads:
-        foreach_mul_(grads, coefficient)
 
 
 def _by_device(slots: Sequence[Slot]) -> dict[torch.device, list[Slot]]:

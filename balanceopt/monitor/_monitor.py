@@ -303,11 +303,6 @@ class ModalityMonitor:
         compiled = self._was_compiled or is_compiled(self.model) or holds_compiled_code()
         return why_silent(self._scorer.seen, compiled=compiled)
 
-    def uncalled(self) -> list[str]:
-        """Modalities whose encoders no hook has seen a call of."""
-        seen = self._scorer.seen.total
-        return [name for name in self.modalities if seen[f"missing:{name}"] == seen["forwards"]]
-
     @property
     def latest(self) -> Pass | None:
         """The latest forward in training."""

@@ -139,6 +139,11 @@ class ScoreBuffer:
         outputs = self._scorer.classes or getattr(head, "out_features", None) or 1
         return Scores.zeros(len(self._monitor.modalities), max(outputs, 2), device)
 
+    def uncalled(self) -> list[str]:
+        """Modalities whose encoders no hook has seen a call of."""
+        seen = self._scorer.seen.total
+        return [name for name in self._monitor.modalities if seen[f"missing:{name}"] == seen["forwards"]]
+
     def remove(self) -> None:
         """Take no pass any more. May be called twice."""
         self.discard()

@@ -29,7 +29,7 @@ from balanceopt.optim._checks import (
 from balanceopt.optim._health import Health
 from balanceopt.optim._method_states import MethodStates
 from balanceopt.optim._owners import Owners
-from balanceopt.optim._state import Counters, device_of
+from balanceopt.optim._state import EPOCH, STEP, Counters, device_of
 from balanceopt.optim._update import UpdateScaling
 
 
@@ -79,7 +79,7 @@ class Engine:
         self._counters.begin()
         self._states.begin()
         self.removed = False
-        self._number = self._counters.number
+        self._number, self._seed, _ = self._counters.read()  # of the step under way
         self._has_own_groups = steps_others(optimizer)
         self._updates = UpdateScaling()
         self._looked = False
@@ -136,9 +136,9 @@ class Engine:
     def set_epoch(self, epoch: int) -> None:
         """Tell which epoch it is, for windows that count epochs."""
         self.refuse_removed()
-        self._counters.set_epoch(epoch)
         for modulation in self.modulations:
             modulation.set_epoch(epoch)
+        self._counters.write(EPOCH, int(epoch))
 
     def before_save(self) -> None:
         """Put the methods' own states where the optimizer's checkpoint carries them."""
@@ -161,7 +161,7 @@ class Engine:
         self._counters.load()
         self._states.load()
         for modulation in self.modulations:
-            modulation.epoch = self._counters.epoch
+            modulation.epoch = self._counters.read()[2]
         self._owners.refresh()
         self.discard()
         self._health.restart()
@@ -214,7 +214,9 @@ class Engine:
         if self._owners.changed():
             self.refresh()
         # However often a closure runs, it is one step with one number.
-        self._number = self._counters.number
+        self._number, self._seed, epoch = self._counters.read()
+        for modulation in self.modulations:
+            modulation.epoch = epoch  # one without a state may act in several optimizers
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _act(self) -> None:
@@ -230,10 +232,6 @@ class Engine:
         if (sums is None and not self._any_nonzero(gradients)) or not gradients:
             return
         balances = len(self.monitor.modalities) > 1
-        for modulation in self.modulations:
-            modulation.epoch = (
-                self._counters.epoch
-            )  # a modulation without a state may act in several optimizers
         acting = [m for m in self.modulations if balances and not m.removed and m.is_open(self._number)]
         if not acting:
             self._health.outside_window()
@@ -241,7 +239,7 @@ class Engine:
             self._health.without_scores()
         else:
             self._modulate(acting, sums, slots)
-        self._counters.number = self._number + 1
+        self._counters.write(STEP, self._number + 1)
 
     def _modulate(self, acting: Sequence[Modulation], sums: Scores, slots: dict[str, list[Slot]]) -> None:
         if not self._looked:  # what a loop does with `.grad` it does in every step
@@ -260,7 +258,7 @@ class Engine:
                     modalities=self.monitor.modalities,
                     slots=slots,
                     optimizer=self.optimizer,
-                    seed=self._counters.seed,
+                    seed=self._seed,
                     number=self._number,
                     report=partial(self._report, modulation),
                     count=partial(self._count, modulation),
@@ -273,7 +271,7 @@ class Engine:
 
     def _refuse_compiled(self, slots: dict[str, list[Slot]]) -> None:
         """Raise where compiled code ran in place of the hooks on an encoder."""
-        for name in self.monitor.uncalled():
+        for name in self.accumulator.uncalled():
             if holds_compiled_code() and self._any_nonzero(slot.grad for slot in slots.get(name, ())):
                 raise RuntimeError(f"{compiled_before(name)} Until then its modality is not balanced.")
 

@@ -35,7 +35,7 @@ class Owners:
 
     def changed(self) -> bool:
         """Whether groups or parameters are others than at the last `refresh`."""
-        return self._seen != self._identities()
+        return self._seen != _identities(self._optimizer)
 
     def refresh(self) -> None:
         """Learn who owns which parameter.
@@ -53,7 +53,7 @@ class Owners:
         parameters = [p for group in groups for p in group["params"]]
         self._slots = [(modality_of.get(id(p)), Slot(index, p)) for index, p in enumerate(parameters)]
         self.held = {id(p): index for index, p in enumerate(parameters)}
-        self._seen = self._identities()
+        self._seen = _identities(self._optimizer)
 
     def restore_tags(self) -> None:
         """Put this optimizer's own tags, or none, back into groups that a checkpoint changed."""
@@ -92,6 +92,7 @@ class Owners:
             found.update({id(p): tag for p in group["params"]})
         return found
 
-    def _identities(self) -> list[tuple[int, list[int]]]:
-        # Parameters too: Accelerate puts sharded ones into the same groups.
-        return [(id(group), [id(p) for p in group["params"]]) for group in self._optimizer.param_groups]
+
+def _identities(optimizer: torch.optim.Optimizer) -> list[tuple[int, list[int]]]:
+    # Parameters too: Accelerate puts sharded ones into the same groups.
+    return [(id(group), [id(p) for p in group["params"]]) for group in optimizer.param_groups]

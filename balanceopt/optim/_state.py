@@ -69,53 +69,39 @@ class Counters:
         self._is_chosen = seed is not None
         self._seed = shared_seed(monitor.group, seed)
 
-    @property
-    def number(self) -> int:
-        """How many steps came before."""
-        return int(self._first[STEP])
+    def read(self) -> tuple[int, int, int | None]:
+        """Return how many steps came before, the seed, and the epoch that was set last; None before the first one."""
+        first = self._optimizer.param_groups[0]
+        epoch = first[EPOCH]
+        return int(first[STEP]), int(first[SEED]), None if epoch is None else int(epoch)
 
-    @number.setter
-    def number(self, number: int) -> None:
-        self._set(STEP, number)
-
-    @property
-    def seed(self) -> int:
-        """Of all randomness."""
-        return int(self._first[SEED])
-
-    @property
-    def epoch(self) -> int | None:
-        """The epoch that was set last; None before the first one."""
-        epoch = self._first[EPOCH]
-        return None if epoch is None else int(epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch."""
-        check_count("epoch", epoch)
-        self._set(EPOCH, int(epoch))
+    def write(self, key: str, value: int) -> None:
+        """Write a counter, `STEP`, `SEED` or `EPOCH`, into every group."""
+        for group in self._optimizer.param_groups:
+            group[key] = value
 
     def begin(self) -> None:
         """Start from what a checkpoint or an earlier wrapper left in the groups, or anew."""
-        if STEP not in self._first:
-            self.fill()
-            return
+        found = STEP in self._optimizer.param_groups[0]
         self.fill()
-        if self._is_chosen:
-            self._set(SEED, self._seed)
+        if found and self._is_chosen:
+            self.write(SEED, self._seed)
 
     def fill(self) -> None:
         """Give groups that are new what the first one has."""
         # All keys are there from the start: a flattened checkpoint is read by the keys that the optimizer has.
         defaults: dict[str, Any] = {STEP: 0, SEED: self._seed, EPOCH: None}
+        first = self._optimizer.param_groups[0]
         for group in self._optimizer.param_groups:
             for key, value in defaults.items():
-                group.setdefault(key, self._first.get(key, value))
+                group.setdefault(key, first.get(key, value))
 
     def load(self) -> None:
         """Take over what a checkpoint put there."""
-        if STEP not in self._first:
+        first = self._optimizer.param_groups[0]
+        if STEP not in first:
             warn_user(BARE_STATE)
-        elif self.number == 0 and _is_trained(self._optimizer):
+        elif first[STEP] == 0 and _is_trained(self._optimizer):
             # torch.distributed.checkpoint fills in what a checkpoint lacks with what the optimizer had.
             warn_user(NOT_COUNTED)
         self.fill()
@@ -125,14 +111,6 @@ class Counters:
         for group in self._optimizer.param_groups:
             for key in (STEP, SEED, EPOCH):
                 group.pop(key, None)
-
-    @property
-    def _first(self) -> dict[str, Any]:
-        return self._optimizer.param_groups[0]
-
-    def _set(self, key: str, value: Any) -> None:
-        for group in self._optimizer.param_groups:
-            group[key] = value
 
 
 def _is_trained(optimizer: torch.optim.Optimizer) -> bool:

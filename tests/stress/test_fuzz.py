@@ -353,6 +353,7 @@ class Training(RuleBasedStateMachine):
         self.forwards += 1
         self.dead = self.left = False
         self.zero_grad("optimizer")
+        self.all.model.zero_grad()  # a head that the optimizer does not hold yet would keep its infinite gradient
 
     @rule(epoch=st.integers(0, 5))
     def set_epoch(self, epoch: int) -> None:

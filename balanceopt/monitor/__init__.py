@@ -1,6 +1,6 @@
 """From hooks to scores: what each modality alone would have answered."""
 
-from balanceopt.monitor._calls import CallWatch, compiled_before
+from balanceopt.monitor._calls import COMPILED, CallWatch, compiled_before
 from balanceopt.monitor._columns import as_rows
 from balanceopt.monitor._company import enter, leave, refuse_company
 from balanceopt.monitor._features import samples_first
@@ -15,6 +15,7 @@ from balanceopt.monitor._scores import ScoreBuffer, Scores
 from balanceopt.monitor._supported import refuse_model
 
 __all__ = [
+    "COMPILED",
     "CallWatch",
     "LabelSource",
     "ModalityMonitor",

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 # Backwards that reach an encoder before it is said that no call of it was seen.
 _UNSEEN_BACKWARDS = 10
+COMPILED = (
+    "torch.compile made its code before the monitor's hooks came, for this model or another one of its class. Call "
+    "torch._dynamo.reset(), and build the monitor before the first call of the compiled model."
+)
 
 
 def compiled_before(name: str) -> str:
     """What to do where an encoder has gradients and no hook saw its call, in a process that holds compiled code."""
-    return (
-        f"the encoder of {name!r} has gradients, and no call of it was seen: torch.compile made its code before the "
-        "monitor's hooks came, for this model or another one of its class. Call torch._dynamo.reset(), and build the "
-        "monitor before the first call of the compiled model."
-    )
+    return f"the encoder of {name!r} has gradients, and no call of it was seen: {COMPILED}"
 
 
 class CallWatch:
@@ -35,11 +35,11 @@ class CallWatch:
 
     Args:
         monitor: whose encoders to watch.
-        who: sees the calls.
+        who: sees the calls; None to tell of compiled code alone.
         consequence: what it means that it sees none.
     """
 
-    def __init__(self, monitor: ModalityMonitor, who: str, consequence: str) -> None:
+    def __init__(self, monitor: ModalityMonitor, who: str | None, consequence: str) -> None:
         self._monitor = weakref.ref(monitor)
         self._who, self._consequence = who, consequence
         self._fired: set[str] = set()
@@ -75,6 +75,8 @@ class CallWatch:
         self.remove()
         if name not in self._fired and holds_compiled_code():
             raise RuntimeError(f"{compiled_before(name)} Until then {self._consequence}.")
+        if self._who is None:
+            return
         warn_user(
             f"{_UNSEEN_BACKWARDS} backwards without a training forward that {self._who} saw: {self._consequence}. "
             f"Likely causes: {monitor.silence()}."

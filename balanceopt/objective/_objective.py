@@ -24,9 +24,9 @@ from balanceopt._options import (
     to_tensor,
 )
 from balanceopt._pooling import Pool, check_pool
-from balanceopt._torch import in_backward
+from balanceopt._torch import holds_compiled_code, in_backward
 from balanceopt.distributed import active_group, shared_seed
-from balanceopt.monitor import ModalityMonitor, Pass, require_scores
+from balanceopt.monitor import COMPILED, CallWatch, ModalityMonitor, Pass, require_scores
 from balanceopt.objective._heads import (
     HeadKind,
     Heads,
@@ -112,6 +112,8 @@ class UnimodalObjective(nn.Module):
         self._injection = Injection(monitor, self._heads, weights, loss) if inject else None
         if self._injection is None:
             monitor.hooks.outputs.add(self._live.on_output)
+            self._live.watch = CallWatch(monitor, None, "it has no uni-modal loss")
+            weakref.finalize(self, self._live.watch.remove).atexit = False
         else:
             weakref.finalize(self, remove_handles, self._injection.handles).atexit = False
             self._injection.hook()
@@ -169,6 +171,8 @@ class UnimodalObjective(nn.Module):
         """Take every hook off. May be called twice."""
         self.monitor.hooks.outputs.drop(self._live.on_output)
         self._live.forget()
+        if self._live.watch is not None:
+            self._live.watch.remove()
         if self._injection is not None:
             self._injection.remove()
 
@@ -253,6 +257,7 @@ class LiveFeatures:
     def __init__(self, monitor: ModalityMonitor) -> None:
         """Take what `on_output` is shown of the passes of `monitor`."""
         self.monitor = monitor
+        self.watch: CallWatch | None = None
         self.forget()
 
     def of_latest(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -266,6 +271,7 @@ class LiveFeatures:
         if not features:
             raise RuntimeError(
                 "no features came by: call the model on a batch before the objective, with the monitor's hooks on."
+                + (" Where the model was called: " + COMPILED if holds_compiled_code() else "")
             )
         for name, z in features.items():
             encoder = self.monitor.encoders[name]

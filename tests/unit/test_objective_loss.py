@@ -247,6 +247,8 @@ class TestLifeCycle:
         model = Concat()
         with objective_of(model, inject=inject) as objective:
             monitor = objective.monitor
+            assert len(monitor.hooks.outputs) == 2  # the other one waits for the encoders' first calls
+            F.cross_entropy(model(*batch(4)[0]), batch(4)[1]).backward()
             assert len(monitor.hooks.outputs) == 1
         objective.remove()
         assert not len(monitor.hooks.outputs)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 import balanceopt as bo
@@ -32,8 +33,9 @@ def train(method, part, modalities=2):
     held: list[Any] = []
     if method in ("OPM", "both"):
         held.append(bo.OPM(monitor, q_base=0.9, seed=3))
-    if method in ("inject", "both"):
-        objective = bo.UnimodalObjective(monitor, CLASSES, inject=True, seed=0)
+    objective: Any = None
+    if method in ("inject", "both", "objective"):
+        objective = bo.UnimodalObjective(monitor, CLASSES, inject=method != "objective", seed=0)
         held.append(objective)
         parameters += objective.parameters()
     optimizer: Any = sgd(parameters)
@@ -46,7 +48,8 @@ def train(method, part, modalities=2):
         model.head = torch.compile(model.head, backend="eager")
     for given in batches(model, 12):
         optimizer.zero_grad()
-        backward(run, given)
+        loss = F.cross_entropy(run(*given[0]), given[1])
+        (loss + objective(given[1]) if method == "objective" else loss).backward()
         optimizer.step()
     return parameters_to_vector(model.parameters())
 
@@ -60,7 +63,7 @@ def backward_often(model, count):
 @pytest.mark.filterwarnings("ignore:scores are not finite, all zero")
 @pytest.mark.filterwarnings("ignore:the encoder of .audio. was not called in 10")
 @pytest.mark.parametrize("part", ["model", "encoder", "encoders", "head"])
-@pytest.mark.parametrize("method", ["OGM", "OPM", "inject", "both"])
+@pytest.mark.parametrize("method", ["OGM", "OPM", "inject", "both", "objective"])
 def test_a_plain_run_before(method, part):
     expected = train(method, "nothing")
     train(None, part)

@@ -1,4 +1,4 @@
-"""Look at numbers on a device without waiting for it."""
+"""Read device tensors from the host without synchronising."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def on_host(tensor: Tensor) -> np.ndarray | None:
-    """The numbers of a CPU tensor, read in place; None where reading would wait for a device."""
+    """Return a CPU tensor's values without a copy; None where reading would synchronise with a device."""
     if tensor.device.type != "cpu":
         return None
     numbers = tensor.detach()
@@ -18,18 +18,19 @@ def on_host(tensor: Tensor) -> np.ndarray | None:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for it."""
+    """Copy a host tensor to a device without synchronising."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class DeferredCounts:
-    """Counters kept on their device, shown to a function as soon as they can be read without waiting.
+    """Counters on a device, passed to a callback as soon as the host can read them without synchronising.
 
-    On the CPU that is at once. Elsewhere a copy is started, and looked at on a later call, when it has arrived.
+    CPU counters are read at once. From another device an asynchronous copy starts, which a later call reads once
+    complete.
 
     Args:
-        names: counters that are read as 0 before anything was counted; others begin with the first count.
-        look: called with the values by name.
+        names: counters that read as 0 before their first count; others are absent until then.
+        look: callback that takes the values by name; None for none.
     """
 
     def __init__(
@@ -51,14 +52,14 @@ class DeferredCounts:
             self._look(values)
 
     def read(self) -> dict[str, int]:
-        """The values now; waits for the device."""
+        """Return the current values, with a device synchronisation."""
         return {
             **dict.fromkeys(self._names, 0),
             **{name: int(total.cpu().numpy()) for name, total in self._totals.items()},
         }
 
     def arrived(self) -> dict[str, int] | None:
-        """The latest values that can be read without waiting for a device; None where there are no new ones."""
+        """Return the latest values readable without a device synchronisation; None where no new value is ready."""
         if self._on_host():
             return self.read()
         values = None

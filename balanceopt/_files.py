@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from balanceopt._options import check_kind
 
 
 def check_path(path: object) -> None:
-    """Refuse what is no path of a file.
+    """Check that a value is a file path.
 
     Raises:
-        TypeError: saying what was found.
+        TypeError: if `path` is neither a string nor path-like.
     """
     check_kind("`path`", path, (str, PathLike), "a path")
 
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
-    """Give a path beside `path` to write to; rename it to `path` at the end, or remove it after an exception."""
-    target = Path(path).resolve()  # a symbolic link stays a link
+    """Yield a temporary path in the folder of `path`; rename it to `path` on success, remove it on an exception."""
+    target = Path(path).resolve()  # a rename onto a symbolic link would replace the link, not its target
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         yield beside

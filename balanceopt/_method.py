@@ -1,4 +1,4 @@
-"""Method: the life that all balancing methods share, whatever they act on."""
+"""The lifecycle that all balancing methods share."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Self = TypeVar("Self", bound="Method")
 
 
 class Method:
-    """A balancing method: a window in which it acts, numbers that it reports and counts, a state, an end.
+    """The lifecycle of a balancing method: window, reported quantities, counters, state and removal.
 
     The base of `Modulation` (changes gradients), `ForwardMethod` (changes features) and `EpochMethod` (acts between
     epochs).
 
     Args:
-        start: first step or epoch in which the method acts, counted from 0.
-        end: last one, inclusive; None for no end.
-        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
+        start: first step or epoch of the window, at least 0.
+        end: last step or epoch of the window, inclusive; None for no end.
+        unit: `"step"`, or `"epoch"` for a window in the epochs that `set_epoch` sets.
 
     Attributes:
-        epoch: the epoch that was set last; None before the first one.
+        epoch: the epoch that was set last; None before the first call of `set_epoch`.
         removed: whether `remove` was called.
-        listeners: functions `(number, quantity, modalities, values (M,))` that are told what the method computes.
+        listeners: functions `(number, quantity, modalities, values (M,))` that get every reported quantity.
 
     Raises:
-        ValueError: for a window that is none.
+        ValueError: if `start`, `end` or `unit` is invalid.
 
     Reference:
         docs/adding.md.
@@ -57,10 +57,10 @@ class Method:
     # -- the window ----------------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell which epoch it is, counted from 0; for windows with `unit="epoch"`.
+        """Set the current epoch, counted from 0, for windows with `unit="epoch"`.
 
         Raises:
-            ValueError: if `epoch` is no whole number of at least 0.
+            ValueError: if `epoch` is not a whole number of at least 0.
         """
         check_count("epoch", epoch)
         self.epoch = int(epoch)
@@ -69,7 +69,7 @@ class Method:
         """Whether step `number`, in the epoch that was set last, lies in the window.
 
         Raises:
-            RuntimeError: if epochs are counted and none was set.
+            RuntimeError: if `unit="epoch"` and no epoch was set.
         """
         if self.unit == "epoch" and self.epoch is None:
             raise RuntimeError(
@@ -79,48 +79,48 @@ class Method:
         now = number if self.epoch is None or self.unit == "step" else self.epoch
         return self.start <= now and (self.end is None or now <= self.end)
 
-    # -- what the method tells -----------------------------------------------------------------------------------
+    # -- counters and reports ------------------------------------------------------------------------------------
 
     def on_counts(self, counts: dict[str, int]) -> None:
-        """Look at the counts so far, as soon as they can be read without waiting for a device; to warn or raise."""
+        """Warn or raise on the counts so far; called once the host can read them without synchronising."""
 
     def count(self, **counts: Tensor) -> None:
-        """Count how often something odd happened: 0-d tensors by name, which `stats()` shows."""
+        """Add 0-d tensors by name to the counters of unusual events that `stats()` returns."""
         self._counts.add(**counts)
         values = self._counts.arrived()
         if values is not None:
             self.on_counts(values)
 
     def stats(self) -> dict[str, int]:
-        """Return how often something odd happened, by name; waits for the device."""
+        """Return the counters of unusual events by name, with a device synchronisation."""
         return self._counts.read()
 
     def report(self, number: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
-        """Tell listeners such as a `Recorder` the `(M,)` values of a quantity in step `number`."""
+        """Pass the `(M,)` values of a quantity in step `number` to the listeners, such as a `Recorder`."""
         for listener in self.listeners:
             listener(number, quantity, modalities, values)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on bit for bit: plain numbers and tensors; empty for no state."""
+        """Return the state that resumes a run bit for bit: plain numbers and tensors; empty where stateless."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. A load that fails should change nothing.
+        """Restore the state of a checkpoint; a load that fails should change nothing.
 
         Args:
             state: from `state_dict()`.
 
         Raises:
-            TypeError, KeyError, ValueError: if it is none of this method.
+            TypeError, KeyError, ValueError: if `state` is not a state of this method.
         """
         check_entries(f"the state of {type(self).__name__}", state, ())
 
-    # -- the end -------------------------------------------------------------------------------------------------
+    # -- removal -------------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
-        """Act no more. May be called twice."""
+        """Stop the method from acting; a second call is a no-op."""
         self.removed = True
 
     def __enter__(self: Self) -> Self:
@@ -132,7 +132,7 @@ class Method:
         self.remove()
 
     def options(self) -> dict[str, Any]:
-        """Return what `repr` shows: the constructor's arguments, which have attributes of their names."""
+        """Return the constructor's arguments for `repr`, read from the attributes of the same names."""
         return {name: getattr(self, name) for name in signature(type(self)).parameters}
 
     def __repr__(self) -> str:
@@ -140,5 +140,5 @@ class Method:
         return f"{type(self).__name__}({shown})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Who listens is no part of a copy.
+        # A copy would report to the original's listeners.
         return {**self.__dict__, "listeners": []}

@@ -1,4 +1,4 @@
-"""Checks of what a user gives, with messages of one form: what was expected, what came."""
+"""Checks of user arguments, with messages of one form: the expected value, then the given one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 Kind = Literal["any", "real", "bool", "integer"]
 
-# Their repr says what they are, in a few words.
+# Types whose repr is short and readable enough for a message.
 _PLAIN = (str, bytes, bool, Integral, Real, complex, slice, type(None), tuple, list, dict, set, frozenset)
 
 
 def shown(value: object) -> str:
-    """What was given, short enough for a message."""
+    """Format a given value, short enough for a message."""
     if isinstance(value, type):
         return f"the class {value.__name__}, not an instance of it"
     if isinstance(value, Tensor):
@@ -28,12 +28,12 @@ def shown(value: object) -> str:
 
 
 def names_of(names: Iterable[object]) -> str:
-    """Names of any kind in order, for a message."""
+    """Format names of any type in sorted order, for a message."""
     return f"[{', '.join(sorted(map(repr, names)))}]"
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite real number: of Python or numpy, and no bool."""
+    """Whether a value is a finite real number of Python or numpy, and not a bool."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     number: Any = value
@@ -41,7 +41,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether it is an integer, of Python or numpy, and no bool."""
+    """Whether a value is an integer of Python or numpy, and not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -53,10 +53,10 @@ def check_number(
     above: float = -math.inf,
     at_most: float = math.inf,
 ) -> None:
-    """Refuse anything but a finite number within limits.
+    """Check that an option is a finite number within limits.
 
     Raises:
-        ValueError: naming the option, its range and what was found.
+        ValueError: naming the option, its range and the given value.
     """
     if is_number(value) and above < value and at_least <= value <= at_most:
         return
@@ -73,10 +73,10 @@ def check_count(
     at_least: int | None = 0,
     or_none: bool = False,
 ) -> None:
-    """Refuse anything but a whole number within limits.
+    """Check that an option is a whole number within limits.
 
     Raises:
-        ValueError: naming the option, its range and what was found.
+        ValueError: naming the option, its range and the given value.
     """
     if or_none and value is None:
         return
@@ -87,19 +87,19 @@ def check_count(
 
 
 def check_seed(value: object) -> None:
-    """Refuse anything but a whole number, or None.
+    """Check that a seed is a whole number or None.
 
     Raises:
-        ValueError: naming what was found.
+        ValueError: naming the given value.
     """
     check_count("seed", value, at_least=None, or_none=True)
 
 
 def check_choice(name: str, value: object, choices: Collection[str], *, other: str = "") -> None:
-    """Refuse anything but one of a few values; `other` says what else is allowed.
+    """Check that an option is one of its choices; `other` names further allowed values in the message.
 
     Raises:
-        ValueError: naming the option, the choices and what was found.
+        ValueError: naming the option, the choices and the given value.
     """
     if isinstance(value, str) and value in choices:
         return
@@ -107,10 +107,10 @@ def check_choice(name: str, value: object, choices: Collection[str], *, other: s
 
 
 def check_flag(name: str, value: object, *, or_none: bool = False) -> None:
-    """Refuse anything but True and False.
+    """Check that an option is True or False.
 
     Raises:
-        ValueError: naming the option and what was found.
+        ValueError: naming the option and the given value.
     """
     if not isinstance(value, bool) and not (or_none and value is None):
         choices = "True, False or None" if or_none else "True or False"
@@ -118,30 +118,30 @@ def check_flag(name: str, value: object, *, or_none: bool = False) -> None:
 
 
 def check_kind(role: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
-    """Refuse an object of another kind, and a class in the place of an object.
+    """Check that an argument is an instance of some types.
 
     Raises:
-        TypeError: saying what was expected and what was found.
+        TypeError: naming the expected and the given type; also for a class in place of its instance.
     """
     if not isinstance(value, kinds):
         raise TypeError(f"{role} should be {expected}. Found {shown(value)}.")
 
 
 def check_function(name: str, value: object, of: str) -> None:
-    """Refuse anything that can't be called, but for None; and a class in the place of a function.
+    """Check that an argument is a function or None.
 
     Raises:
-        ValueError: saying what the function would be called with.
+        ValueError: naming the arguments that the function would get; also for a class.
     """
     if value is not None and (isinstance(value, type) or not callable(value)):
         raise ValueError(f"`{name}` should be a function of {of}, or None. Found {shown(value)}.")
 
 
 def check_generator(generator: object) -> None:
-    """Refuse anything but a source of random numbers, or None.
+    """Check that an argument is a `torch.Generator` or None.
 
     Raises:
-        TypeError: saying what was found.
+        TypeError: naming the given type.
     """
     check_kind("`generator`", generator, (torch.Generator, type(None)), "a torch.Generator or None")
 
@@ -149,19 +149,19 @@ def check_generator(generator: object) -> None:
 def check_tensor(
     name: str, value: Any, shape: str, *, dims: Collection[int] = (), kind: Kind = "real", empty: bool = True
 ) -> None:
-    """Refuse anything but a dense tensor of some kind of numbers.
+    """Check that an argument is a dense tensor of some dtype and number of dimensions.
 
     Args:
-        name: of the argument.
-        value: what was given.
-        shape: what the message says of its shape.
-        dims: allowed numbers of dimensions; all where empty.
-        kind: `"real"` numbers of any dtype, `"any"` (complex ones too), `"bool"` or `"integer"` (bools too).
-        empty: whether it may be without an element.
+        name: name of the argument.
+        value: the given argument.
+        shape: the expected shape, for the message.
+        dims: allowed numbers of dimensions; empty for any.
+        kind: `"real"` for any dtype but complex ones, `"any"`, `"bool"` or `"integer"` (bools too).
+        empty: whether a tensor without elements is allowed.
 
     Raises:
-        TypeError: for anything but a tensor.
-        ValueError: for another kind of tensor or another number of dimensions.
+        TypeError: if `value` is not a tensor.
+        ValueError: for another layout, dtype or number of dimensions, or a forbidden empty tensor.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` should be a tensor of shape {shape}. Found {shown(value)}.")
@@ -181,10 +181,10 @@ def check_tensor(
 
 
 def to_tensor(name: str, value: Any, expected: str) -> Tensor:
-    """A tensor as it is; sequences and arrays of numbers as a tensor on the CPU.
+    """Convert sequences and arrays of numbers to a CPU tensor; return a tensor unchanged.
 
     Raises:
-        TypeError: for what is no numbers.
+        TypeError: if `value` can't be converted.
     """
     if isinstance(value, Tensor):
         return value
@@ -195,10 +195,11 @@ def to_tensor(name: str, value: Any, expected: str) -> Tensor:
 
 
 def check_entries(role: str, state: Any, names: Collection[str]) -> None:
-    """Refuse a state that is no mapping, or lacks an entry.
+    """Check that a state is a mapping with all of its entries.
 
     Raises:
-        TypeError, KeyError: naming what is missing.
+        TypeError: if `state` is not a mapping.
+        KeyError: naming the missing entries.
     """
     check_kind(role, state, Mapping, "what state_dict() returned, a mapping")
     missing = [name for name in names if name not in state]

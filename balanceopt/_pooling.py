@@ -1,4 +1,4 @@
-"""Feature maps and token sequences as one vector a sample."""
+"""Pooling of feature maps and token sequences into one vector for each sample."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _RULES = get_args(get_args(Pool)[0])
 
 
 def check_pool(pool: Pool) -> None:
-    """Refuse an unknown rule.
+    """Check a pooling rule.
 
     Raises:
-        ValueError: if `pool` is neither a rule nor a function.
+        ValueError: if `pool` is neither the name of a rule nor a function.
     """
     if not callable(pool) and pool not in _RULES:
         raise ValueError(f"`pool` should be one of {_RULES} or a function. Found {pool!r}.")
 
 
 def as_real(features: Tensor) -> Tensor:
-    """Complex features as real ones, twice as many: the real parts, then the imaginary ones."""
+    """Convert complex features to twice as many real features: the real parts, then the imaginary parts."""
     if not features.is_complex():
         return features
     channels = -1 if features.dim() < 4 else 1
@@ -37,17 +37,17 @@ def as_real(features: Tensor) -> Tensor:
 def samples_in(
     name: str, features: Tensor, samples: int | None, present: Tensor | None = None, *, frames: bool
 ) -> int:
-    """The number of samples whose features these are: `samples`, or as many as have the modality.
+    """Return the number of samples that features cover: `samples`, or the count of samples that have the modality.
 
     Args:
         name: the modality.
-        features: a row, or several rows one after the other (frames of a clip), for each sample; or `(L, B, H)`.
-        samples: B; None where it is not known.
-        present: bool `(B,)`, the samples that have the modality, where the user told.
-        frames: it is known that a sample's rows stand one after the other.
+        features: one row, or several consecutive rows (frames of a clip), for each sample; or `(L, B, H)`.
+        samples: batch size B; None where unknown.
+        present: bool `(B,)`, which samples have the modality; None where unknown.
+        frames: whether several rows for each sample are known to be consecutive.
 
     Raises:
-        ValueError: if the rows are of neither.
+        ValueError: if the number of rows fits neither count.
     """
     rows = len(features)
     if samples is None or rows == samples or (frames and samples > 0 and rows > 0 and rows % samples == 0):
@@ -68,17 +68,17 @@ def samples_in(
 def pool_features(
     features: Tensor, pool: Pool, projection: Projection | None = None, samples: int | None = None
 ) -> Tensor:
-    """`(B, ...)` as `(B, D)`.
+    """Pool features `(B, ...)` to vectors `(B, D)`.
 
     Args:
-        features: `(B,)` and `(B, D)` need no rule. The rules take `(B, T, D)` over the positions T, and maps
-            `(B, D, ...)` of four dimensions or more over all after D.
-        pool: `"mean"`, `"max"`, `"flatten"`, a function, or `"auto"`: `projection` where it is known, else the mean.
-        projection: how the head gets these features.
-        samples: B, where features may have several rows for each sample, over which the rules go too.
+        features: `(B,)` and `(B, D)` need no rule. The rules reduce `(B, T, D)` over the positions T, and maps
+            `(B, D, ...)` of four dimensions or more over all dimensions after D.
+        pool: `"mean"`, `"max"`, `"flatten"`, a function, or `"auto"`: `projection` where there is one, else the mean.
+        projection: the model's own pooling before the head, a function of features and B; None where unknown.
+        samples: B, where features may have several rows for each sample, which the rules reduce too.
 
     Raises:
-        ValueError: if a function returns something else than `(B, D)`.
+        ValueError: if features are 0-d, or a function returns another shape than `(B, D)`.
     """
     if features.dim() == 0:
         raise ValueError("features should have one row for each sample. Found a single number.")
@@ -92,7 +92,7 @@ def pool_features(
     if pool == "auto" and projection is not None and (features.dim() > 2 or len(features) != samples):
         return projection(features, samples)
     if len(features) != samples:
-        if len(features) % max(samples, 1):  # (L, B, H), states of a recurrent encoder
+        if len(features) % max(samples, 1):  # (L, B, H) of a recurrent encoder
             return pool_features(features.transpose(0, 1), pool)
         features = pool_features(features, pool).unflatten(0, (samples, -1))
     if features.dim() <= 2:

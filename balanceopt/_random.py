@@ -1,8 +1,8 @@
-"""Randomness as a function of (seed, step, parameter): the same on every rank, and again after a resume.
+"""Randomness as a function of (seed, step, parameter): the same on every rank and after a resume.
 
-Integers are hashed by the mixing function of the generator splitmix64. Uniform numbers come by counting: number
-j of a stream is a function of (seed, step, stream) and of j alone, in integer arithmetic, the same on any
-device and processor. torch's generators, seeded by a hash, give other numbers on another kind of device.
+Integers are hashed by the mixing function of the generator splitmix64. Uniform numbers are counter-based: number
+j of a stream is a function of (seed, step, stream, j) in integer arithmetic, the same on any device.
+A `torch.Generator`, seeded by a hash, gives other numbers on another type of device.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 2**64 - 1
-# Shifts and factors, round by round, and the last shift.
+# splitmix64's shift and factor of each round, then its last shift.
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
-# Bits of a word that a float64 holds.
+# A float64 has 53 bits of precision.
 _BITS = 53
 
 
 def mixed(*words: int) -> int:
-    """Hash several integers into one of 64 bits."""
+    """Hash several integers into one 64-bit integer."""
     state = 0
     for word in words:
         state = mixed_in(state, word)
@@ -28,7 +28,7 @@ def mixed(*words: int) -> int:
 
 
 def mixed_in(state: int, word: int) -> int:
-    """Hash one integer more into a state."""
+    """Hash one more integer into a hash state."""
     state = (state ^ (word & _WORD)) + GOLDEN & _WORD
     for shift, factor in _ROUNDS:
         state = (state ^ (state >> shift)) * factor & _WORD
@@ -36,15 +36,15 @@ def mixed_in(state: int, word: int) -> int:
 
 
 def each_mixed_in(state: int | Tensor, words: int | Tensor) -> Tensor:
-    """Apply `mixed_in` to each of many: int64 tensors, signed as torch's are; one of the two may be an integer."""
+    """Apply `mixed_in` elementwise to signed int64 tensors; one of the two arguments may be an integer."""
     left, right = (int64(x) if isinstance(x, int) else x for x in (state, words))
     return output((left ^ right) + int64(GOLDEN))  # type: ignore[arg-type]
 
 
 def generator_for(seed: int, step: int, index: int, device: torch.device) -> torch.Generator:
-    """Make a generator of torch whose stream depends on nothing but the arguments."""
+    """Make a `torch.Generator` whose stream depends on the arguments alone."""
     generator = torch.Generator(device)
-    generator.manual_seed(mixed(seed, step, index) >> 1)  # takes 63 bits on every device
+    generator.manual_seed(mixed(seed, step, index) >> 1)  # a seed has 63 bits on every device
     return generator
 
 
@@ -53,10 +53,10 @@ def uniforms(seed: int, step: int, streams: Tensor, count: int) -> Tensor:
     """Make the first `count` uniform numbers of each stream.
 
     Args:
-        seed: of all randomness.
-        step: number of the step.
-        streams: int64 `(n,)`.
-        count: how many numbers of each.
+        seed: seed of all randomness.
+        step: index of the step.
+        streams: stream indices, int64 `(n,)`.
+        count: how many numbers of each stream.
 
     Returns:
         float64 `(n, count)` in [0, 1), multiples of 2^-53.
@@ -67,18 +67,18 @@ def uniforms(seed: int, step: int, streams: Tensor, count: int) -> Tensor:
 
 
 def output(states: Tensor) -> Tensor:
-    """Output of the generator in these states."""
+    """Compute splitmix64's output for each state."""
     for shift, factor in _ROUNDS:
         states = (states ^ shifted(states, shift)) * int64(factor)
     return states ^ shifted(states, _LAST_SHIFT)
 
 
 def shifted(words: Tensor, shift: int) -> Tensor:
-    """Shift to the right with zeros from the left, where torch's own shift copies the sign."""
+    """Shift int64 words to the right and fill with zeros, where torch's shift copies the sign."""
     return (words >> shift) & ((1 << (64 - shift)) - 1)
 
 
 def int64(word: int) -> int:
-    """The low 64 bits as a signed number."""
+    """Convert the low 64 bits of an integer to a signed integer."""
     word &= _WORD
     return word - 2**64 if word >= 2**63 else word

@@ -1,6 +1,6 @@
-"""Tensors of which each rank holds a shard (DTensor): the part of this rank, sums over shards, the way back to shards.
+"""Sharded tensors (DTensor): local parts, sums over shards, and conversion to and from shards.
 
-A tensor that is no DTensor is its own part. DTensor is imported where it is needed: importing it takes long.
+The local part of a plain tensor is the tensor. DTensor is imported where needed, because its import is slow.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ def is_sharded(tensor: object) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, of the same storage."""
+    """Return the part of a tensor that this rank holds, without a copy."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, attached to its graph; for a DTensor a collective."""
+    """Return the full tensor with its autograd graph; a collective for a DTensor."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
 def local_box(tensor: Tensor) -> tuple[Tensor | None, Sequence[int]]:
-    """This rank's part, and where in the whole tensor it begins; None if it is not one box of it."""
+    """Return this rank's part of a tensor and the part's offset in it; None where the part is not one box."""
     if not is_sharded(tensor):
         return tensor, (0,) * tensor.dim()
     from torch.distributed.tensor import Replicate, Shard
@@ -44,12 +44,12 @@ def local_box(tensor: Tensor) -> tuple[Tensor | None, Sequence[int]]:
 
 
 def distributed_as(tensor: Tensor, values: Tensor, *, broadcast: bool = False) -> Tensor:
-    """Values that every rank holds, cut like a DTensor.
+    """Shard values that every rank holds in full like a DTensor.
 
     Args:
         tensor: the DTensor.
-        values: of its shape; with `broadcast` of a shape that broadcasts with it.
-        broadcast: leave dimensions of size 1 whole.
+        values: the shape of `tensor`; with `broadcast`, a shape that broadcasts with it.
+        broadcast: replicate along dimensions of size 1.
     """
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -65,7 +65,7 @@ def distributed_as(tensor: Tensor, values: Tensor, *, broadcast: bool = False) -
 
 
 def local_like(values: Tensor, tensor: Tensor) -> Tensor:
-    """This rank's part of values that belong to a tensor, given whole, as its own part, or sharded in whatever way."""
+    """Return this rank's part of values shaped like a tensor, from the full values, the local part or any DTensor."""
     if not is_sharded(tensor):
         return whole(values)
     t: Any = tensor
@@ -77,7 +77,7 @@ def local_like(values: Tensor, tensor: Tensor) -> Tensor:
 
 
 def sharded_like(part: Tensor, tensor: Tensor) -> Tensor:
-    """Values of which this rank holds `part`, as a DTensor that is cut like another tensor; `part` for no DTensor."""
+    """Make a DTensor sharded like `tensor` from this rank's `part`; return `part` where `tensor` is not sharded."""
     if not is_sharded(tensor):
         return part
     from torch.distributed.tensor import DTensor
@@ -90,10 +90,9 @@ def sharded_like(part: Tensor, tensor: Tensor) -> Tensor:
 
 
 def summed_over_shards(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over the shards of `tensors[i]` of what each rank has found in its own, `own[i]` of one dimension.
+    """Sum 1-d partial results `own[i]` over the shards of `tensors[i]`, with one collective for each mesh and dtype.
 
-    Those of tensors that are not sharded are returned as they are. Copies of a shard count once. One collective for all
-    of a mesh.
+    Results of tensors that are not sharded are returned unchanged. Replicas of a shard count once.
     """
     result = list(own)
     if not any(is_sharded(tensor) for tensor in tensors):

@@ -1,4 +1,4 @@
-"""Private parts of torch that have no public name, in one place; no other file of the package touches any."""
+"""Private API of torch without a public equivalent; no other file of the package uses any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Loops over lists of tensors in one call each: documented, and named as if they were private.
+# Operations over lists of tensors in one call, documented although their names are private.
 foreach_add_ = torch._foreach_add_
 foreach_copy_ = torch._foreach_copy_
 foreach_lerp_ = torch._foreach_lerp_
@@ -19,7 +19,7 @@ foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
 foreach_sub = torch._foreach_sub
 
-# The hooks of a module by kind: there is no public way to look at them, or to take one off without its handle.
+# A module's hooks by type: no public API lists them or removes one without its handle.
 BEFORE_FORWARD, AFTER_FORWARD = "_forward_pre_hooks", "_forward_hooks"
 MODULE_HOOKS = (BEFORE_FORWARD, AFTER_FORWARD, "_backward_pre_hooks", "_backward_hooks")
 # Hooks on all modules.
@@ -28,7 +28,7 @@ GLOBAL_HOOKS: list[dict[int, Any]] = [
     for name, hooks in vars(nn.modules.module).items()
     if name.startswith("_global_") and name.endswith("_hooks")
 ]
-# What Optimizer.__init__ makes, and third-party optimizers that never call it lack.
+# Attributes that Optimizer.__init__ sets, which third-party optimizers that never call it lack.
 OPTIMIZER_HOOKS = (
     "_optimizer_step_pre_hooks",
     "_optimizer_step_post_hooks",
@@ -37,9 +37,9 @@ OPTIMIZER_HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-# Modules of torch's hooks that see to shards, which a replay gathers by itself.
+# Modules that define torch's sharding hooks, which a replay skips because it gathers shards itself.
 SHARDING_HOOKS = ("torch.distributed.fsdp", "torch.distributed._composable")
-# What torch.compile and activation checkpointing put into the names of a module's parameters.
+# Prefixes that torch.compile and activation checkpointing add to parameter names.
 WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -47,7 +47,7 @@ WRAPPER_NAMES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def compiled_module(module: nn.Module) -> Any:
-    """Return the module that torch.compile has wrapped; None for others."""
+    """Return the module inside a torch.compile wrapper; None for any other module."""
     return getattr(module, "_orig_mod", None)
 
 
@@ -65,17 +65,17 @@ def has_forward(module: nn.Module) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor's memory was written to in place."""
+    """Return the count of in-place writes to a tensor's memory."""
     return tensor._version
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
-    """Return the tensor that another one is a view of."""
+    """Return the tensor whose memory a view shares; None for a tensor that is not a view."""
     return tensor._base
 
 
 def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield a module's own parameters; several times faster than `parameters(recurse=False)`."""
+    """Yield a module's direct parameters; several times faster than `parameters(recurse=False)`."""
     return (parameter for parameter in module._parameters.values() if parameter is not None)
 
 
@@ -85,7 +85,7 @@ def steps_in_backward(parameter: Tensor) -> bool:
 
 
 def is_flattened(parameter: Tensor) -> bool:
-    """Whether a parameter is FSDP1's flat local shard of several."""
+    """Whether a parameter is FSDP1's flat local shard of several parameters."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
@@ -99,7 +99,7 @@ def is_joining() -> bool:
 
 
 def backward_number() -> int:
-    """Return the number of the backward that is running in this thread; -1 outside of any."""
+    """Return the id of the backward that is running in this thread; -1 outside of backward."""
     return torch._C._current_graph_task_id()
 
 
@@ -109,30 +109,30 @@ def in_backward() -> bool:
 
 
 def after_backward(callback: Callable[[], None]) -> None:
-    """Call `callback` once when the backward that is running ends, as DistributedDataParallel does."""
+    """Queue a `callback` for the end of the running backward, as DistributedDataParallel does."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def running_node() -> Any:
-    """Return the node whose backward is running; None for none."""
+    """Return the autograd node whose backward is running; None outside of backward."""
     return torch._C._current_autograd_node()
 
 
 def number_of_node(node: Any) -> int:
-    """Return the number that a node got when its forward made it; -1 for None."""
+    """Return an autograd node's sequence number, which counts nodes in forward order; -1 for None."""
     return -1 if node is None else int(node._sequence_nr())
 
 
 def next_node() -> int:
-    """Return the number that autograd will give to the next node of this thread's graph."""
+    """Return the sequence number of this thread's next autograd node."""
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 def will_run(node: Any) -> bool:
-    """Whether the backward that is running goes through a node.
+    """Whether the running backward goes through an autograd node.
 
     Raises:
-        RuntimeError: for a leaf that `torch.autograd.grad` was asked for.
+        RuntimeError: for a leaf among the inputs of `torch.autograd.grad`.
     """
     return bool(torch._C._will_engine_execute_node(node))
 
@@ -141,7 +141,7 @@ def will_run(node: Any) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a function transform (`torch.func`), an export or a tracer is at work: no training, or no numbers."""
+    """Whether a function transform (`torch.func`), an export or a tracer is active, so that no training step runs."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     modes = torch._C._TorchDispatchModeKey
@@ -153,30 +153,30 @@ def is_traced() -> bool:
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Whether a gradient stands for many, as under `vmap` or `torch.autograd.grad(..., is_grads_batched=True)`."""
+    """Whether a gradient is batched, as under `vmap` or `torch.autograd.grad(..., is_grads_batched=True)`."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
 
 
 def inductor_options() -> dict[str, Any]:
-    """Return the options that torch.compile's default compiler knows here, with their values."""
+    """Return the options of torch.compile's default compiler with their current values."""
     options: dict[str, Any] = torch._inductor.config.get_config_copy()
     return options
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile's front end was imported, which takes a second."""
+    """Whether torch.compile's front end, whose import takes a second, is imported already."""
     return "torch._dynamo" in sys.modules
 
 
 def keep_compiler_stance() -> Callable[[], object]:
-    """Return a function that gives torch.compile back the stance that it has now."""
-    from torch._dynamo import eval_frame  # not at import: it takes long, and few need it
+    """Return a function that restores torch.compile's current stance."""
+    from torch._dynamo import eval_frame  # imported here, because the import is slow
 
     return partial(eval_frame._set_stance, eval_frame._stance)
 
 
 def holds_compiled_code() -> bool:
-    """Whether the process holds code made by torch.compile, which torch runs for all modules of a class alike."""
+    """Whether the process holds code made by torch.compile, which torch shares among all modules of a class."""
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
     return dynamo is not None and any(code() is not None for code in dynamo.output_codes.seen)

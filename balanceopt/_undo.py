@@ -1,4 +1,4 @@
-"""Changes of somebody else's objects for a while, put back however that ends."""
+"""Temporary changes of the user's objects, restored also after an exception or an interrupt."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ _ABSENT = object()
 
 
 class Undo:
-    """The way back from changes, noted before each of them is made.
+    """A stack of steps that undo changes, each recorded before its change is made.
 
-    `with undo, undo:` goes back at the end of the block, also after an exception or an interrupt. An interrupt of the
-    first exit is made good by the second one; what two interrupts left is put back by the next `restore`.
+    `with undo, undo:` restores at the end of the block, also after an exception or an interrupt. The second exit
+    completes a first one that was interrupted; after two interrupts the next `restore` does.
     """
 
     def __init__(self) -> None:
-        """Nothing is changed yet."""
+        """Start with no recorded step."""
         self._steps: list[Callable[[], object]] = []
 
     def note(self, step: Callable[[], object]) -> None:
-        """Call `step` on the way back. It must do no harm where nothing was changed, or when it is called twice."""
+        """Record a `step` for `restore` to call; `step` must be safe before its change and when called twice."""
         self._steps.append(step)
 
     def set(self, namespace: dict[str, Any], name: str, value: Any) -> None:
-        """Set an entry of a namespace, such as `vars(module)`."""
+        """Set an entry of a namespace, such as `vars(module)`, and record its old value."""
         self.note(partial(_put, namespace, name, namespace.get(name, _ABSENT)))
         namespace[name] = value
 
     @property
     def depth(self) -> int:
-        """How many steps lead back."""
+        """The number of recorded steps."""
         return len(self._steps)
 
     def restore(self, depth: int = 0) -> None:
-        """Go back, latest change first, until `depth` steps are left.
+        """Undo changes, latest first, until `depth` steps are left.
 
-        A step that raises an exception does not keep the others from being taken, and is tried twice.
+        After a step that raises an exception the other steps run too; then all are tried once more.
         """
         for _ in range(2):
             errors = [error for step in reversed(self._steps[depth:]) if (error := _try(step)) is not None]
             if not errors:
                 break
-        del self._steps[depth:]  # not before: after an interrupt all of them are taken again, in their order
+        del self._steps[depth:]  # only now, so that after an interrupt all steps run again in their order
         if errors:
             raise errors[0]
 
@@ -57,7 +57,7 @@ class Undo:
 
 
 class Attempt(Undo):
-    """Changes that stay where the block `with attempt, attempt:` ends well, and go back where it does not."""
+    """Changes that are undone only where the block `with attempt, attempt:` ends with an exception."""
 
     def __exit__(self, *error: object) -> None:
         if error[0] is not None:
@@ -65,7 +65,7 @@ class Attempt(Undo):
 
 
 def optimizers_in(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return an optimizer and those that it holds in attributes or lists of whatever name, the outermost first."""
+    """Return an optimizer and the optimizers inside, held in attributes or lists of any name, outermost first."""
     result = [optimizer]
     for holder in result:
         for value in vars(holder).values():
@@ -76,10 +76,10 @@ def optimizers_in(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimize
 
 
 class Before:
-    """An optimizer and those inside it as they are before a change: attributes, groups, state; no copies of tensors.
+    """A snapshot of an optimizer and those inside: attributes, groups and state, without copies of tensors.
 
     Args:
-        optimizer: that is about to change.
+        optimizer: the optimizer that is about to change.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -91,7 +91,7 @@ class Before:
             self._held += [(container, dict(container)) for container in containers]
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore attributes, groups and state to the snapshot."""
         for container, contents in self._held:
             container.clear()
             container.update(contents)

@@ -1,4 +1,4 @@
-"""Warnings that name the user's own line."""
+"""Warnings that point at the user's line of code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks share: sums and the seed. Everything is the identity without a process group."""
+"""Collectives for sums, rows and the seed; the identity without a process group."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Group = dist.ProcessGroup | None | Literal[False]
 
 
 def active_group(group: Group) -> dist.ProcessGroup | None:
-    """The process group to reduce over, or None when this process is alone.
+    """Return the process group for collectives; None where this process is alone.
 
     Args:
-        group: None for the default group where one is initialised, a group, or False for no communication.
+        group: a process group, None for the default one where initialised, or False for no communication.
     """
     if group is False or not (dist.is_available() and dist.is_initialized()):
         return None
@@ -27,10 +27,10 @@ def active_group(group: Group) -> dist.ProcessGroup | None:
 
 
 def check_group(group: object) -> None:
-    """Refuse what is no process group.
+    """Check that a value is a process group, None or False.
 
     Raises:
-        TypeError: saying what may be given.
+        TypeError: naming the allowed values and the given one.
     """
     if group is not None and group is not False and not isinstance(group, dist.ProcessGroup):
         raise TypeError(
@@ -40,7 +40,7 @@ def check_group(group: object) -> None:
 
 
 def sum_over_ranks(tensor: Tensor, group: Group) -> Tensor:
-    """The sum of `tensor` over the ranks of `group`, on every rank; `tensor` itself when alone."""
+    """Sum a tensor over the ranks of `group`; every rank gets the sum, a single process `tensor` itself."""
     found = active_group(group)
     if found is None:
         return tensor
@@ -50,17 +50,17 @@ def sum_over_ranks(tensor: Tensor, group: Group) -> Tensor:
 
 
 def shared_seed(group: Group, seed: int | None = None) -> int:
-    """The first rank's `seed`, `torch.initial_seed()` where None, on every rank; below 2**63.
+    """Return the first rank's seed, below 2**63, on every rank; `torch.initial_seed()` where `seed` is None.
 
     Raises:
-        ValueError: if `seed` is no whole number.
+        ValueError: if `seed` is not a whole number.
     """
     check_seed(seed)
     return int(of_first_rank((torch.initial_seed() if seed is None else int(seed)) % 2**63, group))
 
 
 def of_first_rank(value: Any, group: Group) -> Any:
-    """The first rank's `value`, on every rank of `group`; what the others pass is ignored."""
+    """Broadcast the first rank's `value` to every rank of `group`."""
     found = active_group(group)
     if found is None:
         return value
@@ -70,11 +70,11 @@ def of_first_rank(value: Any, group: Group) -> Any:
 
 
 def concatenate_over_ranks(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-    """Every rank's rows in rank order, on every rank of `group`; `counts` says how many each rank holds."""
+    """Gather every rank's rows in rank order on every rank of `group`; `counts` are the rows of each rank."""
     found = active_group(group)
     if found is None:
         return rows
-    # A sum over ranks, as every backend has it for tensors of any device, and ranks may hold no row.
+    # Every backend can sum on any device, where not every one can gather, and a rank may hold no row.
     whole = rows.new_zeros(sum(counts), *rows.shape[1:])
     first = sum(counts[: dist.get_rank(found)])
     whole[first : first + len(rows)] = rows
@@ -83,7 +83,7 @@ def concatenate_over_ranks(rows: Tensor, counts: Sequence[int], group: Group) ->
 
 
 def rank_in(group: Group) -> int:
-    """This process's rank in `group`, in the default group where it does not communicate; 0 when alone."""
+    """Return this process's rank in `group`, else in the default group; 0 without a process group."""
     found = active_group(group)
     if found is not None:
         return dist.get_rank(found)

@@ -1,4 +1,4 @@
-"""Which parameters belong to which modality: by the user's modules and parameter identity, never by name."""
+"""Assignment of parameters to modalities by module and parameter identity, never by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Encoders = Mapping[str, nn.Module | str] | nn.ModuleDict
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    """Return the user's module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
         parallel = isinstance(model, (DistributedDataParallel, DataParallel))
         inner = model.module if parallel else compiled_module(model)
@@ -25,11 +25,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def find_module(model: nn.Module, module: nn.Module | str, role: str) -> nn.Module:
-    """The module of `model` that the user named or gave.
+    """Return a module of `model`, given as the module itself or by its dotted name.
 
     Raises:
-        ValueError: if `model` has no module of that name, or does not hold the module given.
-        TypeError: if it is neither a module nor a name.
+        ValueError: if `model` has no such module.
+        TypeError: if `module` is neither a module nor a name.
     """
     inner = unwrap(model)
     if isinstance(module, str):
@@ -49,7 +49,7 @@ def find_module(model: nn.Module, module: nn.Module | str, role: str) -> nn.Modu
 
 
 def resolve_encoders(model: nn.Module, encoders: Encoders) -> dict[str, nn.Module]:
-    """Each modality's encoder as a module of `model`.
+    """Return each modality's encoder as a module of `model`.
 
     Raises:
         ValueError: for no encoders, an unknown name, a module outside the model, or encoders that overlap.
@@ -99,11 +99,11 @@ def resolve_head(
     encoders: Mapping[str, nn.Module],
     head: nn.Module | str | Mapping[str, nn.Module | str] | None,
 ) -> nn.Module | dict[str, nn.Module] | None:
-    """The head as a module of `model`, or each modality's own.
+    """Return the joint head, or each modality's head, as modules of `model`; None for no head.
 
     Raises:
-        ValueError: for an unknown name, a module outside the model or inside an encoder, or own heads for other
-            modalities than the encoders'.
+        ValueError: for an unknown name, a module outside the model or inside an encoder, or a mapping whose
+            modalities are not the encoders'.
         TypeError: if a head is neither a module nor a name.
     """
     if head is None:
@@ -133,12 +133,12 @@ def _refuse_inside(head: nn.Module, encoders: Mapping[str, nn.Module], role: str
 
 
 def modality_parameters(model: nn.Module, encoders: Encoders) -> dict[str, list[nn.Parameter]]:
-    """Each modality's own parameters: those that no module outside its encoder holds.
+    """Return each modality's parameters that no module outside the modality's encoder holds.
 
-    Parameters shared between modalities, or tied to the head, are nobody's.
+    Parameters shared between modalities, or tied to the head, belong to no modality.
 
     Raises:
-        ValueError: if a modality is left without a parameter, or as `resolve_encoders`.
+        ValueError: if a modality is left without a parameter, and as `resolve_encoders`.
     """
     result: dict[str, list[nn.Parameter]] = {}
     for name, encoder in resolve_encoders(model, encoders).items():
@@ -156,7 +156,7 @@ def modality_parameters(model: nn.Module, encoders: Encoders) -> dict[str, list[
 
 
 def modules_outside(model: nn.Module, parts: Iterable[nn.Module]) -> list[nn.Module]:
-    """Every module that can be reached from `model` without passing through one of `parts`."""
+    """Return every module that is reachable from `model` without passing through one of `parts`."""
     closed = {id(part) for part in parts}
     found: dict[int, nn.Module] = {}
     waiting = [model]
@@ -169,24 +169,24 @@ def modules_outside(model: nn.Module, parts: Iterable[nn.Module]) -> list[nn.Mod
 
 
 def modality_groups(model: nn.Module, encoders: Encoders, **defaults: Any) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer, one for each modality and one for the rest.
+    """Make an optimizer's parameter groups, one for each modality and one for the rest.
 
-    Each modality's group carries `"modality": name`; then comes one with `"modality": None` for every other
-    parameter (left out when empty). Every parameter of `model` is in exactly one group, in the model's order.
-    Parameters shared between modalities, or tied to a module outside the encoders (a head), are in the last one.
+    Each modality's group has `"modality": name`; the last group has `"modality": None` for every other parameter
+    (left out when empty). Every parameter of `model` is in exactly one group, in the model's order. Parameters
+    shared between modalities, or tied to a module outside the encoders (a head), are in the last group.
 
     Args:
         model: the whole model.
-        encoders: each modality's encoder, a module of `model` or its dotted name.
-        **defaults: options put in every group, such as `lr` or `weight_decay`.
+        encoders: each modality's encoder, as a module of `model` or its dotted name.
+        **defaults: options of every group, such as `lr` or `weight_decay`.
 
     Returns:
-        The list to give to any `torch.optim.Optimizer`.
+        Parameter groups for any `torch.optim.Optimizer`.
 
     Raises:
-        ValueError: for an unknown name, a module outside the model, encoders that overlap, an encoder without
-            parameters of its own, or an option named `params` or `modality`.
-        TypeError: if `model` is no module, or an encoder neither a module nor a name.
+        ValueError: for an unknown name, a module outside the model, encoders that overlap, an encoder that shares
+            all of its parameters or has none, or an option named `params` or `modality`.
+        TypeError: if `model` is not a module, or an encoder neither a module nor a name.
 
     Example:
         >>> import torch

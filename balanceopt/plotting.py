@@ -1,4 +1,4 @@
-"""Pictures of recorded quantities."""
+"""Figures of recorded quantities over time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from balanceopt._options import check_count, check_kind
 if TYPE_CHECKING:
     from balanceopt.recording import Row
 
-# Okabe and Ito's palette: told apart by everyone.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -26,13 +26,13 @@ def plot_rows(
     quantities: Sequence[str] | None = None,
     smooth: int = 1,
 ) -> Any:
-    """One panel for each quantity, one line for each modality.
+    """Plot recorded rows, with one panel for each quantity and one line for each modality.
 
     Args:
-        rows: of a `Recorder`.
-        path: where to save the picture; None to only return it.
-        quantities: which of them, in this order; None for all.
-        smooth: width in steps of a running mean drawn over the faint raw line.
+        rows: rows of a `Recorder`.
+        path: file to save the figure to; None to only return the figure.
+        quantities: quantities to plot, in this order; None for all.
+        smooth: width in steps of a running mean, at least 1, drawn over the faint raw line.
 
     Returns:
         The `matplotlib.figure.Figure`.
@@ -40,7 +40,7 @@ def plot_rows(
     Raises:
         ImportError: without matplotlib (extra `plot`).
         ValueError: if there is nothing to draw, or `smooth` is not a whole number of at least 1.
-        TypeError: if `path` or `quantities` is of another kind.
+        TypeError: if `path` is not a path, or `quantities` not a list.
     """
     check_count("smooth", smooth, at_least=1)
     if quantities is not None:
@@ -66,7 +66,7 @@ def plot_rows(
             lines += axes.plot(steps, _running_mean(values, smooth), color=colour)
         axes.set_ylabel(quantity, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
-        # Names are set after the legend is made: in a label matplotlib reads "$" as mathematics and "_" as hidden.
+        # Names are set after the legend is made, because matplotlib parses "$" in a label and hides one with "_".
         legend = axes.legend(lines, [str(i) for i in range(len(lines))], frameon=False, loc="upper right")
         for text, modality in zip(legend.get_texts(), modalities, strict=True):
             text.set_parse_math(False)

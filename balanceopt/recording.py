@@ -1,4 +1,4 @@
-"""Recorder: everything the methods computed, over time."""
+"""Recording of scores, ratios, coefficients and other quantities over time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from balanceopt._options import check_count, shown
 
 
 class Row(NamedTuple):
-    """One number: what it is, of which modality, at which step (epoch, for re-learning)."""
+    """One recorded value of a quantity, for one modality at one step (epoch, for re-learning)."""
 
     step: int
     quantity: str
@@ -25,29 +25,29 @@ class Row(NamedTuple):
 
 
 class Source(Protocol):
-    """What can be recorded: a wrapped optimizer, an attached modulation, a modulator, a scheduler."""
+    """An object that a `Recorder` can listen to, such as a `ModulatedOptimizer` or a `ReLearnScheduler`."""
 
     @property
     def listeners(self) -> list[Any]:
-        """Functions called with `(step, quantity, modalities, values (M,))`."""
+        """Functions to call with `(step, quantity, modalities, values (M,))`."""
 
 
-# How many tensors on an accelerator wait before they are copied to the host together.
+# Device tensors are copied to the host in batches of this size, because each copy may synchronise.
 _WAITING = 256
-# A spreadsheet runs a cell that begins with one of these as a formula.
+# A spreadsheet evaluates a cell that begins with one of these characters as a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Recorder:
-    """Record scores, ratios, coefficients and whatever else the methods compute, at every step.
+    """Record scores, ratios, coefficients and all other quantities that methods report, at every step.
 
     Args:
         *sources: `ModulatedOptimizer`, what `attach` returns, `OPM`, `ReLearnScheduler`.
-        every: record only every n-th step.
+        every: interval in steps between records, at least 1.
 
     Raises:
         ValueError: if `every` is not a whole number of at least 1.
-        TypeError: if a source tells no numbers.
+        TypeError: if a source has no listeners.
 
     Example:
         >>> recorder = Recorder()
@@ -67,19 +67,19 @@ class Recorder:
         self._rows: list[Row] = []
         self._waiting: list[tuple[int, str, tuple[str, ...], Tensor]] = []
         self._sources = sources
-        # Sources hold the recorder weakly: what nobody can read any more is not recorded.
+        # Sources hold the recorder weakly, so that an unreachable recorder is freed and stops recording.
         listener = _WeakListener(WeakMethod(self._hear))
         self._remove = finalize(self, _stop_listening, [source.listeners for source in sources], listener)
         for source in sources:
             source.listeners.append(listener)
 
     def rows(self) -> list[Row]:
-        """All numbers so far, in the order in which they came."""
+        """Return all recorded rows in the order of recording."""
         self._fetch()
         return list(self._rows)
 
     def series(self, quantity: str) -> dict[str, tuple[list[int], list[float]]]:
-        """Steps and values of one quantity for each modality."""
+        """Return the steps and values of one quantity for each modality."""
         found: dict[str, tuple[list[int], list[float]]] = {}
         for row in self.rows():
             if row.quantity == quantity:
@@ -89,12 +89,12 @@ class Recorder:
         return found
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write `step,quantity,modality,value` lines in UTF-8; an existing file is replaced once all is written.
+        """Write `step,quantity,modality,value` lines in UTF-8, replacing an existing file atomically.
 
-        A name that a spreadsheet would run as a formula is written with an apostrophe before it.
+        A name that a spreadsheet would evaluate as a formula gets an apostrophe as its first character.
 
         Raises:
-            TypeError: if `path` is no path.
+            TypeError: if `path` is not a path.
         """
         check_path(path)
         with replacing(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
@@ -104,11 +104,11 @@ class Recorder:
                 writer.writerow((step, _as_text(quantity), _as_text(modality), value))
 
     def plot(self, path: str | PathLike[str] | None = None, **options: Any) -> Any:
-        """Draw every quantity over time, one panel each; returns the matplotlib figure, saved if `path` is given.
+        """Plot every quantity over time, one panel each, and return the matplotlib figure.
 
         Args:
-            path: where to save the picture.
-            **options: `quantities`, `smooth`, of `balanceopt.plotting.plot_rows`.
+            path: file to save the figure to; None for no file.
+            **options: `quantities` and `smooth` of `balanceopt.plotting.plot_rows`.
 
         Raises:
             ImportError: without matplotlib (extra `plot`).
@@ -119,7 +119,7 @@ class Recorder:
         return plot_rows(self.rows(), path, **options)
 
     def remove(self) -> None:
-        """Stop recording; what was recorded stays. May be called twice."""
+        """Stop recording, keeping the recorded rows; a second call is a no-op."""
         self._remove()
 
     def __enter__(self) -> Recorder:
@@ -147,7 +147,7 @@ class Recorder:
 
 
 class _WeakListener:
-    """A listener that hands on to a recorder as long as the recorder lives."""
+    """A listener that passes values to a recorder until the recorder is freed."""
 
     def __init__(self, hear: WeakMethod[Any]) -> None:
         self._hear = hear

@@ -1,4 +1,4 @@
-"""attach: the same mechanism as a step pre-hook, for frameworks that build the optimizer themselves."""
+"""attach: modulate an optimizer by hooks on its step, for frameworks that build the optimizer themselves."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from balanceopt.optim._state import check_state
 
 
 class AttachedModulation:
-    """What `attach` returns: takes the hooks off again. The optimizer holds it: it may be dropped.
+    """Handle of the hooks that `attach` registered. The optimizer holds the handle: a reference to it is optional.
 
     Attributes:
-        optimizer: the one that is modulated.
+        optimizer: the optimizer whose steps are modulated.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine) -> None:
-        """Hook `engine` onto `optimizer`."""
+        """Register the hooks of `engine` on `optimizer`."""
         self.optimizer = optimizer
         self._engine = engine
         self._depth = 0
@@ -39,12 +39,12 @@ class AttachedModulation:
         ]
         self._before_loading: Before | None = None
         self._zero_grad = optimizer.zero_grad
-        # There is no hook for zero_grad, and the scores of gradients that are thrown away must go with them.
+        # zero_grad is replaced because torch has no hook for it, and scores of cleared gradients must be discarded.
         self._replaced = {name: value for name, value in vars(optimizer).items() if name == "zero_grad"}
         vars(optimizer)["zero_grad"] = self._discarding_zero_grad
 
     def remove(self, *, keep_state: bool = False) -> torch.optim.Optimizer:
-        """Take everything off the optimizer and return it. May be called twice.
+        """Remove all hooks from the optimizer and return the optimizer. May be called twice.
 
         Args:
             keep_state: leave the step counter, the seed and the epoch in its `param_groups`, so that a checkpoint
@@ -53,14 +53,14 @@ class AttachedModulation:
         for handle in self._handles:
             handle.remove()
         attributes = vars(self.optimizer)
-        if attributes.get("zero_grad") == self._discarding_zero_grad:  # else someone replaced it after us
+        if attributes.get("zero_grad") == self._discarding_zero_grad:  # not one that replaced it later
             del attributes["zero_grad"]
             attributes.update(self._replaced)
         self._engine.remove(keep_state=keep_state)
         return self.optimizer
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell which epoch it is, counted from 0, for windows with `unit="epoch"`.
+        """Set the current epoch, counted from 0, for windows with `unit="epoch"`.
 
         Raises:
             ValueError: if `epoch` is no whole number of at least 0.
@@ -69,18 +69,18 @@ class AttachedModulation:
         self._engine.set_epoch(epoch)
 
     def stats(self) -> dict[str, int]:
-        """Steps modulated, left to the base optimizer, and oddities met on the way."""
+        """Return counts of modulated steps, of steps left to the base optimizer, and of irregularities, by name."""
         return self._engine.stats()
 
     @property
     def listeners(self) -> list[Listener]:
-        """Who is told the quantities of each step (a `Recorder`)."""
+        """Functions called with each quantity of a step, such as those of a `Recorder`."""
         return self._engine.listeners
 
     def _before(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # Torch hands over step's own arguments, the optimizer first.
+        # Torch passes the arguments of step, the optimizer first.
         closure: Callable[[], Any] | None = args[1] if len(args) > 1 else kwargs.get("closure")
         if self._is_within_a_step(closure):
             self._depth += 1
@@ -118,16 +118,16 @@ class AttachedModulation:
             raise
 
     def _is_within_a_step(self, closure: Callable[[], Any] | None) -> bool:
-        """Whether a subclass's step calls its parent's: torch calls the hooks of both."""
+        """Whether this call is a parent class's step within a subclass's step: torch calls the hooks of both."""
         if closure is not None:
             return closure is self._wrapped
-        # After an exception, which no hook is told of, new scores tell that this is another step.
+        # Torch calls no hook after an exception; new scores then show that this is another step.
         return self._depth > 0 and self._engine.accumulator.peek() is None
 
     def _discarding_zero_grad(self, set_to_none: bool = True) -> None:
         if not self._engine.removed:
             self._engine.discard()
-            if self._wrapped is None:  # else the closure of a step under way may call it
+            if self._wrapped is None:  # otherwise a step's closure may be the caller
                 self._depth = 0
         self._zero_grad(set_to_none=set_to_none)
 
@@ -148,25 +148,25 @@ def attach(
     seed: int | None = None,
     strict: bool = True,
 ) -> AttachedModulation:
-    """Modulate the steps of an optimizer by hooks on it; for frameworks that build or wrap the optimizer themselves.
+    """Modulate the steps of an optimizer by hooks on it, for frameworks that build or wrap the optimizer themselves.
 
-    Equal to `ModulatedOptimizer`, but under a GradScaler with a fused base hooks see scaled gradients and overflow
-    steps. Copies and pickles of the optimizer are plain.
+    Equal to `ModulatedOptimizer`, except that under a GradScaler with a fused base the hooks see scaled gradients and
+    overflow steps. Copies and pickles of the optimizer carry no hooks.
 
     Args:
-        optimizer: the base. Inside Accelerate's wrapper attach to its `.optimizer`.
+        optimizer: the base optimizer; for Accelerate's wrapper, its `.optimizer`.
         monitor: a `ModalityMonitor` on the model that the optimizer trains, built with a head.
         modulation: the method, `OGM()` (that is OGM-GE) by default, or several to act in order.
-        seed: of all randomness; None for what a checkpoint left in the groups, else `torch.initial_seed()` of the first
-            rank, read now.
-        strict: raise after ten steps in a row without any score; False to warn only.
+        seed: seed of all randomness; None for the seed of a checkpoint in the groups, else `torch.initial_seed()` of
+            the first rank, read now.
+        strict: raise after ten steps in a row without any score; False to only warn.
 
     Returns:
         A handle with `.remove()`, `.set_epoch()` and `.stats()`; also a context manager.
 
     Raises:
-        TypeError: if the optimizer has no step hooks (it never called `Optimizer.__init__`), or an argument is of
-            another kind.
+        TypeError: if the optimizer has no step hooks (it never called `Optimizer.__init__`), or an argument has
+            another type.
         ValueError, KeyError, NotImplementedError: as `ModulatedOptimizer`.
 
     Example:

@@ -1,4 +1,4 @@
-"""What can't be modulated, refused with the alternative named."""
+"""Checks that raise for optimizers and gradients that can't be modulated, and name the alternative."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from balanceopt.modality import unwrap
 from balanceopt.modulation import Modulation, Slot
 from balanceopt.monitor import ModalityMonitor, require_scores
 
-# The engine that modulates an optimizer's steps, as long as the engine lives.
+# The engine of each modulated optimizer, held weakly so that an engine ends with its wrapper.
 _ENGINE_OF: WeakKeyDictionary[torch.optim.Optimizer, ref[Any]] = WeakKeyDictionary()
 
 
 def claim(engine: object, optimizer: torch.optim.Optimizer, modulations: Iterable[Modulation]) -> None:
-    """Remember that `engine` modulates an optimizer's steps by these modulations."""
+    """Record `engine` as the one that modulates the steps of an optimizer by `modulations`."""
     _ENGINE_OF[optimizer] = ref(engine)
     for modulation in modulations:
         modulation.engine = ref(engine)
 
 
 def release(optimizer: torch.optim.Optimizer, modulations: Iterable[Modulation]) -> None:
-    """Forget the engine of an optimizer and of modulations, which may be used anew."""
+    """Clear the engine of an optimizer and of modulations, so that another engine can use both."""
     _ENGINE_OF.pop(optimizer, None)
     for modulation in modulations:
         modulation.engine = None
 
 
 def refuse_modulated(optimizer: torch.optim.Optimizer) -> None:
-    """Raise where an optimizer, or one inside it, is modulated already: its steps would be modulated twice.
+    """Raise for an optimizer that is modulated already, itself or an optimizer inside it.
 
     Raises:
         ValueError: saying what to do instead.
@@ -74,7 +74,7 @@ def refuse_groups(groups: Sequence[dict[str, Any]]) -> None:
 
 
 def refuse_differentiable(group: Mapping[str, Any]) -> None:
-    """Raise for a param group whose step is to be differentiated.
+    """Raise for a param group with `differentiable=True`.
 
     Raises:
         NotImplementedError: naming the alternative.
@@ -87,7 +87,7 @@ def refuse_differentiable(group: Mapping[str, Any]) -> None:
 
 
 def refuse_shared_gradients(slots: Iterable[Slot]) -> None:
-    """Raise for gradients that can't be changed in place one by one, as a loop that sets `.grad` may leave them.
+    """Raise for gradients that share memory and so can't be changed in place one by one.
 
     Raises:
         ValueError: saying what to do instead.
@@ -101,7 +101,7 @@ def refuse_shared_gradients(slots: Iterable[Slot]) -> None:
         if span < gradient.numel():
             raise _no_memory_of_its_own(slot, "an expanded tensor, whose elements share memory")
         memory = gradient.untyped_storage().data_ptr()
-        if memory:  # a tensor with gaps may stand in those of another: only its first element is sure
+        if memory:  # another tensor may lie in the gaps of a strided one: only the first element is certain
             start, size = int(gradient.storage_offset()), int(span) if span == gradient.numel() else 1
             places.append((memory, start * gradient.itemsize, (start + size) * gradient.itemsize, slot))
     places.sort(key=lambda place: place[:3])
@@ -118,7 +118,7 @@ def _no_memory_of_its_own(slot: Slot, found: str) -> ValueError:
 
 
 def warn_of_known_defects(optimizer: torch.optim.Optimizer) -> None:
-    """Say what a third-party optimizer is known to fail on, before it does so with an error of another meaning."""
+    """Warn of known defects of third-party optimizers, whose own errors are misleading."""
     kind = type(optimizer)
     if kind.__name__ != "Adafactor" or not kind.__module__.startswith("torch_optimizer."):
         return
@@ -131,7 +131,7 @@ def warn_of_known_defects(optimizer: torch.optim.Optimizer) -> None:
 
 
 def steps_others(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether another optimizer inside this one steps by groups of its own."""
+    """Whether an optimizer inside `optimizer` has param groups that are separate objects."""
     return any(inner.param_groups is not optimizer.param_groups for inner in optimizers_in(optimizer))
 
 
@@ -142,10 +142,10 @@ def check_arguments(
     seed: int | None,
     strict: bool,
 ) -> list[Modulation]:
-    """Raise where an optimizer, a monitor and modulations do not go together; returns the modulations.
+    """Return the modulations as a list; raise where optimizer, monitor and modulations are incompatible.
 
     Raises:
-        TypeError: if one is of another kind.
+        TypeError: if an argument has another type.
         ValueError: if the optimizer is modulated already, or does not train the monitor's model; or the monitor has no
             head.
     """
@@ -173,10 +173,10 @@ def check_arguments(
 
 
 def check_modulations(modulations: object) -> list[Modulation]:
-    """One modulation or several as a list.
+    """Return one modulation or several as a list.
 
     Raises:
-        TypeError: if there is none, or something else.
+        TypeError: if there is no modulation, or an entry has another type.
     """
     several: list[Any] = list(modulations) if isinstance(modulations, (list, tuple)) else [modulations]
     if not several:

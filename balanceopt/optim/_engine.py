@@ -1,4 +1,4 @@
-"""What happens around a base optimizer's step, written once for the wrapper and for the hook form."""
+"""Engine: the modulation around a base optimizer's step, shared by the wrapper and the hook form."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from balanceopt.optim._update import UpdateScaling
 
 
 class Engine:
-    """Take the monitor's sums before a step, let the modulations change the gradients or scale the step's update.
+    """Take the monitor's scores before a step and let the modulations change gradients or scale the step's update.
 
-    Nothing refers back to it: without its wrapper it is gone at once, and the monitor sums no scores for it.
+    No cycle refers to the engine: it is freed with its wrapper, and the monitor then sums no scores for it.
 
     Args:
-        optimizer: the base.
-        monitor: where scores come from.
-        modulations: applied in order.
-        seed: of all randomness; None for `torch.initial_seed()` of the first rank.
-        strict: raise after ten steps in a row without a score that can be used, where gradients are not zero.
+        optimizer: the base optimizer.
+        monitor: the source of the scores.
+        modulations: the methods, applied in order.
+        seed: seed of all randomness; None for `torch.initial_seed()` of the first rank.
+        strict: raise after ten steps in a row with non-zero gradients and without usable scores.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Engine:
                 "every step is the base optimizer's."
             )
         self._counters = Counters(optimizer, monitor, seed)
-        # Nothing was changed until here, and nothing raises or warns from here on.
+        # All checks come before this line and all changes after it, so that an error changes nothing.
         self.accumulator = monitor.scores(needs_entropy=any(m.needs_entropy for m in chosen))
         claim(self, optimizer, chosen)
         self._states = MethodStates(optimizer, chosen)
         self._counters.begin()
         self._states.begin()
         self.removed = False
-        self._number, self._seed, _ = self._counters.read()  # of the step under way
+        self._number, self._seed, _ = self._counters.read()  # of the current step
         self._has_own_groups = steps_others(optimizer)
         self._updates = UpdateScaling()
         self._looked = False
@@ -88,12 +88,12 @@ class Engine:
     # -- around a step -------------------------------------------------------------------------------------------
 
     def before(self) -> None:
-        """Begin a step: modulate the gradients that are there now."""
+        """Begin a step without a closure: modulate the current gradients."""
         self._begin(has_closure=False)
         self._act()
 
     def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Begin a step with a closure: the closure with its gradients modulated.
+        """Begin a step with a closure; return the closure with modulation after each evaluation.
 
         Raises:
             TypeError: if `closure` is no function.
@@ -128,25 +128,25 @@ class Engine:
         self._updates.abandon()
 
     def discard(self) -> None:
-        """Forget scores whose gradients are thrown away."""
+        """Discard the pending scores, as their gradients were cleared."""
         self.accumulator.discard()
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell which epoch it is, for windows that count epochs."""
+        """Set the current epoch, for windows that count epochs."""
         self.refuse_removed()
         for modulation in self.modulations:
             modulation.set_epoch(epoch)
         self._counters.write(EPOCH, int(epoch))
 
     def before_save(self) -> None:
-        """Put the methods' own states where the optimizer's checkpoint carries them."""
+        """Write the methods' states into the param groups, which the optimizer's checkpoint carries."""
         if not self.removed:
             self._states.save()
 
     def refresh(self) -> None:
-        """Learn who owns which parameter; give new groups the counters."""
+        """Update the modality of each parameter, and write the counters into new groups."""
         if self.removed:
             return
         self._owners.refresh()
@@ -154,7 +154,7 @@ class Engine:
         self._states.fill()
 
     def after_load(self) -> None:
-        """Take a checkpoint's state over: tags from this optimizer, counters from the checkpoint."""
+        """Restore the state after a load: tags from this optimizer, counters and methods from the checkpoint."""
         if self.removed:
             return
         self._owners.restore_tags()
@@ -173,10 +173,10 @@ class Engine:
             )
 
     def remove(self, *, keep_state: bool = False) -> None:
-        """Leave the base optimizer and the monitor as they were. May be called twice.
+        """Restore the base optimizer and the monitor to their unmodulated form. May be called twice.
 
         Args:
-            keep_state: leave the step counter, the seed and the epoch in the groups.
+            keep_state: leave the step counter, the seed, the epoch and the methods' states in the groups.
         """
         if self.removed:
             return
@@ -191,10 +191,10 @@ class Engine:
         self.removed = True
 
     def refuse_removed(self) -> None:
-        """Raise after `remove`.
+        """Raise if the engine was removed.
 
         Raises:
-            RuntimeError: saying what to do.
+            RuntimeError: after `remove`.
         """
         if self.removed:
             raise RuntimeError(
@@ -203,7 +203,7 @@ class Engine:
             )
 
     def stats(self) -> dict[str, int]:
-        """Steps modulated, left to the base for want of scores, outside the window; and oddities met."""
+        """Return counts of steps modulated, without scores and outside the window, and of irregularities, by name."""
         return self._health.stats()
 
     # -- parts of a step -----------------------------------------------------------------------------------------
@@ -213,10 +213,10 @@ class Engine:
         self._updates.begin(has_closure=has_closure)
         if self._owners.changed():
             self.refresh()
-        # However often a closure runs, it is one step with one number.
+        # Read here, because a step has one number however often its closure runs.
         self._number, self._seed, epoch = self._counters.read()
         for modulation in self.modulations:
-            modulation.epoch = epoch  # one without a state may act in several optimizers
+            modulation.epoch = epoch  # written each step: optimizers may share a modulation
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _act(self) -> None:
@@ -242,7 +242,7 @@ class Engine:
         self._counters.write(STEP, self._number + 1)
 
     def _modulate(self, acting: Sequence[Modulation], sums: Scores, slots: dict[str, list[Slot]]) -> None:
-        if not self._looked:  # what a loop does with `.grad` it does in every step
+        if not self._looked:  # once: a loop treats `.grad` alike in every step
             refuse_shared_gradients(slot for own in slots.values() for slot in own)
             self._refuse_compiled(slots)
             self._looked = True
@@ -270,13 +270,13 @@ class Engine:
         self._health.end()
 
     def _refuse_compiled(self, slots: dict[str, list[Slot]]) -> None:
-        """Raise where compiled code ran in place of the hooks on an encoder."""
+        """Raise where compiled code bypassed the hooks of an encoder."""
         for name in self.accumulator.uncalled():
             if holds_compiled_code() and self._any_nonzero(slot.grad for slot in slots.get(name, ())):
                 raise RuntimeError(f"{compiled_before(name)} Until then its modality is not balanced.")
 
     def _take(self) -> Scores | None:
-        """This step's sums, over micro-batches and ranks; None where nobody has any."""
+        """Return the step's scores, summed over micro-batches and ranks; None where no rank has any."""
         sums = self.accumulator.take()
         if active_group(self.monitor.group) is None:
             return sums
@@ -287,8 +287,8 @@ class Engine:
         return None if host is not None and not host.any() else total
 
     def _any_nonzero(self, gradients: Iterable[Tensor]) -> bool:
-        # Only on the way of steps without scores, which should not be: here waiting for the device is no matter. Ranks
-        # agree, though a shard may be empty.
+        # A device synchronisation is acceptable, because steps without scores are exceptional. The sum over ranks makes
+        # all ranks agree, though a shard may be empty.
         found = torch.zeros((), dtype=torch.float32, device=device_of(self.optimizer))
         for gradient in gradients:
             values = gradient.coalesce().values() if gradient.is_sparse else gradient

@@ -1,4 +1,4 @@
-"""What the steps of an optimizer met: counted by name, warned of once, an error after ten in a row without scores."""
+"""Health of an optimizer's steps: irregularities by name, one warning each, an error after ten in a row."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from balanceopt._deferred import DeferredCounts
 from balanceopt._warnings import warn_user
 from balanceopt.monitor import ModalityMonitor, Scores
 
-# Steps in a row without usable scores before it is an error.
+# Number of steps in a row without usable scores that raises an error.
 _SILENT_STEPS = 10
-# How far a mean score may be from 1 / C by rounding, in parts of it.
+# Relative tolerance of a mean score equal to 1 / C, for rounding.
 _EQUAL = 1e-6
 _ODDITIES = {
     "unusable_scores": "scores are not finite, all zero, or of fewer than two modalities: the step was left to the "
@@ -21,16 +21,16 @@ _ODDITIES = {
     "features makes NaN of zeroed ones.",
     "nonfinite_gradients": "gradients that are not finite were left as they are. stats() counts them.",
 }
-# Counters of this class's own among those that methods name.
+# Private counters, beside those named by methods.
 _SCORED, _TELLING, _EQUAL_STEPS = "_scored", "_telling", "_equal"
 
 
 class Health:
-    """Count what steps met, without waiting for a device; warn of each thing once.
+    """Count the irregularities of steps without device synchronisation, and warn once of each.
 
     Args:
-        monitor: why there may be no scores.
-        strict: raise after ten steps in a row without a score that can be used, or that tells anything.
+        monitor: the monitor, which explains missing scores.
+        strict: raise after ten steps in a row with no scores, unusable scores, or equal ones.
     """
 
     def __init__(self, monitor: ModalityMonitor, *, strict: bool) -> None:
@@ -46,26 +46,26 @@ class Health:
         self.restart()
 
     def restart(self) -> None:
-        """Count steps in a row from 0."""
+        """Reset the counts of steps in a row."""
         self._silent = 0
         self._before = self._seen
         self._telling = False
 
     def warn(self, kind: str, message: str) -> None:
-        """Warn, once of each kind."""
+        """Warn with `message`, once for each `kind`."""
         if kind not in self._warned:
             self._warned.add(kind)
             warn_user(message)
 
     def outside_window(self) -> None:
-        """Note a step in which no method acts."""
+        """Count a step in which no method acts."""
         self._steps["outside_window"] += 1
 
     def without_scores(self) -> None:
-        """Note a step that no scores came for.
+        """Count a step without scores.
 
         Raises:
-            RuntimeError: after ten in a row.
+            RuntimeError: after ten such steps in a row.
         """
         self._steps["without_scores"] += 1
         self._silent += 1
@@ -78,19 +78,19 @@ class Health:
         self.warn("silent", f"no scores since the last step: the step was left unmodulated ({why}).")
 
     def begin(self, scores: Scores) -> None:
-        """Note a step with scores, in which methods act."""
+        """Count a step with scores in which methods act."""
         self._silent = 0
         self._steps["modulated"] += 1
         self._scores = scores
         unusable = ~scores.usable.any()
         self._of_step = {_SCORED: torch.ones_like(unusable), "unusable_scores": unusable}
         if self._strict and not self._telling:
-            # Without any information about the sample a softmax gives every class the same probability.
+            # Logits without information about the sample give every class the same probability 1 / C.
             equal = ((scores.mean_score * scores.label_counts.numel() - 1).abs() < _EQUAL).all()
             self._of_step |= {_TELLING: ~equal, _EQUAL_STEPS: equal}
 
     def count(self, name: str, count: Tensor) -> None:
-        """Count something that a method met in the step, by any name; a step is unusable once, for all methods."""
+        """Add a method's count of an irregularity to the step; unusable scores count once for all methods."""
         earlier = self._of_step.get(name)
         if earlier is None:
             self._of_step[name] = count
@@ -98,10 +98,10 @@ class Health:
             self._of_step[name] = earlier.logical_or(count) if name == "unusable_scores" else earlier + count
 
     def end(self) -> None:
-        """Add the step's counts, and look at those that can be read without waiting.
+        """Add the step's counts, and judge those that can be read without device synchronisation.
 
         Raises:
-            RuntimeError: after ten steps in a row whose scores can't be used, or tell nothing.
+            RuntimeError: after ten steps in a row whose scores are unusable or equal.
         """
         self._counts.add(**self._of_step)
         seen = self._counts.arrived()
@@ -115,9 +115,9 @@ class Health:
             self._judge(seen)
 
     def stats(self) -> dict[str, int]:
-        """Steps modulated, left to the base for want of scores, outside the window; and what methods counted."""
+        """Return counts of steps modulated, without scores and outside the window, and those of methods, by name."""
         counts = {name: count for name, count in self._counts.read().items() if not name.startswith("_")}
-        # A step does not wait for its device to know this.
+        # Subtracted here, because a step does not synchronise with its device to learn that its scores are unusable.
         return {**self._steps, "modulated": self._steps["modulated"] - counts["unusable_scores"], **counts}
 
     def _judge(self, seen: dict[str, int]) -> None:
@@ -149,7 +149,7 @@ class Health:
 
     def _cause(self) -> str:
         assert self._scores is not None
-        # Only on the way to an error: here waiting for the device is no matter.
+        # A device synchronisation is acceptable, because an error follows.
         score, present = self._scores.score.cpu(), self._scores.present.cpu()
         names = self._monitor.modalities
         here = [name for name, one in zip(names, present.tolist(), strict=True) if one]

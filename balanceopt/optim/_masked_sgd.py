@@ -1,4 +1,4 @@
-"""MaskedSubnetworkSGD: torch's SGD with AMSS in front of its step."""
+"""MaskedSubnetworkSGD: torch's SGD with AMSS before each step."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ class MaskedSubnetworkSGD(ModulatedOptimizer):
     \qquad \theta_j \leftarrow \theta_j - \eta b_j$$
 
     for the units j of each tensor of an encoder, with momentum \(\mu\), dampening \(\tau\), weight decay
-    \(\lambda\), the mask M and the weights w of `AMSS`. Where no mask acts it is `torch.optim.SGD`, bit for bit.
+    \(\lambda\), the mask M and the weights w of `AMSS`. A step without masks is that of
+    `torch.optim.SGD`, bit for bit.
 
     Args:
         params: parameters or groups, such as `modality_groups(model, encoders)`.
         monitor: a `ModalityMonitor` on the model, built with a head.
-        lr: learning rate.
-        momentum: of SGD.
-        dampening: of the momentum.
-        weight_decay: L2 penalty.
-        nesterov: Nesterov's momentum.
-        temperature: of the keep ratios.
+        lr: learning rate, >= 0.
+        momentum: momentum factor of SGD, >= 0.
+        dampening: dampening of the momentum.
+        weight_decay: factor of the L2 penalty, >= 0.
+        nesterov: use Nesterov's momentum.
+        temperature: temperature T of the keep ratios, > 0.
         scale: `"none"` (AMSS), `"unbiased"` (AMSS+) or `"official"`.
-        seed: of the masks, which are a function of (seed, step, parameter); None for `torch.initial_seed()` of the
-            first rank, read now.
-        maximize: ascend.
-        foreach: torch's implementation by lists of tensors.
-        fused: torch's fused implementation; the fastest.
-        strict: raise after ten steps in a row without any score; False to warn only.
-        **options: further ones of `AMSS`: `clamp`, `offset`, `units`, `min_ndim`, `start`, `end`,
-            `unit`.
+        seed: seed of the masks, which are a function of (seed, step, parameter); None for `torch.initial_seed()` of
+            the first rank, read now.
+        maximize: maximize the objective instead of minimizing.
+        foreach: use torch's implementation on lists of tensors; None for torch's choice.
+        fused: use torch's fused implementation, the fastest; None for torch's choice.
+        strict: raise after ten steps in a row without any score; False to only warn.
+        **options: further options of `AMSS`: `clamp`, `offset`, `units`, `min_ndim`, `start`, `end`, `unit`.
 
     Raises:
-        ValueError: for options outside their range, or if the parameters are not those of the monitor's model.
-        TypeError: for an argument of another kind, or an unknown option.
+        ValueError: for an option outside its range, or parameters that are not those of the monitor's model.
+        TypeError: for an argument of another type, or an unknown option.
         KeyError: if groups are tagged with modalities that the monitor does not have.
 
     Example:

@@ -1,4 +1,4 @@
-"""The modulations' own states in an optimizer's param groups, which every checkpoint format carries."""
+"""The modulations' states in an optimizer's param groups, which every checkpoint format carries."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from balanceopt.optim._state import METHODS
 
 
 class MethodStates:
-    """The modulations' own states, as one text in every param group; None where no modulation has any.
+    """The modulations' states, as one string in every param group; None where no modulation has a state.
 
-    Text, because checkpoint formats differ in what else they carry in a param group: some compare values of two groups
-    for equality, some take lists apart.
+    A string, because checkpoint formats differ in the other values that they support in a param group: some compare
+    values of two groups for equality, some flatten lists.
 
     Args:
-        optimizer: the base, whose groups the text lives in.
-        modulations: whose states they are.
+        optimizer: the base optimizer, whose groups hold the string.
+        modulations: the methods whose states are saved.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, modulations: Sequence[Modulation]) -> None:
@@ -33,13 +33,13 @@ class MethodStates:
         self._fresh = [modulation.state_dict() for modulation in modulations]
 
     def begin(self) -> None:
-        """Start from what a checkpoint or an earlier wrapper left in the groups, or anew."""
+        """Load any states that a checkpoint or an earlier wrapper left in the groups, then save all states."""
         if self._optimizer.param_groups[0].get(METHODS) is not None:
             self.load()
         self.save()
 
     def save(self) -> None:
-        """Write the states as they are now; waits for the device."""
+        """Write the current states into the groups, with a device synchronisation."""
         states = [modulation.state_dict() for modulation in self._modulations]
         text = (
             to_text([list(pair) for pair in zip(self._names, states, strict=True)]) if any(states) else None
@@ -48,12 +48,12 @@ class MethodStates:
             group[METHODS] = text
 
     def fill(self) -> None:
-        """Give groups that are new the entry too: a flattened checkpoint is read by the keys that the optimizer has."""
+        """Add the entry to new groups: a flattened checkpoint is read by the keys in the optimizer's groups."""
         for group in self._optimizer.param_groups:
             group.setdefault(METHODS, None)
 
     def load(self) -> None:
-        """Take over what a checkpoint put there; a load that fails changes nothing.
+        """Load the states from the groups into the methods. A load that fails changes nothing.
 
         Raises:
             ValueError: if the text can't be read.
@@ -80,25 +80,25 @@ class MethodStates:
         self.fill()
 
     def clear(self) -> None:
-        """Leave the groups as they were."""
+        """Remove the entry from the groups."""
         for group in self._optimizer.param_groups:
             group.pop(METHODS, None)
 
 
 def to_text(states: list[list[Any]]) -> str:
-    """Write pairs of a method's name and state, of plain values and tensors, as one text, exactly.
+    """Serialise pairs of a method's name and state, of plain values and tensors, exactly.
 
     Raises:
-        TypeError: for anything else in a state.
+        TypeError: for a value of another type in a state.
     """
     return json.dumps(states, default=_tensor_to_json)
 
 
 def from_text(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """The reverse of `to_text`; tensors are on the CPU.
+    """Parse the pairs that `to_text` wrote, with tensors on the CPU.
 
     Raises:
-        ValueError: if the text is of another form.
+        ValueError: if the text has another form.
     """
     try:
         pairs = json.loads(text, object_hook=_tensor_from_json)

@@ -1,4 +1,4 @@
-"""ModulatedOptimizer: any optimizer, with a method in front of its step."""
+"""ModulatedOptimizer: wrapper of any optimizer that modulates gradients before each step."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ class ModulatedOptimizer(torch.optim.Optimizer):
 
     $$\theta \leftarrow \text{step}(\theta, \text{modulation}(g; \text{scores}))$$
 
-    Before each step of the base optimizer the modulation changes the gradients of the modalities' encoders, in place,
-    by the scores that the monitor saw in the passes these gradients came from. Where there is none, the step is the
-    base optimizer's.
+    Before each step of the base optimizer the modulation changes the gradients of the encoders in place, by the
+    scores of the passes that made these gradients. A step without scores is the base optimizer's.
 
     Args:
-        optimizer: the base. Its groups may carry `"modality"` tags; without them a parameter belongs to the encoder
-            that holds it.
+        optimizer: the base optimizer. Its groups may carry `"modality"` tags; parameters without a tag belong to the
+            encoder that holds them.
         monitor: a `ModalityMonitor` on the model that the optimizer trains, built with a head.
         modulation: the method, `OGM()` (that is OGM-GE) by default, or several to act in order.
-        seed: of all randomness, which is a function of (seed, step, parameter); None for what an earlier wrapper or a
-            checkpoint left in the groups, else `torch.initial_seed()` of the first rank, read now.
-        strict: raise after ten steps in a row without any score; False to warn only.
+        seed: seed of all randomness, a function of (seed, step, parameter); None for the seed of an earlier wrapper or
+            a checkpoint in the groups, else `torch.initial_seed()` of the first rank, read now.
+        strict: raise after ten steps in a row without any score; False to only warn.
 
     Raises:
-        TypeError: if `optimizer`, `monitor` or `modulation` is of another kind.
+        TypeError: if `optimizer`, `monitor` or `modulation` has another type.
         ValueError: if the optimizer is modulated already, or does not train the monitor's model; for a bad `seed`.
         KeyError: if groups are tagged with modalities that the monitor does not have.
         NotImplementedError: for differentiable, in-backward and FSDP1 optimizers.
@@ -51,7 +50,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         True
 
     Reference:
-        docs/concepts.md; the method's own reference.
+        docs/concepts.md; the reference of the method.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         seed: int | None = None,
         strict: bool = True,
     ) -> None:
-        # Optimizer.__init__ is not called: it would make groups and state of its own beside the base's.
+        # Optimizer.__init__ is not called, because it would create a second set of groups and state.
         chosen = OGM() if modulation is None else modulation
         self._engine = Engine(optimizer, monitor, chosen, seed=seed, strict=strict)
         self.optimizer = optimizer
@@ -73,23 +72,23 @@ class ModulatedOptimizer(torch.optim.Optimizer):
 
     @property
     def monitor(self) -> ModalityMonitor:
-        """Where the scores come from."""
+        """The monitor that the scores come from."""
         return self._engine.monitor
 
     @property
     def modulation(self) -> Modulation | list[Modulation]:
-        """The method, or the methods in the order in which they act."""
+        """The modulation, or the list of modulations in the order of their application."""
         chosen = self._engine.modulations
         return chosen[0] if len(chosen) == 1 else chosen
 
     @property
     def listeners(self) -> list[Listener]:
-        """Who is told the quantities of each step (a `Recorder`)."""
+        """Functions called with each quantity of a step, such as those of a `Recorder`."""
         return self._engine.listeners
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base's."""
+        """Param groups of the base optimizer."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -98,7 +97,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base's."""
+        """State of the base optimizer."""
         return self.optimizer.state
 
     @state.setter
@@ -107,7 +106,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The base's."""
+        """Defaults of the base optimizer."""
         return self.optimizer.defaults
 
     @defaults.setter
@@ -121,19 +120,19 @@ class ModulatedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Modulate the gradients, then let the base optimizer step.
+        """Modulate the gradients, then step the base optimizer.
 
         Args:
-            closure: reevaluates the model and returns the loss; its gradients are modulated each time.
+            closure: function that evaluates the model and returns the loss; modulation follows each evaluation.
 
         Returns:
-            What the base's step returns.
+            The result of the base optimizer's step.
 
         Raises:
             TypeError: if `closure` is no function.
             RuntimeError: after `remove()`, or after ten steps in a row without any score.
         """
-        # Hooks on the wrapper run here. Those on all optimizers run in the base's step: a step is seen once.
+        # Only the wrapper's hooks run here: global hooks run in the base's step, so that each sees a step once.
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for before in self._optimizer_step_pre_hooks.values():
@@ -159,15 +158,15 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and the scores that belong to them."""
+        """Clear the gradients, and discard the scores of the same passes."""
         self._engine.discard()
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; tag it with `"modality"`, or its modality is known by its parameters.
+        """Add a group, tagged with `"modality"` or with parameters of the encoders, to the base optimizer.
 
         Raises:
-            KeyError: for a tag that the monitor does not have; the group is not added then.
+            KeyError: for a tag that is no modality of the monitor; the group is not added.
         """
         before = Before(self.optimizer)
         groups = list(self.param_groups)
@@ -180,7 +179,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's state; what balanceopt keeps is in its `param_groups`."""
+        """Return the base optimizer's state, with balanceopt's counters and methods' states in its `param_groups`."""
         self._engine.before_save()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -191,16 +190,16 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this wrapper or of the bare base optimizer.
+        """Load a state of this wrapper or of the bare base optimizer. A load that fails changes nothing.
 
         Args:
-            state_dict: from `state_dict()` of either.
+            state_dict: result of `state_dict()` of the wrapper or the base optimizer.
 
         Raises:
-            TypeError, KeyError, ValueError: if it is none, or one that the base can't take; nothing is changed then.
+            TypeError, KeyError, ValueError: if the state is invalid, or does not fit the base optimizer.
         """
         check_state(self.optimizer, state_dict)
-        state_dict = dict(state_dict)  # as torch does: hooks may change it
+        state_dict = dict(state_dict)  # a copy, as in torch: hooks may change the state
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = hook(self, state_dict)
             state_dict = state_dict if result is None else result
@@ -216,7 +215,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
             raise
 
     def remove(self, *, keep_state: bool = False) -> torch.optim.Optimizer:
-        """Take everything off and return the base optimizer. May be called twice.
+        """Stop balancing and return the base optimizer. May be called twice.
 
         Args:
             keep_state: leave the step counter, the seed and the epoch in `param_groups`, so that a checkpoint written
@@ -226,7 +225,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         return self.optimizer
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell which epoch it is, counted from 0, for windows with `unit="epoch"`.
+        """Set the current epoch, counted from 0, for windows with `unit="epoch"`.
 
         Raises:
             ValueError: if `epoch` is no whole number of at least 0.
@@ -235,7 +234,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         self._engine.set_epoch(epoch)
 
     def stats(self) -> dict[str, int]:
-        """Steps modulated, left to the base optimizer, and oddities met on the way."""
+        """Return counts of modulated steps, of steps left to the base optimizer, and of irregularities, by name."""
         return self._engine.stats()
 
     def __repr__(self) -> str:
@@ -249,6 +248,6 @@ class ModulatedOptimizer(torch.optim.Optimizer):
 
 
 def _give_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """What Optimizer.__init__ makes, for optimizers that never called it."""
+    """Create the hook dictionaries of Optimizer.__init__ on optimizers that never called it."""
     for name in OPTIMIZER_HOOKS:
         optimizer.__dict__.setdefault(name, OrderedDict())

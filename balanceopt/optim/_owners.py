@@ -1,4 +1,4 @@
-"""Which parameter of an optimizer belongs to which modality."""
+"""Modality of each parameter of an optimizer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from balanceopt.optim._checks import refuse_groups
 
 
 class Owners:
-    """Modality by parameter: the tag of its group, else the encoder that holds it.
+    """Modality by parameter: the tag of the parameter's group, else the encoder that holds the parameter.
 
     Args:
-        optimizer: the base.
-        monitor: who knows the encoders.
+        optimizer: the base optimizer.
+        monitor: the monitor, whose encoders have the modalities' names.
 
     Attributes:
-        held: the optimizer's parameters, index by id.
+        held: index of each parameter of the optimizer, by id.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor) -> None:
@@ -34,19 +34,19 @@ class Owners:
         self.held: dict[int, int] = {}
 
     def changed(self) -> bool:
-        """Whether groups or parameters are others than at the last `refresh`."""
+        """Whether groups or parameters were replaced since the last `refresh`."""
         return self._seen != _identities(self._optimizer)
 
     def refresh(self) -> None:
-        """Learn who owns which parameter.
+        """Update the modality of each parameter from the groups.
 
         Raises:
-            KeyError: for a tag that the monitor does not have.
+            KeyError: for a tag that is no modality of the monitor.
             NotImplementedError: for groups that can't be modulated.
         """
         groups = self._optimizer.param_groups
         refuse_groups(groups)
-        # Tags are remembered: a checkpoint without them takes them out of the groups.
+        # Tags are stored, because loading a checkpoint without tags removes them from the groups.
         known = self._tags[: len(groups)]
         self._tags = known + [group.get("modality") for group in groups[len(known) :]]
         modality_of = self._modalities(groups)
@@ -56,7 +56,7 @@ class Owners:
         self._seen = _identities(self._optimizer)
 
     def restore_tags(self) -> None:
-        """Put this optimizer's own tags, or none, back into groups that a checkpoint changed."""
+        """Restore this optimizer's tags, or their absence, in groups that a checkpoint changed."""
         tagged = any(tag is not None for tag in self._tags)
         for group, tag in zip(self._optimizer.param_groups, self._tags, strict=False):
             if tagged:
@@ -65,7 +65,7 @@ class Owners:
                 group.pop("modality", None)
 
     def slots(self) -> tuple[dict[str, list[Slot]], list[Tensor]]:
-        """Each modality's parameters that have a gradient, and all gradients."""
+        """Return the parameters with a gradient by modality, and all gradients."""
         slots: dict[str, list[Slot]] = {name: [] for name in self._monitor.modalities}
         gradients: list[Tensor] = []
         for modality, slot in self._slots:
@@ -94,5 +94,5 @@ class Owners:
 
 
 def _identities(optimizer: torch.optim.Optimizer) -> list[tuple[int, list[int]]]:
-    # Parameters too: Accelerate puts sharded ones into the same groups.
+    # Parameters are compared too, because Accelerate puts sharded ones into the same groups.
     return [(id(group), [id(p) for p in group["params"]]) for group in optimizer.param_groups]

@@ -28,14 +28,14 @@ NOT_COUNTED = (
 
 
 def check_state(optimizer: torch.optim.Optimizer, state: object) -> None:
-    """Refuse what an optimizer can't load, and counters that are none.
+    """Raise for a state that the optimizer can't load, or whose counters are invalid.
 
     Raises:
-        TypeError: if it is no mapping, or its parts are of another kind.
-        KeyError: if a part is missing, or one of the counters without the others.
+        TypeError: if the state is no mapping, or a part has another type.
+        KeyError: if a part is missing, or one of the counters.
         ValueError: for a counter that is no whole number.
     """
-    # Optimizers around others have states of other parts.
+    # Parts are required of the standard format only, because wrappers of optimizers have other formats.
     usual = type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
     parts: dict[str, type | tuple[type, ...]] = {"state": Mapping, "param_groups": (list, tuple)}
     check_entries("the optimizer's state", state, parts if usual else ())
@@ -55,13 +55,13 @@ def check_state(optimizer: torch.optim.Optimizer, state: object) -> None:
 
 
 class Counters:
-    """The step counter, the seed and the epoch; plain numbers, equal in every param group.
+    """The step counter, the seed and the epoch, as plain numbers that are equal in every param group.
 
     Args:
-        optimizer: the base, whose groups they live in.
-        monitor: whose ranks share the seed.
-        seed: of all randomness; None for what the groups hold, else `torch.initial_seed()`. That of the first rank
-            holds for all.
+        optimizer: the base optimizer, whose groups hold the counters.
+        monitor: the monitor, whose ranks share the seed.
+        seed: seed of all randomness; None for the seed in the groups, else `torch.initial_seed()`. All ranks use the
+            first rank's.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor, seed: int | None) -> None:
@@ -70,7 +70,7 @@ class Counters:
         self._seed = shared_seed(monitor.group, seed)
 
     def read(self) -> tuple[int, int, int | None]:
-        """Return how many steps came before, the seed, and the epoch that was set last; None before the first one."""
+        """Return the number of earlier steps, the seed, and the current epoch, None before the first `set_epoch`."""
         first = self._optimizer.param_groups[0]
         epoch = first[EPOCH]
         return int(first[STEP]), int(first[SEED]), None if epoch is None else int(epoch)
@@ -81,15 +81,15 @@ class Counters:
             group[key] = value
 
     def begin(self) -> None:
-        """Start from what a checkpoint or an earlier wrapper left in the groups, or anew."""
+        """Start from the counters that a checkpoint or an earlier wrapper left in the groups, else from 0."""
         found = STEP in self._optimizer.param_groups[0]
         self.fill()
         if found and self._is_chosen:
             self.write(SEED, self._seed)
 
     def fill(self) -> None:
-        """Give groups that are new what the first one has."""
-        # All keys are there from the start: a flattened checkpoint is read by the keys that the optimizer has.
+        """Copy the counters of the first group into new groups."""
+        # All keys exist from the start, because a flattened checkpoint is read by the keys in the optimizer's groups.
         defaults: dict[str, Any] = {STEP: 0, SEED: self._seed, EPOCH: None}
         first = self._optimizer.param_groups[0]
         for group in self._optimizer.param_groups:
@@ -97,24 +97,24 @@ class Counters:
                 group.setdefault(key, first.get(key, value))
 
     def load(self) -> None:
-        """Take over what a checkpoint put there."""
+        """Continue from a loaded checkpoint's counters, with a warning where the checkpoint has none."""
         first = self._optimizer.param_groups[0]
         if STEP not in first:
             warn_user(BARE_STATE)
         elif first[STEP] == 0 and _is_trained(self._optimizer):
-            # torch.distributed.checkpoint fills in what a checkpoint lacks with what the optimizer had.
+            # torch.distributed.checkpoint fills keys missing in a checkpoint with the optimizer's current values.
             warn_user(NOT_COUNTED)
         self.fill()
 
     def clear(self) -> None:
-        """Leave the groups as they were."""
+        """Remove the counters from the groups."""
         for group in self._optimizer.param_groups:
             for key in (STEP, SEED, EPOCH):
                 group.pop(key, None)
 
 
 def _is_trained(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its state has left zero, where a step without gradients or no step at all has put it."""
+    """Whether any tensor in the optimizer's state is non-zero, as after a step with gradients."""
     return any(
         isinstance(value, torch.Tensor) and value.dim() > 0 and bool(local_part(value).any())
         for state in optimizer.state.values()
@@ -124,6 +124,6 @@ def _is_trained(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
-    """Where the optimizer's first parameter is."""
+    """Return the device of the optimizer's first parameter; the CPU if there is none."""
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return next((p.device for p in parameters), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Scale how far the base optimizer's step moves parameters."""
+"""Scale the update that the base optimizer's step makes to parameters."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 class UpdateScaling:
     """Scale the updates of one step: `p <- before + k (p - before)`, after the base optimizer has stepped.
 
-    `before` is copied once in a step, when a parameter is first asked for. A closure may be evaluated several times
-    in a step: the factors of its last evaluation hold. On the CPU the copies' memory is kept for the next step,
-    because allocating it again would take longer than the step.
+    `before` is copied once in a step, at the first `scale` of a parameter. Where a closure is evaluated several times,
+    the factors of the last evaluation count. On the CPU the copies' memory is reused in the next step, because
+    allocating it again would take longer than the step.
     """
 
     def __init__(self) -> None:
@@ -30,19 +30,19 @@ class UpdateScaling:
         self._has_closure = False
 
     def begin(self, *, has_closure: bool) -> None:
-        """Begin a step; with a closure a later evaluation may scale what the first one does not."""
+        """Begin a step; with a closure, copy parameters even for a factor of 1: a later evaluation may scale them."""
         self.abandon()
         self._has_closure = has_closure
 
     def restart(self) -> None:
-        """Forget the factors of a closure's evaluation: another one follows."""
+        """Discard the factors of the closure's previous evaluation."""
         self._factors.clear()
 
     @torch.no_grad()
     def scale(self, params: Sequence[nn.Parameter], factor: Tensor) -> None:
-        """Scale the update of `params` by a `factor`, 0-d or one that broadcasts with each of them.
+        """Scale the step's update of `params` by `factor`, 0-d or broadcastable with each parameter.
 
-        Elements of a factor that are not finite leave the update as it is.
+        Non-finite elements of the factor leave the update unchanged.
         """
         host_value = on_host(factor)
         has_effect = host_value is None or bool(((host_value != 1) & np.isfinite(host_value)).any())
@@ -55,7 +55,7 @@ class UpdateScaling:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Scale what the base optimizer's step has done."""
+        """Scale the update of the finished step by the recorded factors."""
         for params, factor in self._factors:
             _scale_differences(
                 [local_part(p.detach()) for p in params], [self._before[p] for p in params], factor
@@ -68,7 +68,7 @@ class UpdateScaling:
         self.abandon()
 
     def abandon(self) -> None:
-        """Leave parameters as they are; forget what they were."""
+        """Discard copies and factors; parameters stay as the base optimizer left them."""
         self._before.clear()
         self._factors.clear()
 
@@ -83,7 +83,7 @@ def _layout_of(x: Tensor) -> Layout:
 
 
 def _scale_differences(values: list[Tensor], before: list[Tensor], factor: Tensor) -> None:
-    """`values <- before + factor (values - before)` in place; exact where both are equal, and for a factor of 1."""
+    """Set `values` to `before + factor (values - before)` in place, exact for equal elements and for a factor of 1."""
     host_value = on_host(factor)
     if host_value is not None and factor.dim() == 0:
         foreach_lerp_(values, before, 1 - float(host_value))

@@ -31,7 +31,7 @@ METHODS: dict[str, Callable[[], list[bo.modulation.Modulation]]] = {
     "OGM": lambda: [bo.OGM(0.5, noise=False)],
     "OGM-GE": lambda: [bo.OGM(0.5)],
     "OGM update": lambda: [bo.OGM(0.5, noise=False, apply_to="update")],
-    "AGM": lambda: [bo.AGM(2.0)],
+    "AGM": lambda: [bo.AGM(0.5)],
     "OPM": list,
     "AMSS": lambda: [bo.AMSS()],
     "AMSS+": lambda: [bo.AMSS(scale="unbiased")],

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 import balanceopt as bo
-from tests.models import Concat, batch_norm, watch
+from tests.models import Concat, batch_norm
 from tests.ranks import on_ranks
 from tests.relearning import move_away, samples, train_epoch
 
@@ -113,8 +113,8 @@ def with_gaps(rank):
 def test_ranks_agree_where_one_has_nothing(tmp_path):
     first, second = on_ranks(with_gaps, tmp_path)
     assert first == second
-    assert first[0].train_count == {"audio": 60, "visual": 60}
-    assert first[0].val_count == {"audio": 80, "visual": 80}
+    # Of 60 training samples, all of one rank, and 80 validation samples: as many of both.
+    assert first[0].train_count == first[0].val_count == {"audio": 60, "visual": 60}
     assert first[3].train_count == {"audio": 40, "visual": 20}
     assert not first[3].skipped
 
@@ -132,20 +132,13 @@ def through_a_checkpoint(scheduler, folder):
 
 def go_back_sharded(rank, mesh, what, folder):
     model, initial = untrained()
-    early = None
     if what == "encoders":
         for encoder in model.modalities.values():
             fully_shard(encoder, mesh=mesh)
-    if what == "later":  # the scheduler's copies are whole, the parameters become shards
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        early = bo.ReLearnScheduler(optimizer, watch(model), [], [], every=1, initial=initial, epochs=99)
     fully_shard(model, mesh=mesh)
     shards = [DataLoader(cut(part, (len(part) // 2,) * 2, rank), 16) for part in data()]
-    if early is None:
-        scheduler = scheduler_of(model, initial, *shards, optimizer_state="reset")
-        train_epoch(model, scheduler.optimizer, shards[0])
-    else:
-        scheduler = scheduler_of(model, early.state_dict()["initial"], *shards)
+    scheduler = scheduler_of(model, initial, *shards, optimizer_state="reset")
+    train_epoch(model, scheduler.optimizer, shards[0])
     before = {n: p.full_tensor() for n, p in model.named_parameters()}
     parts = {n: p.to_local().data_ptr() for n, p in model.named_parameters()}
     found = scheduler.step()
@@ -161,7 +154,7 @@ def go_back_sharded(rank, mesh, what, folder):
     return found, before, after, whole
 
 
-CASES = ("root", "encoders", "later")
+CASES = ("root", "encoders")
 
 
 def sharded(rank, folder):
@@ -182,6 +175,28 @@ def test_sharded_parameters_go_back(tmp_path):
                 torch.testing.assert_close(value, (1 - alpha) * before[name] + alpha * initial[name])
                 assert (name in whole) == (owner is not None)
                 assert owner is None or torch.equal(whole[name], initial[name])
+
+
+def sharded_later(rank):
+    """The scheduler's copies are of whole parameters, in whose place there are shards afterwards."""
+    model, initial = untrained()
+    shards = [DataLoader(cut(part, (len(part) // 2,) * 2, rank), 16) for part in data()]
+    scheduler = scheduler_of(model, initial, *shards)
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    before = {n: p.full_tensor() for n, p in model.named_parameters()}
+    with pytest.warns(UserWarning, match="came after the scheduler was built") as caught:
+        found = scheduler.step()
+    told = [str(warning.message) for warning in caught]
+    return found, before, {n: p.full_tensor() for n, p in model.named_parameters()}, told
+
+
+def test_parameters_sharded_after_the_scheduler_was_built_stay(tmp_path):
+    for found, before, after, told in on_ranks(sharded_later, tmp_path):
+        assert all(alpha > 0 for alpha in found.strength.values())
+        for name, value in after.items():
+            assert torch.equal(value, before[name]), name
+            owned = any(f".{m}." in name for m in found.modalities)
+            assert any(repr(name) in message for message in told) == owned, name
 
 
 def of_doubles(rank):

@@ -166,8 +166,11 @@ def collectives(rank: int, ranks: int, method: str) -> int:
 
 
 def test_collectives_do_not_grow_with_parameters(trained: list[Any]):
-    """The sums of the scores; a modality's moments, all tensors together; the norms of all units together."""
-    counts = {"OPM": 0, "OGM update": 1, "OGM": 2, "OGM-GE": 3, "AMSS": 2, "AMSS+": 2, "all": 4}
+    """The sums of the scores; a modality's moments, all tensors together; the norms of all units together.
+
+    AGM scales both modalities, and the weight and the bias of the head.
+    """
+    counts = {"OPM": 0, "OGM update": 1, "OGM": 2, "OGM-GE": 3, "AGM": 5, "AMSS": 2, "AMSS+": 2, "all": 4}
     assert all(rank["collectives"] == counts for rank in trained)
 
 

@@ -96,7 +96,7 @@ def amss_plus(model: MultimodalClassifier, context: Context) -> Method:
     return _modulated(model, context, [RATIO_ALONE, bo.AMSS(scale="unbiased")])
 
 
-def with_relearning(build: Build, *, every: int = 5, lam: float = 7.0) -> Build:
+def with_relearning(build: Build, *, every: int = 5, lam: float = 7.0, equal_counts: bool = False) -> Build:
     """Diagnosing & Re-learning on top, three times at most, as its authors did it; lam as for Kinetics-Sounds."""
 
     def both(model: MultimodalClassifier, context: Context) -> Method:
@@ -110,7 +110,7 @@ def with_relearning(build: Build, *, every: int = 5, lam: float = 7.0) -> Build:
             every=every,
             epochs=context.epochs,
             lam=lam,
-            equal_counts=False,
+            equal_counts=equal_counts,
             seed=context.seed,
         )
         if method.recorder is not None:

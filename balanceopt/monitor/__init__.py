@@ -1,4 +1,4 @@
-"""From hooks to scores: what each modality alone would have answered."""
+"""Uni-modal scores of a model in training, computed by hooks."""
 
 from balanceopt.monitor._calls import COMPILED, CallWatch, compiled_before
 from balanceopt.monitor._columns import as_rows

@@ -1,4 +1,4 @@
-"""Labels that were given, compared with the gradient at the logits, which refutes those that are not the loss's."""
+"""Check of given labels against the gradient at the logits, which refutes labels that the loss did not use."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from balanceopt._warnings import warn_user
 from balanceopt.functional import Targets
 from balanceopt.monitor._labels import NO_CLASSES, of_two_classes, two_classes
 
-# Fewer rows may be those of one mixed batch (mixup); a model's own loss mixes nothing.
+# Fewer rows may come from one mixed batch (mixup); a loss inside the model mixes no samples.
 _FEWEST_ROWS, _FEWEST_ROWS_OF_MODEL = 32, 4
-# Under a cross-entropy no row contradicts its label.
+# Under cross-entropy no row contradicts its label, so half of the rows is far above rounding.
 _REFUTED_PART = 0.5
-# How far labels that are smoothed alike may be from each other by rounding, in bfloat16 too.
+# Largest difference by rounding, in bfloat16 too, between labels smoothed by the same amount.
 _ALIKE = 0.01
 
 
 class Agreement:
-    """Counts, by source, the rows whose gradient contradicts their label, without waiting for a device.
+    """Count by label source the rows whose gradient contradicts their label, without device synchronisation.
 
-    Only rows tell whose label is not the most probable class: there a classification's loss, smoothed or not, pulls
-    the label's logit up, and the most probable one down.
+    A row is informative if its label is not the most probable class: a classification loss, smoothed or not, then
+    raises the label's logit and lowers the logit of the most probable class.
 
     Attributes:
-        refuted: whether the model's own `labels=` were found to be others than the loss's.
+        refuted: whether the gradient has refuted the `labels=` given to the model.
     """
 
     def __init__(self, *, recovers: bool) -> None:
-        """Expect labels from any source; `recovers` tells that the gradient may replace the model's."""
+        """Accept labels from any source; with `recovers` the gradient may replace the labels given to the model."""
         self.refuted = False
         self._recovers = recovers
         self._counts: dict[str, DeferredCounts] = {}
         self._graded = DeferredCounts(("graded",), _refuse_graded)
 
     def binary(self, labels: Tensor, ignore_index: int) -> Tensor:
-        """Labels of a single logit, often kept as floats for BCEWithLogitsLoss, as class indices.
+        """Return the labels of a single logit, often floats for BCEWithLogitsLoss, as class indices.
 
         Raises:
-            ValueError: if they are neither 0 and 1 nor smoothed alike.
+            ValueError: if the labels are neither 0 and 1 nor smoothed by one amount for each class.
         """
         if labels.is_floating_point() and labels.numel():
             valid = labels != ignore_index
@@ -57,10 +57,10 @@ class Agreement:
     def compare(
         self, source: str, targets: Targets, gradients: Sequence[Tensor], logits: Tensor, shape: torch.Size
     ) -> None:
-        """Count the rows of a pass with class indices of this `shape`, by the gradients `(N, C)` at its logits.
+        """Count the rows of a pass whose class indices, of this `shape`, contradict the gradients `(N, C)`.
 
         Raises:
-            RuntimeError: if most rows so far contradict their labels, and the gradient may not replace them.
+            RuntimeError: if most rows so far contradict their labels, and the gradient may not replace the labels.
         """
         if targets.index is None or not gradients:
             return

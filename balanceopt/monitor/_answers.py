@@ -1,4 +1,4 @@
-"""What a head answers: which tensor of its output holds the logits, and where the classes stand in it."""
+"""Logits in the output of a head: the tensor that holds the logits, and its class dimension."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._outputs import feature_tensors, shapes_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# The sums of a softmax's gradient over the classes are rounding; those over positions are as large as its entries.
+# A softmax's gradient sums over classes to rounding error, but over positions to the size of its entries.
 _CLEARLY = 8
 
 
 class Answers:
-    """What passes have shown of the outputs of heads."""
+    """Layout of the heads' outputs, as learned from passes."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start without any learned layout."""
         self._paths: dict[int, str] = {}
         self._classes_first: dict[int, bool] = {}
 
     def logits(self, head: nn.Module, output: Any, current: Pass | None = None) -> Tensor | None:
-        """The logits: the output itself, what it calls `logits`, its only tensor, or the one made of every modality.
+        """Return the logits: the output, its entry `logits`, its only tensor, or the tensor made of all modalities.
 
         Raises:
-            ValueError: if several tensors may be meant.
+            ValueError: if several tensors may be the logits.
         """
         if isinstance(output, Tensor):
             return output
@@ -55,15 +55,15 @@ class Answers:
         )
 
     def rows(self, head: nn.Module, logits: Tensor) -> Tensor:
-        """A head's logits, or their gradient, as `(N, C)`.
+        """Reshape a head's logits, or their gradient, to `(N, C)`.
 
-        Classes stand last, but first after the batch for convolutions, for others with four dimensions or more, except
-        linear heads, and where the gradient has shown it.
+        The class dimension is the last one. It is dimension 1 for convolutions, for any other non-linear head whose
+        logits have four dimensions or more, and where the gradient has shown it.
         """
         return as_rows(logits.movedim(1, -1) if logits.dim() > 2 and self._first(head, logits) else logits)
 
     def learn(self, head: nn.Module, gradient: Tensor, current: Pass) -> None:
-        """Look at the gradient of a first pass for where the classes are: over them a softmax's gradient sums to 0."""
+        """Find the class dimension from the gradient of a first pass: over classes a softmax's gradient sums to 0."""
         if gradient.dim() < 3 or id(head) in self._classes_first or _by_kind(head) is not None:
             return
         first = self._first(head, gradient)
@@ -92,7 +92,7 @@ class Answers:
 
 
 def _by_kind(head: nn.Module) -> bool | None:
-    """Whether the layer that makes a head's logits puts classes before positions; None where it does not tell."""
+    """Tell by layer type whether a head's logits have classes before positions; None if the type does not decide."""
     inner = unwrap(head)
     while isinstance(inner, nn.Sequential) and len(inner):
         inner = unwrap(inner[-1])
@@ -102,7 +102,7 @@ def _by_kind(head: nn.Module) -> bool | None:
 
 
 def _is_of_all(x: Tensor, current: Pass) -> bool:
-    """Whether every encoder of a pass has a part in a tensor, as far as the graph tells."""
+    """Tell whether a tensor depends on every encoder of a pass, by the autograd graph."""
     ends = {edge: name for name, edges in current.edges.items() for edge in edges}
     ends = {**{edge: name for edge, (name, _) in current.bases.items()}, **ends}
     if not x.requires_grad or not ends:

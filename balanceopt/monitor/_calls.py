@@ -1,4 +1,4 @@
-"""Encoders whose parameters get gradients though no hook saw a call of theirs."""
+"""Detection of encoders whose parameters get gradients though no hook saw a call of the encoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from balanceopt.monitor._forward import Pass
 if TYPE_CHECKING:
     from balanceopt.monitor._monitor import ModalityMonitor
 
-# Backwards that reach an encoder before it is said that no call of it was seen.
+# Backwards that reach an encoder before the user is told that no hook saw its call.
 _UNSEEN_BACKWARDS = 10
 COMPILED = (
     "torch.compile made its code before the monitor's hooks came, for this model or another one of its class. Call "
@@ -26,12 +26,12 @@ COMPILED = (
 
 
 def compiled_before(name: str) -> str:
-    """What to do where an encoder has gradients and no hook saw its call, in a process that holds compiled code."""
+    """Return the message for an encoder that has gradients but no seen call, in a process with compiled code."""
     return f"the encoder of {name!r} has gradients, and no call of it was seen: {COMPILED}"
 
 
 class CallWatch:
-    """Count backwards to each encoder until its first call in training is seen; hooks that never fire can't tell.
+    """Count the backwards to each encoder until a hook sees the encoder's first call in training.
 
     Args:
         monitor: whose encoders to watch.
@@ -53,7 +53,7 @@ class CallWatch:
             monitor.hooks.outputs.add(self._on_output)
 
     def remove(self) -> None:
-        """Take all hooks off. May be called twice."""
+        """Remove all hooks. May be called twice."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()

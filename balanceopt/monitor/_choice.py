@@ -1,4 +1,4 @@
-"""Which way to uni-modal logits goes with a head: as the user says, or the first that is exact."""
+"""Choice of the kind of uni-modal logits for a head: the user's, or the first kind that is exact."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def choose_logits(
     features: Features,
     answers: Answers,
 ) -> UnimodalLogits | None:
-    """The way to uni-modal logits that `scores` asks for; None for features only.
+    """Build the uni-modal logits that `scores` asks for; None for features only.
 
     Raises:
-        ValueError: if `scores` is unknown, or does not go with the head.
+        ValueError: if `scores` is unknown, or does not fit the head.
     """
     if not callable(scores) or isinstance(scores, type):
         check_choice("scores", scores, ("auto", "split", "per-head", "zero-out"), other=", or a function")
@@ -81,14 +81,14 @@ def _of_joint_head(
 
 
 class Automatic(UnimodalLogits):
-    """Split, if that is exact for this model, else zero-out; chosen on the first pass.
+    """Uni-modal logits by split if that is exact for this model, else by zero-out; chosen on the first pass.
 
     Attributes:
-        chosen: the one of them that is used.
+        chosen: the kind of uni-modal logits in use.
     """
 
     def __init__(self, split: SplitHead, otherwise: UnimodalLogits) -> None:
-        """Try `split`; where a feature is not in the head's input, take `otherwise` for good."""
+        """Try `split`; where features are not in the head's input, change to `otherwise` for good."""
         super().__init__(split.features)
         self.chosen: UnimodalLogits = split
         self.columns = split.columns
@@ -105,38 +105,38 @@ class Automatic(UnimodalLogits):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The chosen one's; "auto" until a pass has shown which."""
+        """Name of the chosen kind of logits; "auto" until a pass has decided."""
         return "auto" if self._is_open else self.chosen.name
 
     @property
     def needs_outputs(self) -> bool:
-        """Until a pass has shown that the first one will do, for the other one."""
+        """Whether passes must keep whole outputs and inputs; true until a pass has shown that split is exact."""
         return self._is_open or self.chosen.needs_outputs
 
     @property
     def knows_layout(self) -> bool:
-        """As the one chosen."""
+        """Whether the chosen kind of logits has its layout."""
         return self.chosen.knows_layout
 
     def replayed(self) -> list[nn.Module]:
-        """The chosen one's, and the other one's that may be chosen in its place."""
+        """Return the modules that scoring may run again, for the alternative too while that may be chosen."""
         others = self._otherwise.replayed() if self._is_open and self._otherwise is not None else []
         return [*self.chosen.replayed(), *others]
 
     def join(self, current: Pass) -> None:
-        """As the one chosen."""
+        """Take part in the chosen kind's collectives in a pass without rows."""
         self.chosen.join(current)
 
     def live(self, name: str, features: Tensor, samples: int) -> Tensor:
-        """As the one chosen."""
+        """Return the chosen kind's logits `(B, C)` of clean features, attached to the graph."""
         return self.chosen.live(name, features, samples)
 
     def layout(self) -> dict[str, Any]:
-        """The chosen one's."""
+        """Return the layout of the chosen kind of logits."""
         return self.chosen.layout()
 
     def load_layout(self, layout: Mapping[str, Any]) -> None:
-        """Choose as the layout's monitor did, and let the chosen one take it over."""
+        """Choose the kind of logits that saved the layout, and load the layout there."""
         check_layout(layout)
         if layout["scores"] != self.chosen.name and self._otherwise is not None:
             self._give_up()
@@ -144,7 +144,7 @@ class Automatic(UnimodalLogits):
 
     @property
     def _is_open(self) -> bool:
-        """Whether no pass has shown yet that the first one will do."""
+        """Whether no pass has decided yet between split and the alternative."""
         return self._otherwise is not None and not self.chosen.knows_layout
 
     def _give_up(self) -> None:

@@ -1,4 +1,4 @@
-"""Where each encoder's output stands in the head's input: found by comparing numbers, never assumed from an order."""
+"""Columns of the head's input that hold an encoder's output, found by comparing values, never by order."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from balanceopt._pooling import Projection
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """`(B, ..., D)` as `(N, D)`."""
+    """Flatten `(B, ..., D)` to `(N, D)`."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(-1)
 
 
 Rule = Callable[[Tensor], Tensor]
 
-# Pooling written in another way rounds differently.
+# The model's pooling may be written in another way, which rounds differently.
 _TOLERANCE = 1e-5
 # A dropout between the features and the head keeps at least this part of the values.
 _KEPT = 0.05
 
 
 class NoMatchError(ValueError):
-    """No encoder output, in any known shape, stands in the head's input."""
+    """Error for an encoder output that is not in the head's input under any projection."""
 
 
 class AmbiguousMatchError(ValueError):
-    """An encoder's output stands in the head's input at more than one place."""
+    """Error for an encoder output that is in the head's input at several offsets."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """One modality's columns of the head's input, and how its encoder's output becomes them.
+    """One modality's columns of the head's input, and the projection from its encoder's output to the columns.
 
     Attributes:
-        columns: the slice of the head's input.
-        project: from the encoder's features `(B, ...)`, or `(B * T, ...)`, to `(B, D_m)`.
+        columns: slice of the head's input.
+        project: function from the encoder's features `(B, ...)`, or `(B * T, ...)`, to `(B, D_m)`.
     """
 
     columns: slice
@@ -49,8 +49,8 @@ def find_match(name: str, features: Tensor, head_input: Tensor) -> Match:
     """Find the columns of `head_input` `(B, D)` that hold `features` `(B, ...)`.
 
     Raises:
-        NoMatchError: if they are nowhere.
-        AmbiguousMatchError: if they are at several places.
+        NoMatchError: if no columns hold the features.
+        AmbiguousMatchError: if several ranges of columns hold the features.
     """
     matches: list[Match] = []
     for project, width, places in _placed(features, head_input):
@@ -77,7 +77,7 @@ def find_match(name: str, features: Tensor, head_input: Tensor) -> Match:
 
 
 def _placed(features: Tensor, x: Tensor) -> Iterator[tuple[Projection, int, list[int]]]:
-    """Each projection of `features` that stands in `x` `(B, D)`, with its width, and at which columns it begins."""
+    """Yield each projection of `features` that is found in `x` `(B, D)`, with its width and its first columns."""
     if features.is_complex() or x.is_complex():
         return
     x = x.detach().float()
@@ -91,31 +91,31 @@ def _placed(features: Tensor, x: Tensor) -> Iterator[tuple[Projection, int, list
 
 
 def projection_onto(features: Tensor, x: Tensor, *, within: bool = False) -> Projection | None:
-    """The projection that turns `features` into `x` `(B, D_m)`, or into most of its columns (`within`); or None."""
+    """Return the projection of `features` to `x` `(B, D_m)`, or with `within` to most columns of `x`; or None."""
     placed = [(width, project) for project, width, _ in _placed(features, x) if within or width == x.shape[1]]
     return max(placed, key=lambda pair: pair[0])[1] if placed else None
 
 
 def projection_number(project: Projection | None) -> int:
-    """A plain number for a projection; -1 for None."""
+    """Return the index of a projection, for a checkpoint; -1 for None."""
     return -1 if project is None else _PROJECTIONS.index(project)
 
 
 def is_projection(number: int) -> bool:
-    """Whether `projection_number` gives that number."""
+    """Tell whether a number is an index of a projection, or -1."""
     return -1 <= number < len(_PROJECTIONS)
 
 
 def projection_numbered(number: int) -> Projection | None:
-    """The projection of that number."""
+    """Return the projection of an index; None for -1."""
     return None if number < 0 else _PROJECTIONS[number]
 
 
 def projected(name: str, project: Projection | None, features: Tensor, samples: int) -> Tensor:
-    """Features as the head gets them.
+    """Project features to the vectors that the head gets.
 
     Raises:
-        RuntimeError: if it is not known how.
+        RuntimeError: if the projection is unknown.
     """
     if project is None:
         raise RuntimeError(
@@ -126,7 +126,7 @@ def projected(name: str, project: Projection | None, features: Tensor, samples: 
 
 
 def _applied(project: Projection, features: Tensor, room: torch.Size) -> Tensor | None:
-    """`features` projected to `(B, D_m)` float32, or None where that can't stand in a head's input of shape `room`."""
+    """Project `features` to `(B, D_m)` float32; None if the result does not fit a head's input of shape `room`."""
     try:
         block = project(features.detach().float(), room[0])
     except (
@@ -140,7 +140,7 @@ def _applied(project: Projection, features: Tensor, room: torch.Size) -> Tensor 
 
 
 def _plausible(block: Tensor, x: Tensor) -> list[int]:
-    """The offsets at which the most telling column of `block` is, up to scale and zeros, a column of `x`."""
+    """Return the offsets at which the largest column of `block` equals, up to scale and zeros, a column of `x`."""
     telling = int(block.abs().amax(0).argmax())
     b = block[:, telling : telling + 1]
     kept = (x != 0).float()
@@ -152,7 +152,7 @@ def _plausible(block: Tensor, x: Tensor) -> list[int]:
 
 
 def _same(block: Tensor, x: Tensor) -> bool:
-    """Whether `x` is `block`, up to rounding or up to a dropout (zeros, the rest scaled)."""
+    """Tell whether `x` equals `block`, up to rounding or up to a dropout (zeros, the rest scaled)."""
     close = _TOLERANCE * block.abs().max()
     if not bool(torch.isfinite(close)):
         return False
@@ -211,7 +211,7 @@ def _last_two_tokens(z: Tensor) -> Tensor:
 
 
 def _states_first(z: Tensor, samples: int) -> Tensor:
-    """States `(L, B, H)` of a recurrent encoder as `(B, L, H)`."""
+    """Transpose states `(L, B, H)` of a recurrent encoder to `(B, L, H)`."""
     if z.dim() != 3 or z.shape[1] != samples:
         raise IndexError("no states of layers")
     return z.transpose(0, 1)
@@ -219,14 +219,14 @@ def _states_first(z: Tensor, samples: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Pooled:
-    """A rule, with what is done before and after it (a ReLU), for rows that are samples, states or frames.
+    """A pooling rule with functions before and after it (a ReLU), for rows that are samples, states or frames.
 
     Attributes:
-        rule: from `(B, ...)` to `(B, D)`.
-        before: of the features.
-        after: of the result.
-        states: features are `(L, B, H)`.
-        over: from `(B, T, D)` to `(B, D')`, where a sample has several rows, T frames one after the other.
+        rule: function from `(B, ...)` to `(B, D)`.
+        before: function of the features, before the rule.
+        after: function of the rule's result.
+        states: whether features are recurrent states `(L, B, H)`.
+        over: function from `(B, T, D)` to `(B, D')`, where a sample has T consecutive rows (frames).
     """
 
     rule: Rule
@@ -246,7 +246,7 @@ class _Pooled:
 def _projections() -> Iterator[Projection]:
     plain = (_flat, _mean_spatial, _max_spatial, _first_token, _last_token, _mean_token, _max_token, _spread)
     rules = [_Pooled(rule) for rule in plain]
-    # A ReLU before the rule is as good as after it for all but means.
+    # A ReLU commutes with every rule but the means, which need both orders.
     rules += [_Pooled(rule, before=_rectified) for rule in plain]
     rules += [_Pooled(rule, after=_rectified) for rule in (_mean_spatial, _mean_token)]
     yield from rules

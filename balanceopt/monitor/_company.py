@@ -1,4 +1,4 @@
-"""Who acts on an encoder: two of a kind, which know nothing of each other, would act on it twice."""
+"""Registry of the objects that modify an encoder, by which two of one class on one encoder are refused."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ _ACTORS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
 def enter(actor: Any) -> None:
-    """Note that an object with a `monitor` acts on the encoders of that, as long as it lives or until `leave`."""
+    """Register an object as acting on its monitor's encoders, until `leave` or its garbage collection."""
     for encoder in actor.monitor.encoders.values():
         _ACTORS.setdefault(encoder, WeakSet()).add(actor)
 
 
 def leave(actor: Any) -> None:
-    """Forget it. May be called twice."""
+    """Remove an object from the registry. May be called twice."""
     for encoder in actor.monitor.encoders.values():
         _ACTORS.get(encoder, WeakSet()).discard(actor)
 
 
 def refuse_company(actor: Any, what: str) -> None:
-    """Raise where another of its class acts on one of its encoders, by another monitor.
+    """Raise if another object of the actor's class acts on the same encoder by another monitor.
 
-    To be asked when it first acts, not when it is made: a notebook's cell that is run again makes the new one before
-    its name lets go of the old.
+    Call this at the actor's first action, not in `__init__`: a notebook cell that is run again builds the new object
+    before the old object is released.
 
     Raises:
-        RuntimeError: saying what to do.
+        RuntimeError: if there is such an object; the message names the remedy.
     """
     if not _has_company(actor):
         return
-    gc.collect()  # the other may be garbage already
+    gc.collect()  # the other object may be garbage already
     if _has_company(actor):
         raise RuntimeError(
             f"another {what}, built with another monitor, acts on the same encoders: both together would act twice. "

@@ -1,4 +1,4 @@
-"""Which tensor of an encoder's output holds the features: the one from which the graph goes on to the logits."""
+"""Choice of the feature tensor in an encoder's output: the tensor from which the graph leads to the logits."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _CURE = "Pass `select={{{name!r}: function}}`, which picks the features from the
 
 
 class Features:
-    """What is known of the way from each encoder's output to the head.
+    """Learned layout from each encoder's output to the head's input.
 
     Attributes:
-        projections: by modality, how its features become what the head gets; None where nothing known does it.
-        repeats: by modality, how many rows its encoder's output has for a sample, one after the other.
-        paths: by modality, the tensor of its encoder's output that reaches the logits.
+        projections: by modality, the projection from features to the head's input; None where no projection fits.
+        repeats: by modality, the number of consecutive rows of the encoder's output for a sample.
+        paths: by modality, the path of the output tensor that reaches the logits.
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module], select: Select, *, apart: bool) -> None:
-        """Take the user's `select`ed features; `apart` refuses an encoder that works on another's output."""
+        """Read features by the user's `select`; `apart` refuses an encoder that works on another encoder's output."""
         self.encoders = dict(encoders)
         self.select = dict(select)
         self.projections: dict[str, Projection | None] = {}
@@ -38,20 +38,20 @@ class Features:
         self._several: dict[str, list[str]] = {}
 
     def candidates(self, name: str, output: Any) -> dict[str, Tensor]:
-        """The tensors of an encoder's output that may be its features, samples first where torch's layers tell."""
+        """Return the output tensors that may be the features, samples first for torch's recurrent layers."""
         tensors = {"": output} if isinstance(output, Tensor) and output.dim() else feature_tensors(output)
         return {path: samples_first(self.encoders[name], output, x) for path, x in tensors.items()}
 
     def settled(self, name: str, output: Any) -> bool:
-        """Whether it is known which tensor of this output is the features."""
+        """Tell whether the feature tensor of this output is determined."""
         return isinstance(output, Tensor) or name in self.select or name in self.paths
 
     def of(self, name: str, output: Any) -> Tensor:
-        """The feature tensor of an encoder's output, attached to its graph.
+        """Return the feature tensor of an encoder's output, attached to its graph.
 
         Raises:
             TypeError: if the output holds no tensor, or `select` returns none.
-            RuntimeError: if several may be meant, and no pass has told which.
+            RuntimeError: if several tensors may be the features, and no pass has decided.
         """
         select = self.select.get(name)
         if select is None and isinstance(output, Tensor):
@@ -79,33 +79,33 @@ class Features:
         )
 
     def held(self, name: str, output: Any, copied: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-        """A function that gives a copy of an encoder's features later, when it may be known which tensor they are."""
+        """Copy an encoder's output; return a function that reads the features from the copy later."""
         if self.settled(name, output):
             features = copied(self.of(name, output))
             return lambda: features
         whole = map_tensors(copied, output)
         return lambda: self.of(name, whole)
 
-    # -- what a pass shows -------------------------------------------------------------------------------------------
+    # -- learned from a pass -------------------------------------------------------------------------------------------
 
     def note(self, name: str, current: Pass, output: Any) -> None:
-        """Note where an encoder's output stands in the graph, until it is known which of its tensors are used."""
+        """Record the graph edges of an encoder's output tensors, until the feature tensor is determined."""
         if name in self.paths or name in self._several:
             return
         edges = current.edges.setdefault(name, {})
         for path, x in feature_tensors(output).items():
             if x.requires_grad:
                 edges.setdefault(edge_of(x), path)
-                # Changed in place, a view's own node leaves the graph; that of its base stays.
+                # A change in place removes a view's node from the graph, but not the node of its base.
                 base = base_of(x)
                 if base is not None and base.requires_grad:
                     current.bases.setdefault(edge_of(base), (name, path))
 
     def learn(self, current: Pass) -> None:
-        """Follow the graph back from the logits, and choose each modality's features.
+        """Choose each modality's features by following the graph back from the logits.
 
         Raises:
-            ValueError: if features reach no logits, or an encoder works on another one's output.
+            ValueError: if features reach no logits, or an encoder works on another encoder's output.
         """
         if self._apart and current.roots:
             self._refuse_downstream(current)
@@ -143,7 +143,7 @@ class Features:
             self._several[name] = paths
 
     def _refuse_downstream(self, current: Pass) -> None:
-        """Raise where an encoder works on another one's output, so that its own is of both modalities."""
+        """Raise if an encoder works on another encoder's output, which mixes both modalities."""
         for name in current.edges:
             others = {
                 edge: other for other, edges in current.edges.items() if other != name for edge in edges
@@ -156,21 +156,21 @@ class Features:
                 )
 
     def options(self, name: str, current: Pass) -> dict[str, Tensor]:
-        """The tensors, as they went into the fusion, that may be a modality's features."""
+        """Return the tensors that entered the fusion and may be a modality's features."""
         if name in current.features:
             return {self.paths.get(name, ""): current.sent_features[name]}
         output = current.pending_sent.get(name, current.pending[name])
         return {} if name in self._several else self.candidates(name, output)
 
     def settle(self, name: str, path: str, current: Pass) -> None:
-        """Take the tensor that numbers have shown to be the features."""
+        """Set a modality's feature tensor, as found by comparing values."""
         if name not in current.features:
             self.paths[name] = path
             current.features[name] = self.of(name, current.pending[name])
             current.sent_features[name] = self.of(name, current.pending_sent.get(name, current.pending[name]))
 
     def count_rows(self, current: Pass, batch: int) -> None:
-        """Count samples and rows: `batch` is the head's, which may have several rows for each sample."""
+        """Count samples and rows; the head's `batch` may have several rows for each sample."""
         rows = {name: z.shape[0] for name, z in current.features.items() if z.dim() > 0}
         flags = next(iter(current.present.values()), None)
         most = max(rows.values(), default=batch)
@@ -184,19 +184,19 @@ class Features:
                 self.repeats[name] = output // current.samples
 
     def vectors(self, name: str, current: Pass) -> Tensor:
-        """A modality's clean features as they enter the fusion, pooled: a row for each sample that has it."""
+        """Pool a modality's clean features to what enters the fusion, a row for each sample with the modality."""
         if name in current.vectors:
             return current.vectors[name]
         z = current.features[name] if name in current.features else self.of(name, current.pending[name])
         samples = current.samples
         if samples is not None and 0 < len(z) < samples and not (z.dim() == 3 and z.shape[1] == samples):
-            samples = len(z)  # those that have the modality; `present` tells which
+            samples = len(z)  # the samples that have the modality, by `present`
         project = self.projections.get(name)
         return pool_features(z, "auto", project, samples_in(name, z, samples, frames=project is not None))
 
 
 def samples_first(encoder: nn.Module, output: Any, x: Tensor) -> Tensor:
-    """A tensor of an encoder's output, with the samples along dimension 0 where it is torch's own recurrent layer's."""
+    """Transpose an output tensor of torch's recurrent layers to have the samples along dimension 0."""
     layer = unwrap(encoder)
     if not isinstance(layer, nn.RNNBase) or x.dim() != 3:
         return x
@@ -204,14 +204,14 @@ def samples_first(encoder: nn.Module, output: Any, x: Tensor) -> Tensor:
 
 
 def edge_of(x: Tensor) -> Edge:
-    """Where a tensor that requires a gradient comes from in the graph."""
+    """Return the graph edge that produces a tensor which requires a gradient."""
     if x.grad_fn is None:
         return x.view_as(x).grad_fn.next_functions[0]  # type: ignore[union-attr]
     return x.grad_fn, x.output_nr
 
 
 def reach(roots: Iterable[Edge], ends: Collection[Edge]) -> list[Edge]:
-    """Those of `ends` from which the graph leads to `roots` without passing through another end."""
+    """Return the edges of `ends` from which the graph leads to `roots` without passing through another end."""
     found, seen, waiting = [], set(), list(roots)
     while waiting:
         edge = waiting.pop()

@@ -1,4 +1,4 @@
-"""A training pass: what hooks and backward have shown of it, and which pass a call of a module belongs to."""
+"""State of a training pass, and assignment of module calls to passes."""
 
 from __future__ import annotations
 
@@ -28,50 +28,50 @@ class Pass:
     """One forward in training.
 
     Attributes:
-        scored: uni-modal logits are made of it.
-        rehearsal: a forward, not of training, that only shows the way from encoders to logits.
-        undo: the way back from what scoring changes for a while.
-        hooks: tell which hooks on modules are part of the model's function.
-        replayed: the modules that scoring may run once more.
-        versions: of their parameters, when the forward began.
-        inputs: the model's `(args, kwargs)`, held until its forward ends; None where only its parts were called.
-        calls: how often each modality's encoder ran.
-        outputs: each modality's encoder outputs, one a call, clean (before any drop), copied; for zero-out only.
-        features: each modality's clean feature tensor, batch first, from its last call; a copy.
-        sent_features: the same as it went on into the fusion (after any drop).
-        pending: copies of whole encoder outputs, while it is not known which of their tensors are the features.
-        pending_sent: the same as they went on into the fusion, where that is something else.
-        dropped: the modalities whose features something (OPM) changed on their way into the fusion.
-        edges: by modality, the places in the graph of its encoder's output tensors, until their use is known.
-        bases: the same of what those tensors are views of, each with its modality and tensor.
-        roots: what to follow the graph back from: the logits, each head's by modality.
-        samples: how many samples the batch has, by the head's output.
-        rows: by modality, how many rows its features have.
-        returned: by modality, how many rows the first tensor of its encoder's output has.
-        head_inputs: what each head got, by modality; under None what the joint head got.
-        head_outputs: each modality's own head's logits `(N, C)`, for per-head fusion.
-        logits: the joint logits `(N, C)`, N rows.
+        scored: whether uni-modal logits are made of the pass.
+        rehearsal: whether the forward is no training pass and only shows the layout from encoders to logits.
+        undo: restores what scoring changes temporarily.
+        hooks: tells which hooks on modules are part of the model's function.
+        replayed: modules that scoring may run again.
+        versions: parameters of `replayed`, each with its version at the start of the forward.
+        inputs: the model's `(args, kwargs)` until its forward ends; None where only parts of the model were called.
+        calls: number of calls of each modality's encoder.
+        outputs: each modality's encoder outputs, one for each call, clean (before any drop), copied; for zero-out only.
+        features: each modality's clean feature tensor, batch first, from its encoder's last call; a copy.
+        sent_features: each modality's feature tensor as it entered the fusion (after any drop).
+        pending: copies of whole encoder outputs, until the feature tensor in each is determined.
+        pending_sent: the pending outputs as they entered the fusion, where these differ from the clean outputs.
+        dropped: modalities whose features a transform (OPM) changed before the fusion.
+        edges: by modality, the graph edges of its encoder's output tensors, until the feature tensor is determined.
+        bases: graph edges of the bases of output tensors that are views, each with its modality and path.
+        roots: graph edges of the logits, by modality for a head each; the graph is followed back from these.
+        samples: number of samples in the batch, by the head's output.
+        rows: by modality, the number of rows of its features.
+        returned: by modality, the number of rows of the first tensor in its encoder's output.
+        head_inputs: input of each head by modality; of the joint head under None.
+        head_outputs: logits `(N, C)` of each modality's head, for per-head fusion.
+        logits: joint logits `(N, C)`, N rows.
         unimodal: each modality's logits `(N, C)` float32; None before the forward's end.
         entropies: each modality's feature entropy by sample `(B,)`, where a consumer asked for it.
-        present: bool `(B,)` by modality, the samples that have it; all of them where not given.
-        observed: what the user gave: labels, and `present`.
-        labels: as given by the user, a loss module or the model's keyword; None to recover them.
-        label_source: where `labels` come from.
-        counts: a backward that goes to parameters has reached the logits.
-        gradients: of the loss at the joint logits, one a backward.
-        head_calls: how often heads ran.
-        answering_call: which run of the joint head made `logits`.
-        listening: for the gradient of how many logits hooks were put on; only that of the last one counts.
-        vectors: each modality's clean features as the head gets them `(N, D_m)`, where that is known.
-        ignore_index: of the loss module that gave the labels, where it has one.
-        broke_off: its forward raised an exception.
-        ended: nothing of its forward is awaited.
-        closed: its scores were taken or discarded: labels that come now are for another pass.
-        settled: its sums are made.
-        sums: what it contributes, once made.
-        first_node: number of the first autograd node that its forward may have made.
-        end_node: number after the last one; None while the forward runs.
-        notes: what other parts of the package remember of this pass (a drop mask).
+        present: bool `(B,)` by modality, the samples that have the modality; without an entry all samples.
+        observed: labels and `present` as given by the user.
+        labels: labels from the user, a loss module or the model's keyword; None to recover labels from the gradient.
+        label_source: source of `labels`.
+        counts: whether a backward that goes to parameters has reached the logits.
+        gradients: gradients of the loss at the joint logits, one for each backward.
+        head_calls: number of calls of heads.
+        answering_call: number of the head call that made `logits`.
+        listening: number of logits tensors with a gradient hook; only the last tensor's gradient counts.
+        vectors: each modality's clean features `(N, D_m)` as the head gets them, where the projection is known.
+        ignore_index: ignored label of the loss module that gave the labels; None if it has none.
+        broke_off: whether the forward raised an exception.
+        ended: whether the forward has ended and is scored.
+        closed: whether the scores were taken or discarded; later labels belong to another pass.
+        settled: whether `sums` are final.
+        sums: scores of the pass; None before `settled`, or if the pass has none.
+        first_node: number of the first autograd node that the forward may have made.
+        end_node: number after the last such node; None while the forward runs.
+        notes: state that other parts of the package attach to the pass (a drop mask).
     """
 
     scored: bool = True
@@ -121,20 +121,20 @@ class Pass:
 
     @property
     def written_parameters(self) -> set[int]:
-        """Ids of the replayed modules' parameters that the forward has written to."""
+        """Ids of the replayed modules' parameters that the forward has changed in place."""
         return {id(parameter) for parameter, version in self.versions if version_of(parameter) != version}
 
     @property
     def answered(self) -> int:
-        """How many heads have answered."""
+        """Number of heads that have returned logits."""
         return len(self.head_outputs) or int(self.logits is not None)
 
     def made(self, node: int) -> bool:
-        """Whether its forward made the autograd node of this number."""
+        """Tell whether the pass's forward made the autograd node of this number."""
         return self.first_node <= node and (self.end_node is None or node < self.end_node)
 
     def end_forward(self) -> None:
-        """Let go of what only the forward needed."""
+        """Release the state that only the forward needs."""
         self.ended = True
         self.inputs = None
         self.replayed, self.versions = [], []
@@ -145,13 +145,13 @@ class Pass:
 
 
 class Passes:
-    """The passes under way.
+    """Passes in progress, and the pass that each module call belongs to.
 
     Attributes:
-        latest: the latest forward in training.
-        current: the one whose forward runs; None outside, and in forwards that are not of training.
-        rehearsing: the model's forwards are rehearsals.
-        loose: the one whose parts a loop calls without calling the model.
+        latest: latest training pass.
+        current: pass whose forward runs; None outside a forward, and in forwards that are not training passes.
+        rehearsing: whether the model's forwards are rehearsals.
+        loose: pass of a loop that calls encoders and heads without calling the model.
     """
 
     latest: Pass | None
@@ -162,7 +162,7 @@ class Passes:
     _alive: WeakSet[Pass]
 
     def __init__(self, scorer: Scorer, *, train_only: bool, answers: int) -> None:
-        """Begin passes that `scorer` counts; `answers` heads complete one."""
+        """Start without a pass; `scorer` counts passes, and `answers` heads complete a pass."""
         self.rehearsing = False
         self._labels = scorer.labels
         self._scorer = scorer
@@ -171,7 +171,7 @@ class Passes:
         self.forget()
 
     def begin(self, model: nn.Module) -> Pass | None:
-        """The model's forward begins."""
+        """Start a pass at the start of the model's forward; return None outside training."""
         self._drop_loose()
         self._running = True
         self.current = self._backward = None
@@ -184,12 +184,12 @@ class Passes:
         return self.current
 
     def end(self) -> Pass | None:
-        """The model's forward ends."""
+        """Return the running pass, and leave it, at the end of the model's forward."""
         current, self.current, self._running = self.current, None, False
         return current
 
     def of_encoder(self, name: str, encoder: nn.Module) -> Pass | None:
-        """The pass that an encoder's call belongs to; a loop may call the parts and never the model."""
+        """Return the pass that an encoder's call belongs to, also in a loop that never calls the model."""
         if self._running:
             return self.current
         if not self._is_training(encoder):
@@ -203,21 +203,20 @@ class Passes:
         return self.loose
 
     def of_head(self) -> Pass | None:
-        """The pass that a head's call belongs to."""
+        """Return the pass that a head's call belongs to."""
         if self.current is None and self.loose is not None:
             self.latest = self.loose
         return self.current or self.loose
 
     def backward_reached(self, current: Pass) -> None:
-        """The gradient came to the pass's logits."""
+        """Record that backward has reached the pass's logits."""
         self._backward = current
 
     def recomputed(self) -> Pass | None:
-        """The pass that activation checkpointing runs again.
+        """Return the pass that activation checkpointing recomputes.
 
-        Several forwards may come before one backward, so it is not the one whose gradient came last. It is the one
-        that made the node whose backward is running; a checkpoint inside a checkpoint makes new nodes, and belongs to
-        the pass around it.
+        This is the pass that made the node whose backward runs: with several forwards before one backward, the pass
+        whose logits backward reached last may be another. A nested checkpoint belongs to the outer pass.
         """
         node = number_of_node(running_node())
         made = [current for current in self._alive if current.made(node)]
@@ -226,7 +225,7 @@ class Passes:
         return self._backward
 
     def forget(self) -> None:
-        """No pass is under way."""
+        """Forget every pass in progress."""
         self.latest = self.current = self.loose = self._backward = None
         self._alive = WeakSet()
         self._running = False
@@ -243,21 +242,21 @@ class Passes:
         )
         self._scorer.seen.note("forwards")
         for earlier in self._alive:
-            if earlier.end_node is None:  # its forward broke off, or was one of parts
+            if earlier.end_node is None:  # its forward raised, or never called the model
                 earlier.end_node = current.first_node
         self._alive.add(current)
         self._labels.begin(current)
         return current
 
     def _drop_loose(self) -> None:
-        """An encoder was called on the side: the labels observed before are not its own."""
+        """Drop a loose pass; if no head was called, its observed labels go to the next pass."""
         if self.loose is not None and self.loose.answered == 0:
             self._labels.take_back(self.loose)
         self.loose = None
 
 
 def answers_of(head: nn.Module | Mapping[str, nn.Module] | None) -> int:
-    """How many heads answer in one pass."""
+    """Return the number of heads that complete a pass."""
     if head is None:
         return 0
     return len(head) if isinstance(head, Mapping) else 1

@@ -1,4 +1,4 @@
-"""Hooks on a model, its encoders and heads: they go with their owner, and none acts in a copy of its module."""
+"""Hooks on a model, its encoders and heads, which end with their owner and are no-ops in copies of a module."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Listeners(Generic[Function]):
-    """Functions in the order in which they came. A bound method is held weakly: it goes with its object."""
+    """Functions in order of registration; bound methods are held by weak reference."""
 
     def __init__(self) -> None:
         self._references: list[Callable[[], Function | None]] = []
 
     def add(self, function: Function) -> None:
-        """Call `function` from now on."""
+        """Register `function`."""
         self._references.append(WeakMethod(function) if ismethod(function) else lambda: function)
 
     def drop(self, function: Function) -> None:
-        """Stop calling `function`."""
+        """Unregister `function`."""
         self._references = [held for held in self._references if held() not in (None, function)]
 
     def __iter__(self) -> Iterator[Function]:
@@ -58,18 +58,18 @@ GradientListener = Callable[[Pass, Tensor], None]
 
 
 class Hooks:
-    """Hooks on a model, its encoders and heads: what they see, sorted into passes, and who is told.
+    """Hooks on a model, its encoders and heads, which assign calls to passes and notify listeners.
 
     Attributes:
-        transforms: functions `(modality, pass, output)` that change encoders' outputs on their way into the fusion.
-        outputs: functions `(modality, output, pass)` that see every clean output of an encoder, attached to its graph,
-            in every mode; `pass` is None outside training. They and transforms are called again, with the same pass,
-            when activation checkpointing runs an encoder a second time.
-        logits: functions `(pass, logits)` that see the joint logits `(N, C)`.
-        gradients: functions `(pass, gradient)` that see the gradient `(N, C)` at the joint logits, where it goes on to
-            parameters.
-        passes: the passes under way.
-        answers: which tensor of a head's output holds the logits.
+        transforms: functions `(modality, pass, output)` that replace an encoder's output before the fusion.
+        outputs: functions `(modality, output, pass)` called with every clean output of an encoder, attached to its
+            graph, in every mode; `pass` is None outside training. Activation checkpointing calls `outputs` and
+            `transforms` again, with the same pass, when an encoder is recomputed.
+        logits: functions `(pass, logits)` called with the joint logits `(N, C)`.
+        gradients: functions `(pass, gradient)` called with the gradient `(N, C)` at the joint logits of backwards that
+            go to parameters.
+        passes: passes in progress.
+        answers: finds the logits in a head's output.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Hooks:
         train_only: bool,
         group: Group,
     ) -> None:
-        """Hand passes to `scorer`."""
+        """Prepare hooks that give passes to `scorer`; none is registered yet."""
         self.model = model
         self.encoders = scorer.features.encoders
         self.head = head
@@ -99,11 +99,11 @@ class Hooks:
         self._group = group
 
     def watch(self) -> None:
-        """Put the hooks on."""
+        """Register the hooks."""
         self._hook(self.model, self._on_start).before()
         self._hook(self.model, self._on_end).after(always_call=True)
         for name, encoder in self.encoders.items():
-            # The first hook of an encoder: what it sees is what the encoder made, before any other hook changes it.
+            # Prepended, so that the hook sees the encoder's output before any other hook changes it.
             self._hook(encoder, self._on_encoder, name).after(prepend=True)
         if isinstance(self.head, Mapping):
             for name, head in self.head.items():
@@ -112,10 +112,10 @@ class Hooks:
             self._hook(self.head, self._on_head, None).after()
 
     def watch_loss(self, module: nn.Module, reduce: str | None) -> Hook:
-        """Take labels from the calls of a loss module.
+        """Read labels from the calls of a loss module.
 
         Raises:
-            ValueError: if its targets are no classes.
+            ValueError: if the targets of the loss are no classes.
         """
         refuse_loss(module)
         hook = self._hook(module, self._on_loss, reduce)
@@ -124,13 +124,13 @@ class Hooks:
 
     @property
     def active(self) -> bool:
-        """Whether the hooks are on."""
+        """Whether the hooks are registered."""
         return bool(self.handles)
 
     def rehearse(self, run: Callable[[], Any]) -> Any:
-        """Run a forward; where it is unknown how features become logits, with gradients, whose graph shows it.
+        """Run a forward that counts as no pass, with gradients if the layout is unknown, to learn it from the graph.
 
-        It counts as no pass.
+        Return the result of `run`.
         """
         unimodal, known = self._scorer.unimodal, self.features.paths
         shown = known.keys() >= self.encoders.keys() and (unimodal is None or unimodal.knows_layout)
@@ -143,7 +143,7 @@ class Hooks:
                 return run()
 
     def remove(self) -> None:
-        """Take every hook off."""
+        """Remove every hook."""
         remove_hooks(self.handles)
         self.handles.clear()
         self.passes.forget()
@@ -152,7 +152,7 @@ class Hooks:
 
     def _hook(self, module: nn.Module, method: Callable[..., Any], *args: Any) -> Hook:
         hook = Hook(module, method, *args)
-        self.handles.append(hook)  # before it is put on: an interrupt leaves none behind that is not listed
+        self.handles.append(hook)  # before registration, so that an interrupt leaves no unlisted hook
         return hook
 
     def _on_start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class Hooks:
     def _on_head(
         self, name: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """The joint head answered, or (by `name`) a modality's own."""
+        """Record the output of the joint head (`name` None) or of a modality's head."""
         if in_backward():
             self._refuse_reentrant_head(output)
             return
@@ -234,7 +234,7 @@ class Hooks:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        # A pass in eval mode between a forward and its backward calls the loss too: its result has no graph.
+        # A pass in eval mode between a forward and its backward may call the loss too, but makes no graph.
         if any(term.requires_grad for term in tensors_in(output)):
             self._labels.from_loss(self.passes.latest, module, args, kwargs, reduce)
 
@@ -243,7 +243,7 @@ class Hooks:
         if call != current.listening or not self.handles or is_batched(gradient):
             return
         self.passes.backward_reached(current)
-        if not current.ended:  # the loop called parts of the model: only now is it known that none is left
+        if not current.ended:  # a loop that calls only parts of the model shows no earlier end of the forward
             self._end_forward(current)
         if gradient.dim() > 2:
             self.answers.learn(head, gradient.detach(), current)
@@ -255,7 +255,7 @@ class Hooks:
     # -- steps of a pass -----------------------------------------------------------------------------------------
 
     def _keep(self, name: str, current: Pass, output: Any) -> None:
-        """Keep copies: the fusion may go on to change features in place (an in-place ReLU)."""
+        """Record copies of an encoder's output, since the fusion may change the output in place (an in-place ReLU)."""
         current.calls[name] += 1
         self.features.note(name, current, output)
         if not current.scored:
@@ -276,7 +276,7 @@ class Hooks:
             current.pending_sent.pop(name, None)
 
     def _end_forward(self, current: Pass) -> None:
-        """Learn what the pass shows of the way from encoders to logits, and score it."""
+        """Learn the layout from encoders to logits that the pass shows, and score the pass."""
         if current.roots or current.pending:
             self.features.learn(current)
         self._scorer.end_forward(current)
@@ -284,12 +284,12 @@ class Hooks:
     def _take_logits(
         self, name: str | None, current: Pass, head: nn.Module, logits: Tensor, x: Tensor | None = None
     ) -> None:
-        """Keep the joint logits, or add a modality's own to them, and listen for their gradient."""
+        """Record the joint logits, or add a modality's logits to the sum, and register a hook for the gradient."""
         if not current.rehearsal:
             self._scorer.seen.note("heads")
         current.head_calls += 1
         if name is None and current.listening and not logits.requires_grad:
-            return  # an answer on the side, which nothing is trained by
+            return  # a side call of the head, outside the loss
         current.head_inputs[name] = (
             torch.empty(0, 0, dtype=logits.dtype, device=logits.device) if x is None else x.detach()
         )
@@ -309,13 +309,13 @@ class Hooks:
             listener(current, current.logits)
 
     def _listen(self, current: Pass, head: nn.Module, logits: Tensor) -> None:
-        """Note when backward reaches the logits."""
+        """Register a hook that runs when backward reaches the logits."""
         if logits.requires_grad:
             current.listening += 1
             logits.register_hook(partial(self._on_gradient, current, head, current.listening))
 
     def _refuse_reentrant_head(self, output: Any) -> None:
-        """Raise where only the second run of a head, in backward, is part of a graph."""
+        """Raise if only the recomputation of a head, in backward, is part of a graph."""
         current = self.passes.recomputed()
         if current is not None and not current.listening and any(x.requires_grad for x in tensors_in(output)):
             raise NotImplementedError(

@@ -1,6 +1,6 @@
 """Labels of a pass: observed, from a loss module or the model's arguments, or read from the gradient at the logits.
 
-They are copied when they come: the loop may reuse its buffers before the step.
+Labels are copied on arrival, since the loop may reuse its buffers before the step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _KEYS = ("labels", "label")
 
 
 class Labels:
-    """Gives each pass its labels, from the most trusted of the sources that the user allows."""
+    """Assign labels to passes, from the most trusted source that the user allows."""
 
     def __init__(self, allowed: LabelSource, ignore_index: int) -> None:
-        """Take them from `allowed` only, `"auto"` is all of them; `ignore_index` labels samples that do not count."""
+        """Read labels from the source `allowed`, or all (`"auto"`); `ignore_index` labels samples that do not count."""
         self.allowed: LabelSource = allowed
         self.ignore_index = ignore_index
         self._next: Observed | None = None
@@ -37,29 +37,29 @@ class Labels:
         return self.allows("gradient")
 
     def allows(self, source: LabelSource) -> bool:
-        """Whether labels may come from there."""
+        """Tell whether labels may come from `source`."""
         return self.allowed in ("auto", source)
 
     def observe(self, latest: Pass | None, labels: Tensor, present: dict[str, Tensor]) -> None:
-        """Take the user's own: for the latest pass if it has none, else for the next one."""
+        """Record the user's labels for the latest pass without observed labels, else for the next pass."""
         if latest is not None and not latest.closed and latest.observed is None:
             self._give(latest, (labels, present))
         else:
             self._next = labels, present
 
     def begin(self, current: Pass) -> None:
-        """Give a new pass what was observed before it."""
+        """Give a new pass the labels observed before the pass."""
         if self._next is not None:
             self._give(current, self._next)
             self._next = None
 
     def take_back(self, current: Pass) -> None:
-        """Keep what was observed before a pass that came to nothing for the next one."""
+        """Return the labels observed for a dropped pass to the next pass."""
         if self._next is None:
             self._next = current.observed
 
     def from_call(self, current: Pass, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take those that the model itself was given."""
+        """Read the labels among the model's arguments."""
         if current.labels is None and self.allows("model"):
             labels = labels_of_call(args, kwargs)
             if labels is not None:
@@ -73,12 +73,12 @@ class Labels:
         kwargs: Mapping[str, Any],
         reduce: str | None,
     ) -> None:
-        """Take those that a loss module was called with on the pass's logits, and its `ignore_index`."""
+        """Read labels and `ignore_index` from a loss module's call on the pass's logits."""
         if current is None or current.closed or not self.allows("loss"):
             return
         logits = first_tensor((args, kwargs))
         if logits is not None and current.logits is not None and logits.numel() != current.logits.numel():
-            return  # an auxiliary head, with labels of its own
+            return  # the loss of an auxiliary head, which has other labels
         if current.label_source in ("gradient", "model"):
             labels = labels_of_loss(args, kwargs, reduce)
             if labels is not None:
@@ -86,7 +86,7 @@ class Labels:
             current.ignore_index = getattr(module, "ignore_index", None)
 
     def forget(self) -> None:
-        """Forget those that no pass has got."""
+        """Forget observed labels that no pass has received."""
         self._next = None
 
     def _give(self, current: Pass, observed: Observed) -> None:
@@ -121,7 +121,7 @@ def refuse_loss(module: nn.Module) -> None:
     """Raise for a loss whose targets are known to be no classes.
 
     Raises:
-        ValueError: saying what works.
+        ValueError: for such a loss; the message names the alternatives.
     """
     if isinstance(module, _OTHER_TARGETS):
         raise ValueError(
@@ -131,7 +131,7 @@ def refuse_loss(module: nn.Module) -> None:
 
 
 def labels_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Class indices given to the model as `labels=`, or under "labels" in a batch that is a mapping."""
+    """Return the class indices given to the model as `labels=`, or under "labels" in a batch that is a mapping."""
     batches = [kwargs, *(value for value in args[:1] if isinstance(value, Mapping))]
     for batch in batches:
         for key in _KEYS:
@@ -142,7 +142,7 @@ def labels_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor |
 
 
 def labels_of_loss(args: tuple[Any, ...], kwargs: Mapping[str, Any], reduce: str | None) -> Tensor | None:
-    """The target of a loss call `(logits, target)`.
+    """Return the target of a loss call `(logits, target)`.
 
     Raises:
         ValueError: for soft targets, unless `reduce` is "argmax".
@@ -161,13 +161,13 @@ def labels_of_loss(args: tuple[Any, ...], kwargs: Mapping[str, Any], reduce: str
     )
 
 
-# Under plain cross-entropy no row has two negative gradients; this many may come from rounding.
+# Under plain cross-entropy no row has two negative gradients; this part of the rows may have by rounding.
 _AMBIGUOUS_PART = 0.01
-# Rows that no loss on a softmax (or, of one logit, no binary cross-entropy) leaves; this many may come from rounding.
+# Part of the rows that may by rounding look unlike a loss on a softmax (for one logit, binary cross-entropy).
 _FOREIGN_PART = 0.1
-# How far a row's gradient may be from what such a loss leaves, in parts of it (of its square for a line).
+# Largest relative distance of a row's gradient from that of such a loss (of the squares for a line).
 _OFF_SUM, _OFF_RESIDUAL, _OFF_LINE = 0.05, 0.005, 1e-3
-# Under plain cross-entropy every row with a gradient tells its label.
+# Under plain cross-entropy every row with a gradient shows its label.
 _TOLD_PART = 0.5
 _FEWEST_CLASSES_FOR_LINE = 4
 
@@ -183,10 +183,10 @@ NO_CLASSES = (
 
 
 class Recovery:
-    """Reads labels, and counts without waiting for a device."""
+    """Recovery of labels from gradients, with counts of doubtful rows, without device synchronisation."""
 
     def __init__(self, *, strict: bool) -> None:
-        """Count rows; `strict` raises where labels are doubtful."""
+        """Start with no rows; `strict` raises where labels are doubtful."""
         self.strict = strict
         self._counts = DeferredCounts(("rows", "ambiguous", "told", "foreign"), self._judge)
         self._classes = 2
@@ -194,11 +194,11 @@ class Recovery:
         self._warned: set[str] = set()
 
     def labels(self, gradients: Sequence[Tensor], logits: Tensor) -> Tensor:
-        """`(N,)` labels from the first backward that shows them, row by row; -100 where none does.
+        """Recover labels `(N,)`, each from the first backward that shows the row's label; -100 if no backward does.
 
         Raises:
-            RuntimeError: if the loss is no cross-entropy, or too many rows are doubtful, and `strict` or few classes
-                leave no better guess.
+            RuntimeError: if the loss is no cross-entropy, or too many rows are doubtful, under `strict` or with too
+                few classes for a further test.
         """
         labels = torch.full(logits.shape[:1], INVALID, dtype=torch.int64, device=logits.device)
         ambiguous, graded, foreign = (torch.zeros_like(labels, dtype=torch.bool) for _ in range(3))
@@ -226,7 +226,7 @@ class Recovery:
         return labels
 
     def counts(self) -> dict[str, int]:
-        """Rows with a gradient, and how many of them looked unlike hard-label cross-entropy."""
+        """Return the number of rows with a gradient, and of rows that look unlike hard-label cross-entropy."""
         found = self._counts.read()
         return {"rows": found["rows"], "ambiguous": found["ambiguous"]}
 
@@ -263,10 +263,10 @@ class Recovery:
 
 
 def _off_softmax(g: Tensor, logits: Tensor, labels: Tensor, ambiguous: Tensor) -> Tensor:
-    """Whether rows `(N, C)` of a gradient come through no softmax and show no single label: `(N,)`.
+    """Mark the rows `(N,)` of a gradient `(N, C)` that come through no softmax and show no single label.
 
-    Through a softmax entries have the sum 0. What else acts on all logits alike leaves those but the label on a line
-    over the probabilities.
+    Through a softmax the entries of a row sum to 0. Under a further loss on all logits alike, the entries except the
+    label's are linear in the probabilities.
     """
     size = g.abs().sum(1, dtype=torch.float32)
     off = (g.sum(1, dtype=torch.float32).abs() > _OFF_SUM * size) & (ambiguous | (labels == INVALID))
@@ -282,14 +282,14 @@ def _off_softmax(g: Tensor, logits: Tensor, labels: Tensor, ambiguous: Tensor) -
 
 
 def of_two_classes(gradient: Tensor) -> Tensor:
-    """The gradient at a single logit z as that at the pair (0, z), up to a factor."""
+    """Convert the gradient at a single logit z to the gradient at the pair (0, z), up to a factor."""
     return torch.cat([-gradient, gradient], -1) if gradient.shape[-1] == 1 else gradient
 
 
 def off_residual(gradient: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether rows `(N, 1)` of a gradient are not `s (sigmoid(logit) - label)` with one s for each class: `(N,)`.
+    """Mark the rows `(N,)` of a gradient `(N, 1)` unlike `s (sigmoid(logit) - label)` with one s for each class.
 
-    So it is under a regression's loss, whose residual knows nothing of the sigmoid, and under soft labels.
+    A regression loss, whose residual has no sigmoid, and soft labels give such rows.
     """
     z, size = logits[:, 0].float(), gradient[:, 0].float().abs()
     residual = torch.where(labels == 1, -z, z).sigmoid()
@@ -306,5 +306,5 @@ def off_residual(gradient: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def two_classes(logits: Tensor) -> Tensor:
-    """A single logit z is the pair (0, z): softmax of it is the sigmoid."""
+    """Convert a single logit z to the pair (0, z), whose softmax is the sigmoid of z."""
     return torch.cat([torch.zeros_like(logits), logits], -1) if logits.shape[-1] == 1 else logits

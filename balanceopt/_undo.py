@@ -62,6 +62,8 @@ class Attempt(Undo):
     def __exit__(self, *error: object) -> None:
         if error[0] is not None:
             self.restore()
+        else:
+            self._steps.clear()  # they hold copies of what was changed
 
 
 def optimizers_in(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:

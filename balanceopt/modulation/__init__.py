@@ -1,4 +1,4 @@
-"""The methods: from the sums of a step to a change of the modalities' gradients."""
+"""Gradient methods: change the modalities' gradients, or a step's update, by the scores of the step."""
 
 from balanceopt.modulation._agm import AGM
 from balanceopt.modulation._amss import AMSS

@@ -1,4 +1,4 @@
-"""AGM: slow a modality that is further ahead than it has been so far, speed up one that has fallen back."""
+"""AGM: slow down a modality whose lead is above its running mean, speed up one whose lead is below."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from balanceopt.modulation._spread import all_finite
 
 
 class AGM(GradientScaling):
-    r"""Adaptive gradient modulation: factors that follow each modality's lead, compared with its lead so far.
+    r"""Adaptive gradient modulation: coefficients from each modality's lead relative to the running mean of the lead.
 
     $$g^m \leftarrow k^m g^m, \qquad k^m = \exp(\alpha \min(r^m(\text{running}) - r^m(\text{CE}), \text{cap}))$$
 
     with the uni-modal cross-entropies CE of the step, their means over all steps so far, and r of
-    `functional.adaptive_coefficient`. The published code multiplies in backward the gradient of each modality's part of
-    the joint logits, a Shapley value; for a linear head over concatenated features that is the same as factors on the
-    gradients of the encoders and of the head's columns. Elsewhere only encoders are scaled.
+    `functional.adaptive_coefficient`. The published code scales in backward the gradient of each modality's part of the
+    joint logits, a Shapley value; for a linear head over concatenated features that equals scaling the gradients of the
+    encoders and of the head's columns. With other heads only encoders are scaled.
 
     Args:
         alpha: strength, >= 0 (the authors advise 1.5 for CREMA-D, 2.5 for AV-MNIST).
-        cap: most that the difference of the two r may be, >= 0.
-        apply_to: `"grad"`, or `"update"` to scale what the base did in the step instead (Adam and its kin).
+        cap: upper limit of the difference of the two r, >= 0.
+        apply_to: `"grad"` to scale gradients, or `"update"` to scale the base optimizer's update (Adam and similar).
         head: scale the columns of a linear head too, and its bias by the mean factor.
-        min_ndim: only tensors of the encoders with at least this many dimensions.
-        start: first step or epoch in which it acts, counted from 0.
-        end: last one, inclusive; None for no end.
-        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
+        min_ndim: least number of dimensions of the encoders' tensors that are scaled.
+        start: first step or epoch of the window, counted from 0.
+        end: last step or epoch of the window, inclusive; None for no end.
+        unit: unit of the window: `"step"`, or `"epoch"`, set by `set_epoch`.
 
     Raises:
         ValueError: for an option outside its range.
@@ -69,12 +69,12 @@ class AGM(GradientScaling):
         self.alpha = alpha
         self.cap = cap
         self.head = head
-        # Sums of the steps' cross-entropies, and how many steps they are of, by modality.
+        # Sums of the steps' cross-entropies, and numbers of these steps, by modality.
         self._total = torch.zeros(0, dtype=torch.float32, device="cpu")
         self._steps = torch.zeros(0, dtype=torch.float32, device="cpu")
 
     def coefficients(self, step: StepContext) -> Tensor:
-        """Take the step's cross-entropies into the running means and return the `(M,)` factors."""
+        """Update the running means by the step's cross-entropies and return the `(M,)` coefficients."""
         cross_entropy, usable = step.scores.mean_cross_entropy, step.scores.usable
         counted = usable & torch.isfinite(cross_entropy)
         if len(self._total) == 0:
@@ -86,7 +86,7 @@ class AGM(GradientScaling):
         return adaptive_coefficient(cross_entropy, running, self.alpha, self.cap, usable)
 
     def scale(self, step: StepContext, k: Tensor) -> None:
-        """Scale each modality's parameters, and the head's columns, by their factors."""
+        """Scale each modality's parameters, and the modality's columns of the head, by the coefficients `k` `(M,)`."""
         head, columns = self._linear_head(step)
         super().scale(step, k)
         if head is None:
@@ -96,12 +96,12 @@ class AGM(GradientScaling):
             by_column[columns[name]] = k[index]
         for parameter, factor in ((head.weight, by_column), (head.bias, k.mean())):
             if not isinstance(parameter, nn.Parameter) or parameter.grad is None:
-                continue  # a parametrized head makes its weight of other parameters
+                continue  # a parametrized head computes its weight from other parameters
             if step.index_of(parameter) is not None:
                 self._scale_one(step, parameter, factor)
 
     def _scale_one(self, step: StepContext, parameter: nn.Parameter, factor: Tensor) -> None:
-        """Scale this rank's part of a parameter by a factor that is 0-d or has an entry for each column."""
+        """Scale this rank's shard of a parameter by a factor that is 0-d or has an entry for each column."""
         grad = parameter.grad
         assert grad is not None
         part, offset = local_box(grad)
@@ -120,7 +120,7 @@ class AGM(GradientScaling):
         step.count("nonfinite_gradients", (~finite).sum())
 
     def _linear_head(self, step: StepContext) -> tuple[nn.Linear | None, dict[str, slice]]:
-        """The linear head whose columns are known for every modality, and these; None where there is none."""
+        """Return a linear head and each modality's columns of the head; None where any modality has no columns."""
         monitor = step.monitor
         if not self.head or monitor is None or monitor.unimodal is None:
             return None, {}
@@ -130,14 +130,14 @@ class AGM(GradientScaling):
         return (head, columns) if isinstance(head, nn.Linear) and known else (None, {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the running sums."""
+        """Return the running sums and their numbers of steps."""
         return {"total": self._total.clone(), "steps": self._steps.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. A load that fails changes nothing.
+        """Load the running sums of a checkpoint. A load that fails changes nothing.
 
         Raises:
-            TypeError, KeyError, ValueError: if it is no state of an AGM.
+            TypeError, KeyError, ValueError: if `state` is no state of an AGM.
         """
         check_entries("the state of an AGM", state, ("total", "steps"))
         for name in ("total", "steps"):

@@ -1,4 +1,4 @@
-"""AMSS and AMSS+: update a part of each encoder's units only, a smaller one where the modality dominates."""
+"""AMSS and AMSS+: update only a part of each encoder's units, a smaller part where the modality dominates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._masks import Masks, MaskScale, part_of
 from balanceopt.modulation._units import UnitRule, check_units, find_units
 
-# How many sets of parameters with a gradient are remembered: alternating losses bring a few.
+# Number of cached sets of masks: with alternating losses the parameters with a gradient alternate too.
 _REMEMBERED = 4
 
 
@@ -31,29 +31,29 @@ class AMSS(Modulation):
     significance of `functional.modal_significance`. A unit is a filter, a row or an attention head (`MaskUnits`); norms
     and biases are never masked. With `scale="unbiased"` (AMSS+) unit j is kept with probability \(\pi_j\), proportional
     to the norm of its gradient and capped at 1; the probabilities sum to \(n r^m\), and \(w_j = 1 / \pi_j\), so that
-    the mean of the masked gradient is the gradient. Masked units get no gradient, and still move by momentum and weight
-    decay.
+    the mean of the masked gradient is the gradient. Masked units have a gradient of 0, and still move by momentum and
+    weight decay.
 
     A mask is a function of (seed, step, index of the parameter) and of the gradient, the same on every device, rank and
-    shard. Norms are sums in float32, whose last digits depend on the processor and the number of threads: there a unit
-    can fall otherwise only at a tie within their rounding (`functional.unit_importance`).
+    shard. Norms are float32 sums, whose last digits depend on the processor and the number of threads: a mask can
+    differ only at a tie within this rounding (`functional.unit_importance`).
 
     Args:
-        temperature: T > 0; small values follow the significance more sharply.
-        scale: weight w of the units kept: `"none"` 1; `"unbiased"` \(1 / \pi_j\); `"official"`
-            \(1 / (p_j + 1/n)\), the published code's, p the share of the importance.
+        temperature: temperature T > 0; a smaller T makes the keep ratios differ more.
+        scale: weight w of kept units: `"none"` 1; `"unbiased"` \(1 / \pi_j\); `"official"`
+            \(1 / (p_j + 1/n)\) as in the published code, p the share of the importance.
         clamp: lower and upper limit of the keep ratios.
-        offset: added to the information in the significance, nats.
-        units: goes before the default: a mapping from parameters, modules or classes of modules to `MaskUnits`,
+        offset: number added to the information in the significance, in nats.
+        units: rule that precedes the default: a mapping from parameters, modules or classes of modules to `MaskUnits`,
             `"whole"` (not masked) or `"element"`, or a function of `(module, name, parameter)` to one of these or None.
-        min_ndim: tensors with fewer dimensions are not masked, unless `units` names them.
-        start: first step or epoch in which it acts, counted from 0.
-        end: last one, inclusive; None for no end.
-        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
+        min_ndim: least number of dimensions of masked tensors, other than those that `units` names.
+        start: first step or epoch of the window, counted from 0.
+        end: last step or epoch of the window, inclusive; None for no end.
+        unit: unit of the window: `"step"`, or `"epoch"`, set by `set_epoch`.
 
     Raises:
         ValueError: for an option outside its range.
-        TypeError: for `units` of another kind.
+        TypeError: for `units` of another type.
 
     Example:
         >>> modulation = AMSS(temperature=0.5, scale="unbiased", units={torch.nn.Embedding: "whole"})
@@ -94,7 +94,7 @@ class AMSS(Modulation):
         self._masks: dict[Any, Masks] = {}
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Warn where the base optimizer undoes the masks or their weights."""
+        """Warn where the base optimizer cancels the masks or the weights of kept units."""
         if isinstance(optimizer, torch.optim.LBFGS):
             warn_user(
                 "LBFGS's line search sees another mask each time it evaluates its closure.",
@@ -119,7 +119,7 @@ class AMSS(Modulation):
             step.count("nonfinite_gradients", nonfinite)
 
     def ratios(self, step: StepContext) -> tuple[Tensor, Tensor]:
-        """Compute the step's `(M,)` keep ratios, and whether its scores can be used at all, 0-d bool."""
+        """Return the step's `(M,)` keep ratios, and whether the scores are usable, 0-d bool."""
         scores = step.scores
         significance = scores.significance(self.offset)
         usable = scores.usable.any() & ~(significance.isnan() & scores.present).any()
@@ -131,14 +131,14 @@ class AMSS(Modulation):
         return ratio, usable
 
     def options(self) -> dict[str, Any]:
-        """The constructor's arguments for `repr`, with a rule for units, which may be long, cut short."""
+        """Return the constructor's arguments for `repr`, with `units` abbreviated."""
         shown = super().options()
         if self.units is not None:
             shown["units"] = "..."
         return shown
 
     def _masks_of(self, step: StepContext) -> Masks:
-        """The masks of all parameters that have a gradient, made anew when others have one than in earlier steps."""
+        """Return the masks of all parameters with a gradient, cached for each set of such parameters."""
         slots = [step.slots.get(name, ()) for name in step.modalities]
         key = tuple(tuple((slot.index, id(slot.parameter)) for slot in graded) for graded in slots)
         if key not in self._masks:

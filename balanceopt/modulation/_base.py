@@ -1,4 +1,4 @@
-"""What a gradient method is to the optimizer wrapper: something that changes gradients, or an update, in a step."""
+"""Modulation: the interface of gradient methods, which change gradients or the update of a step."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ ScaleUpdate = Callable[[Sequence[nn.Parameter], Tensor], None]
 
 
 class OptimizerHintWarning(UserWarning):
-    """Nothing is wrong, but another setting would do more."""
+    """Warning that a valid setting has little effect with the base optimizer."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter with a gradient.
+    """Parameter with a gradient, and its index.
 
     Attributes:
-        index: its place in the optimizer's `param_groups`, counted through.
+        index: index of the parameter among all parameters of the optimizer, in the order of `param_groups`.
         parameter: the parameter; `.grad` is set.
     """
 
@@ -36,27 +36,27 @@ class Slot:
 
     @property
     def grad(self) -> Tensor:
-        """Its gradient."""
+        """Gradient of the parameter."""
         assert self.parameter.grad is not None
         return self.parameter.grad
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a modulation may use in one optimizer step.
+    """Inputs and callbacks of a modulation in one optimizer step.
 
     Attributes:
-        scores: sums over the samples that the gradients come from, of all ranks.
-        modalities: names, in the order of the scores.
-        slots: each modality's parameters that have a gradient; none for a modality the optimizer does not hold.
+        scores: scores of the samples of all ranks that the gradients come from.
+        modalities: names of the modalities, in the order of the scores.
+        slots: parameters with a gradient, by modality; empty where the optimizer holds none of the encoder's.
         optimizer: the base optimizer.
-        seed: of all randomness, the same on every rank.
-        number: how many steps came before.
-        report: takes what a `Recorder` may want, `(M,)` by name.
-        count: takes how often something odd happened, a 0-d tensor by name; `stats()` shows every name.
-        scale_update: scales how far this step moves some parameters, by a factor that is 0-d or broadcasts with them.
-        monitor: the monitor of the model; None where a modulation is called without one.
-        held: the optimizer's parameters, index by id.
+        seed: seed of all randomness, the same on every rank.
+        number: number of earlier steps.
+        report: function that passes a quantity `(M,)`, by name, to the recorders.
+        count: function that adds a 0-d count of an irregularity, by name, to `stats()`.
+        scale_update: function that scales this step's update of parameters by a factor, 0-d or broadcastable.
+        monitor: monitor of the model; None where a modulation is called without a monitor.
+        held: index of each parameter of the optimizer, by id.
     """
 
     scores: Scores
@@ -72,31 +72,31 @@ class StepContext:
     held: Mapping[int, int] = field(default_factory=dict)
 
     def index_of(self, parameter: nn.Parameter) -> int | None:
-        """Return a parameter's place in the optimizer's `param_groups`, counted through; None if it is not in them."""
+        """Return a parameter's index in the order of `param_groups`; None if the parameter is in no group."""
         return self.held.get(id(parameter))
 
     def params(self, name: str) -> list[nn.Parameter]:
-        """Return the parameters of a modality that this optimizer holds and that have a gradient."""
+        """Return the optimizer's parameters with a gradient of the modality `name`."""
         return [slot.parameter for slot in self.slots.get(name, ())]
 
 
 class Modulation(Method, ABC):
-    """A method that changes the modalities' gradients before a step, or scales what the step does.
+    """Base of methods that change the modalities' gradients before a step, or scale the step's update.
 
-    A subclass defines `modulate`; a method that is one factor for each modality is a `GradientScaling`. A method with a
-    state acts in one optimizer at a time.
+    A subclass defines `modulate`; a method with one coefficient for each modality is a `GradientScaling`. A method with
+    a state acts in one optimizer at a time.
 
     Args:
-        start: first step or epoch in which the method acts, counted from 0.
-        end: last one, inclusive; None for no end.
-        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
+        start: first step or epoch of the window, counted from 0.
+        end: last step or epoch of the window, inclusive; None for no end.
+        unit: unit of the window: `"step"`, or `"epoch"`, set by `set_epoch`.
 
     Attributes:
         needs_entropy: whether `step.scores.feature_entropy` is needed.
-        engine: what the method acts in, held weakly; None while it is in no optimizer.
+        engine: weak reference to the engine of the modulated optimizer; None outside of an optimizer.
 
     Raises:
-        ValueError: for a window that is none.
+        ValueError: for an invalid window.
 
     Reference:
         docs/adding.md.
@@ -107,10 +107,10 @@ class Modulation(Method, ABC):
 
     @abstractmethod
     def modulate(self, step: StepContext) -> None:
-        """Change gradients in place, or ask for the step's update to be scaled."""
+        """Change gradients in place, or scale the update by `step.scale_update`."""
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Warn or raise where the base optimizer does not go with the method."""
+        """Warn or raise where the base optimizer is incompatible with the method."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None}

@@ -1,4 +1,4 @@
-"""Which base optimizers divide a constant gradient factor out again."""
+"""Base optimizers whose update does not depend on a constant factor of the gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from balanceopt._undo import optimizers_in
 
-# They normalise by the gradient's own size, element by element (Adam's kin) or as a matrix (Muon).
+# Optimizers that normalise by the gradient's size, element by element (Adam and similar) or as a matrix (Muon).
 _CANCELLING = frozenset(
     {
         "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SparseAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop",
@@ -16,7 +16,7 @@ _CANCELLING = frozenset(
     }
 )  # fmt: skip
 
-# The same of the `pytorch_optimizer` package, as tests/contract/test_pytorch_optimizer.py measures them.
+# Such optimizers of the `pytorch_optimizer` package, measured by tests/contract/test_pytorch_optimizer.py.
 _CANCELLING_TOO = frozenset(
     {
         "A2Grad", "ADOPT", "APOLLO", "AdEMAMix", "AdaDelta", "AdaFactor", "AdaGC", "AdaGO", "AdaMax", "AdaMuon",
@@ -32,6 +32,6 @@ _CANCELLING_TOO = frozenset(
 
 
 def cancels_constant_factor(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether scaling every gradient by a constant leaves the optimizer's steps as they are."""
+    """Whether a constant factor on every gradient leaves the optimizer's update unchanged."""
     kinds = [kind for inner in optimizers_in(optimizer) for kind in type(inner).__mro__]
     return any(kind.__name__ in _CANCELLING | _CANCELLING_TOO for kind in kinds)

@@ -1,4 +1,4 @@
-"""Scale gradients in place and add noise, leaving any that are not finite as they are."""
+"""Scale gradients in place and add noise; non-finite gradients stay unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from balanceopt.modulation._spread import all_finite, stds
 
 @torch.no_grad()
 def scale_grads_(slots: Sequence[Slot], coefficient: Tensor) -> Tensor:
-    """Multiply the gradients by a 0-d `coefficient`; returns how many were not finite and left alone, 0-d."""
+    """Multiply finite gradients by a 0-d `coefficient` in place; return the number of non-finite ones, 0-d."""
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
         grads = [slot.grad for slot in own]
@@ -41,9 +41,10 @@ def scale_and_add_noise_(
     *,
     compiled: bool = False,
 ) -> Tensor:
-    """`g <- k g + noise_scale * std(g) * N(0, 1)` tensor by tensor, std of the unscaled gradient.
+    """Set each gradient g to `k g + noise_scale * std(g) * N(0, 1)` in place, std of the unscaled gradient.
 
-    Parts of complex gradients are numbers like others. Returns how many gradients were not finite and left alone, 0-d.
+    Complex gradients are treated as their real and imaginary parts. Returns the number of non-finite gradients, 0-d,
+    which stay unchanged.
     """
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in _by_device(slots).items():
@@ -68,12 +69,12 @@ def scale_and_add_noise_(
 
 
 def _as_real(grad: Tensor) -> Tensor:
-    """A view of a complex gradient's parts; of a copy where it is the conjugate of what is in memory."""
+    """Return a real view of a complex gradient; of a copy for a lazily conjugated gradient."""
     return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
 
 
 def _to_touch(finite: Tensor) -> list[int]:
-    """Places of the finite ones; all places where that can't be read without waiting."""
+    """Return the indices of finite gradients; all indices where `finite` can't be read without synchronising."""
     host = on_host(finite)
     return [i for i in range(len(finite)) if host is None or host[i]]
 

@@ -1,4 +1,4 @@
-"""Draw a mask for the units of each tensor, many tensors at a time, and multiply gradients by the masks."""
+"""Draw masks for the units of many tensors at a time, and multiply gradients by the masks."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from balanceopt.modulation._units import UnitView
 
 MaskScale = Literal["none", "unbiased", "official"]
 
-# Mixed into the seed, so that masks have nothing to do with other numbers of the same seed, step and parameter.
+# Mixed into the seed, so that masks are independent of other numbers of the same seed, step and parameter.
 _SALT = 0x5851F42D4C957F2D
-# A budget of no unit at all has no unbiased estimate.
+# The budget is above 0, because without any unit there is no unbiased estimate.
 _SMALLEST_BUDGET = 1e-6
-# Tensors of up to so many elements have their importance taken together, in groups of up to so many: for each alone,
-# calls cost more than their arithmetic; a group stays in cache.
+# Importances of tensors up to the first size are computed in groups up to the second size, because calls for single
+# small tensors cost more than the arithmetic, and a group fits into the processor's cache.
 _SMALL, _GROUP = 2**14, 2**17
-# From so many elements on, finding the masked units costs less than multiplying all of them. Only on the CPU: reading
-# their indices would synchronise an accelerator.
+# From this number of elements on, writing only masked units is faster than multiplying all units. On the CPU alone,
+# because reading the indices of masked units would synchronise an accelerator.
 _LARGE = 2**15
 
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter whose gradient is masked unit by unit.
+    """Parameter whose gradient is masked unit by unit.
 
     Attributes:
-        slot: the parameter.
+        slot: the parameter with its gradient.
         modality: index of the modality.
-        units: the units of the whole parameter.
-        numbers: for a DTensor, the unit of each element of this rank's shard, in a shape that broadcasts with the
-            shard; None for a whole tensor.
+        units: units of the whole parameter.
+        numbers: for a DTensor, the unit's index of each element of this rank's shard, in a shape that broadcasts with
+            the shard; None for a whole tensor.
     """
 
     slot: Slot
@@ -56,16 +56,16 @@ class Part:
 
     @property
     def grad(self) -> Tensor:
-        """The gradient, or this rank's shard of it, as a view that `spread` broadcasts with."""
+        """View of the gradient, or of this rank's shard of the gradient, that broadcasts with `spread`."""
         return self.units.view(self.slot.grad) if self.numbers is None else local_part(self.slot.grad)
 
     @property
     def unit_dim(self) -> int | None:
-        """The dimension of `grad` whose indices are the units; None where there is none, as in shards."""
+        """Dimension of `grad` whose indices are the units; None for shards and for units over several dimensions."""
         return self.units.only_dim if self.numbers is None else None
 
     def importance(self) -> Tensor:
-        """`(n,)` importance of each unit; of a shard, what this rank's elements add to it."""
+        """Return the `(n,)` importances of the units; for a shard, the sums over this rank's elements."""
         if self.numbers is None:
             return unit_importance(self.grad, self.units.unit_dims)
         shard = self.grad
@@ -75,24 +75,24 @@ class Part:
         return total.index_add_(0, self.numbers.flatten(), sums)
 
     def spread(self, values: Tensor) -> Tensor:
-        """`(n,)` values of the units, in a shape that broadcasts with `grad`."""
+        """Return `(n,)` values of the units in a shape that broadcasts with `grad`."""
         return self.units.spread(values) if self.numbers is None else values[self.numbers]
 
 
 def part_of(slot: Slot, modality: int, units: UnitView) -> Part:
-    """The part for a parameter, whole or sharded."""
+    """Return the `Part` of a whole or sharded parameter."""
     if not is_sharded(slot.parameter):
         return Part(slot, modality, units)
     numbers = units.numbers(slot.parameter.device).contiguous()
-    # Along a dimension of size 1 the numbers broadcast, however the parameter is cut there.
+    # Dimensions of size 1 are not sharded, because the numbers broadcast there.
     return Part(slot, modality, units, local_part(distributed_as(slot.parameter, numbers, broadcast=True)))
 
 
 class Masks:
-    """The masks of some parameters: what does not change from step to step is made once.
+    """Masks of parameters, with cached quantities that are the same in every step.
 
     Args:
-        parts: what is masked.
+        parts: the parameters to mask.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -105,13 +105,13 @@ class Masks:
 
         Args:
             ratio: `(M,)` keep ratios.
-            active: bool `(M,)`, the modalities that are masked at all.
-            scale: weights of the kept units, and the sampling that belongs to them.
-            seed: of all randomness.
+            active: bool `(M,)`, modalities to mask.
+            scale: weights of kept units, and the sampling of these weights.
+            seed: seed of all randomness.
             step: number of the step.
 
         Returns:
-            How many gradients were left alone because they are not finite, 0-d.
+            Number of non-finite gradients, 0-d, which stay unchanged.
         """
         weights, nonfinite = self.draw(self.importances(), ratio, active, scale, seed, step)
         factors: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -119,7 +119,7 @@ class Masks:
             grad, dim = part.grad, part.unit_dim
             if scale == "none" and dim is not None and grad.numel() >= _LARGE and on_host(weight) is not None:
                 masked = (weight == 0).nonzero().squeeze(1)
-                grad.index_fill_(dim, masked, 0)  # reads nothing, and writes what is masked alone
+                grad.index_fill_(dim, masked, 0)  # writes only masked units, reads nothing
             else:
                 factors[0].append(grad)
                 factors[1].append(part.spread(weight))
@@ -128,7 +128,7 @@ class Masks:
         return nonfinite
 
     def importances(self) -> list[Tensor]:
-        """`(n,)` importances of every part's units; sums over shards take one collective for all parts."""
+        """Return the `(n,)` importances of every part's units, with one collective for the sums over all shards."""
         result: dict[int, Tensor] = {}
         for group in self._alike:
             grads = [self.parts[index].slot.grad for index in group]
@@ -150,9 +150,9 @@ class Masks:
         seed: int,
         step: int,
     ) -> tuple[list[Tensor], Tensor]:
-        """`(n,)` weights of every part's units, 0 for masked ones; and how many parts are not finite, 0-d.
+        """Return the `(n,)` weights of every part's units, 0 for masked units; and the number of non-finite parts, 0-d.
 
-        A part whose importances are all zero, or not finite, has weights of 1.
+        A part whose importances are all zero, or non-finite, has weights of 1.
         """
         weights = [ratio] * len(self.parts)
         nonfinite = torch.zeros((), dtype=torch.int64, device=ratio.device)
@@ -171,11 +171,11 @@ class Masks:
 
 
 def _weights(s: Tensor, batch: _Batch, ratio: Tensor, scale: MaskScale, seed: int, step: int) -> Tensor:
-    """Draw units by their importances s `(U, n_max)`; returns every unit's weight of the same shape."""
+    """Draw units by importances s `(U, n_max)`; return the weights of all units in the same shape."""
     n = s.shape[1]
     if scale == "unbiased":
         numbers = uniforms(seed ^ _SALT, step, batch.streams, n + 1)
-        # Of all importances the norm has the least variance.
+        # Probabilities follow the norm, because that has the least variance.
         budget = (ratio.double() * batch.sizes).clamp(min=_SMALLEST_BUDGET)
         probability = inclusion_probabilities_padded(s.sqrt(), budget)
         kept = systematic_sample_padded(probability, numbers[:, 0], numbers[:, 1:])
@@ -189,7 +189,7 @@ def _weights(s: Tensor, batch: _Batch, ratio: Tensor, scale: MaskScale, seed: in
 
 
 class _Batch:
-    """Parts that are drawn together, as rows of one padded matrix: on one device, of similar numbers of units."""
+    """Parts on one device with similar numbers of units, drawn together as rows of one padded matrix."""
 
     def __init__(self, parts: Sequence[Part], indices: Sequence[int]) -> None:
         self.indices = list(indices)
@@ -197,7 +197,7 @@ class _Batch:
         self.device = chosen[0].slot.grad.device
         self.dtype = _weight_dtype(chosen[0])
         self.counts = [part.units.count for part in chosen]
-        # Small tensors are made here, once: on an accelerator making one synchronises.
+        # Small tensors are created once, because creating a tensor from a list synchronises an accelerator.
         self.sizes = torch.tensor(self.counts, dtype=torch.int64, device=self.device)
         self.modality = torch.tensor(
             [part.modality for part in chosen], dtype=torch.int64, device=self.device
@@ -207,24 +207,24 @@ class _Batch:
         )
         columns = torch.arange(max(self.counts), dtype=torch.int64, device=self.device)
         inside = columns < self.sizes[:, None]
-        # Index of each padded entry in the vector of all units, of which the last entry is a zero; and the reverse.
+        # Index of each padded entry in the vector of all units, whose last entry is a zero, and the inverse.
         firsts = (self.sizes.cumsum(0) - self.sizes)[:, None]
         self._to_rows = torch.where(inside, firsts + columns, sum(self.counts))
         entries = torch.arange(inside.numel(), dtype=torch.int64, device=self.device).view_as(inside)
         self._from_rows = torch.cat([row[:n] for row, n in zip(entries, self.counts, strict=True)])
 
     def padded(self, by_part: Sequence[Tensor]) -> Tensor:
-        """`(n,)` values of each part as rows of `(U, n_max)`, padded with zeros."""
+        """Return `(n,)` values of each part as rows of a matrix `(U, n_max)`, padded with zeros."""
         return torch.cat([*by_part, by_part[0].new_zeros(1)])[self._to_rows]
 
     def rows(self, padded: Tensor) -> Sequence[Tensor]:
-        """The rows of `(U, n_max)` without their padding."""
+        """Return the rows of a matrix `(U, n_max)` without padding."""
         rows: Sequence[Tensor] = padded.view(-1)[self._from_rows].split(self.counts)
         return rows
 
 
 def _batches_of(parts: Sequence[Part]) -> list[_Batch]:
-    """Batches by device, dtype, and number of units to a factor of eight, so that padding stays small."""
+    """Group parts by device, dtype and number of units within a factor of eight, so that padding stays small."""
     indices: dict[Any, list[int]] = {}
     for index, part in enumerate(parts):
         key = (part.slot.grad.device, _weight_dtype(part), (part.units.count - 1).bit_length() // 3)
@@ -233,7 +233,7 @@ def _batches_of(parts: Sequence[Part]) -> list[_Batch]:
 
 
 def _alike(parts: Sequence[Part]) -> list[list[int]]:
-    """Indices of small parts whose units are rows of one shape, in groups whose importances are taken together."""
+    """Group indices of small parts with rows of one shape, whose importances are computed together."""
     indices: dict[Any, list[int]] = {}
     for index, part in enumerate(parts):
         grad = part.slot.grad
@@ -247,5 +247,5 @@ def _alike(parts: Sequence[Part]) -> list[list[int]]:
 
 
 def _weight_dtype(part: Part) -> torch.dtype:
-    """The real dtype in which a gradient is multiplied: float32 or wider."""
+    """Return the real dtype of a gradient's weights: float32 or wider."""
     return torch.promote_types(part.slot.grad.dtype, torch.float32).to_real()

@@ -1,8 +1,7 @@
 """Gaussian noise as a function of (seed, step, parameter): the same on every rank, in every shard and after a resume.
 
-A tensor is cut into chunks. Each chunk's numbers come from a generator of its own, seeded by a hash of the
-three and of the chunk's number. So threads make chunks side by side, and a shard makes only those that it
-overlaps.
+A tensor is split into chunks. Each chunk has a generator, seeded by a hash of (seed, step, parameter, index of the
+chunk), so that threads draw chunks in parallel, and a rank draws only the chunks that overlap with its shard.
 """
 
 from __future__ import annotations
@@ -25,18 +24,17 @@ from balanceopt.modulation import _noise_compiled
 Noise = Literal["compiled"]
 Box = tuple[slice, ...]
 
-# Elements of a chunk at most. With fewer, threads would wait for the interpreter's lock; with more, a GPU's
-# generator would give numbers that depend on how many multiprocessors it has. torch's own threads share a
-# compiled chunk.
+# Largest number of elements of a chunk. With smaller chunks, threads wait for the interpreter's lock; with larger
+# ones, a GPU's numbers depend on its number of multiprocessors. torch's threads share a compiled chunk.
 _CHUNK, _COMPILED_CHUNK = 2**18, 2**20
-# Chunks of up to this many elements are worth neither a thread nor a call of the compiled kernel.
+# Number of elements up to which a thread or a call of the compiled kernel costs more than it saves.
 _SMALL = 2**15
-# Elements that torch adds without starting threads of its own within each of ours.
+# Number of elements up to which torch adds without starting threads within a thread.
 _PIECE = 2**14
 
 
 class _Chunk(NamedTuple):
-    """What to do: `target <- factor * target + scale * z[part]`, with z the numbers of the chunk, of this shape."""
+    """Operation `target <- factor * target + scale * z[part]`, with the chunk's Gaussian numbers z of `shape`."""
 
     target: Tensor
     factor: float | Tensor
@@ -60,17 +58,17 @@ def scale_and_add_gaussians_(
 ) -> None:
     """Set `tensors[i]` to `factors[i] * tensors[i] + scales[i] * N(0, 1)` in place.
 
-    The noise is made in float32, in a chunk's memory for each thread. torch's generator on the CPU uses 32 bits of its
-    seed: of n chunks, about n^2 / 2^33 pairs have the same numbers.
+    The noise is drawn in float32, with memory for one chunk in each thread. torch's CPU generator uses 32 bits of the
+    seed: among n chunks, about n^2 / 2^33 pairs have the same numbers.
 
     Args:
-        tensors: real ones on one device. DTensors get their shards of the whole tensors' noise.
-        factors: `(n,)`.
-        scales: `(n,)`.
-        seed: of all randomness.
+        tensors: n real tensors on one device; a DTensor gets this rank's shard of the whole tensor's noise.
+        factors: `(n,)` factors of the tensors.
+        scales: `(n,)` standard deviations of the noise.
+        seed: seed of all randomness.
         step: number of the step.
-        indices: of the parameters that the tensors belong to.
-        compiled: make large chunks by the compiled kernel, whose numbers are others.
+        indices: indices of the parameters that the tensors belong to.
+        compiled: draw large chunks by the compiled kernel, which gives other numbers.
     """
     small: list[_Chunk] = []
     large: list[_Chunk] = []
@@ -99,31 +97,31 @@ def scale_and_add_gaussians_(
     with ThreadPoolExecutor(threads) as pool:
         done = pool.map(_add, [[chunk] for chunk in large])
         _add(small)
-        list(done)  # raises what was raised in a thread
+        list(done)  # re-raises exceptions of the threads
 
 
 def _each(values: Tensor) -> Sequence[float | Tensor]:
-    """As numbers where they can be read without waiting for a device."""
+    """Return the elements, as Python numbers where they can be read without device synchronisation."""
     host_values = on_host(values)
     return values.unbind() if host_values is None else host_values.tolist()
 
 
-@torch.no_grad()  # in each thread anew
+@torch.no_grad()  # grad mode is local to a thread
 def _add(chunks: Sequence[_Chunk]) -> None:
-    """Serve chunks one after the other."""
+    """Draw and add the noise of chunks, one after the other."""
     if not chunks:
         return
     device = chunks[0].target.device
     generator = torch.Generator(device)
     for target, factor, scale, seed, _, shape, part in chunks:
-        generator.manual_seed(seed >> 1)  # takes 63 bits on every device
+        generator.manual_seed(seed >> 1)  # 63 bits are accepted on every device
         numbers = torch.empty(shape, dtype=torch.float32, device=device)
         if isinstance(scale, float):
             numbers.normal_(0, scale, generator=generator)
         else:
             numbers.normal_(generator=generator).mul_(scale)
         _apply(target, factor, numbers[part] if part else numbers)
-        del numbers  # before the next chunk's are made
+        del numbers  # so that only one chunk's numbers are in memory
 
 
 def _add_compiled(chunk: _Chunk) -> None:
@@ -139,7 +137,7 @@ def _add_compiled(chunk: _Chunk) -> None:
 
 
 def _apply(target: Tensor, factor: float | Tensor, numbers: Tensor) -> None:
-    """Scale the target and add the numbers, without starting threads of torch's own within one of ours."""
+    """Scale the target and add the numbers, without starting torch's threads within a thread."""
     if isinstance(factor, Tensor):
         target.mul_(factor).add_(numbers)
     elif target.numel() <= _PIECE:
@@ -156,10 +154,10 @@ def _apply(target: Tensor, factor: float | Tensor, numbers: Tensor) -> None:
 def _cut(
     local: Tensor, offset: Sequence[int], shape: torch.Size, most: int
 ) -> Iterator[tuple[int, Tensor, tuple[int, ...], Box]]:
-    """Cut a tensor, of which this process holds `local` from `offset` on, into chunks of up to `most` elements.
+    """Split a tensor of `shape`, whose box `local` at `offset` is on this rank, into chunks of up to `most` elements.
 
     Yields:
-        Of each chunk that it holds elements of: its number, these elements, its shape, and where in it they are.
+        For each chunk that overlaps `local`: index, the elements in `local`, shape, and their box in the chunk.
     """
     if local.numel() == 0:
         return
@@ -183,7 +181,7 @@ def _cut(
 
 
 def _boxes(shape: Sequence[int], most: int) -> Iterator[Box]:
-    """Cut a shape into boxes of up to `most` elements: trailing dimensions in full, and a run along the one before."""
+    """Split a shape into boxes of up to `most` elements: full trailing dimensions, a run along the one before them."""
     inner, run_along = 1, len(shape) - 1
     while run_along > 0 and inner * shape[run_along] <= most:
         inner *= shape[run_along]

@@ -1,7 +1,7 @@
-"""Gaussian numbers by a compiled kernel: a hash of (seed, pair), and Box and Muller's transform, in one loop.
+"""Gaussian numbers by a compiled kernel: a hash of (seed, pair) and the Box-Muller transform in one loop.
 
-The numbers have nothing to do with those of torch's generators. Logarithm, cosine and sine are short polynomials, which
-other processors and compilers round otherwise, so that their numbers differ by a few units in the last place.
+The numbers differ from those of torch's generators. Logarithm, cosine and sine are short polynomials, whose rounding
+depends on processor and compiler, so that numbers differ between machines by a few units in the last place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from balanceopt._random import mixed_in
 from balanceopt._torch import inductor_options
 
 _BITS = 2.0**-32
-# Of the hash: shifts and factors, round by round, and an odd factor between the words of radius and angle.
+# Shifts and factors of the hash, round by round, and an odd factor between the words of radius and angle.
 _SHIFTS = (17, 11, 15, 14)
 _FACTORS = (0xED5AD4BB - 2**32, 0xAC4C1B51 - 2**32, 0x31848BAB)
 _GOLDEN = 0x9E3779B1 - 2**32
@@ -33,55 +33,55 @@ _LOGARITHM = (
     *(-1.99999989, 1.00000726, -0.666702283, 0.499401434),
     *(-0.397971301, 0.344940266, -0.324683796, 0.202681135),
 )
-# Of float32: the bits of 1 and of sqrt(1/2), and those of the fraction.
+# Bits of the float32 numbers 1 and sqrt(1/2), and the mask of the fraction's bits.
 _ONE, _ROOT, _FRACTION = 0x3F800000, 0x3F3504F3, 0x7FFFFF
-# The compiler takes the first size it sees for the usual one, and lets threads share it if it is large.
+# A large size, because the compiler decides by the first size whether threads share the loop.
 _WARM_UP_SIZE = 2**18
-# For the compiler, where this torch has them: all in one loop, without buffers; fuse multiplications with additions.
+# Options of the compiler, where this torch has them, for one loop without buffers and for fused multiply-add.
 _OPTIONS: dict[str, int | str] = {
     "realize_opcount_threshold": 1000,
     "realize_reads_threshold": 1000,
     "cpp.enable_floating_point_contract_flag": "fast",
-    # Its key does not hold the processor's vector instructions: a graph cached under others does not compile.
+    # Off, because the cache's key lacks the vector instructions: a graph cached under others does not compile.
     "fx_graph_cache": False,
 }
 
 
 def takes(target: Tensor) -> bool:
-    """Whether `scale_and_add_` works on it in place."""
+    """Whether `scale_and_add_` works on `target` in place."""
     return target.dtype == torch.float32 and target.is_contiguous() and target.numel() % 2 == 0
 
 
 @torch.no_grad()
 def scale_and_add_(flat: Tensor, factor: Tensor, scale: Tensor, seed: int) -> None:
-    """Set `flat` to `factor * flat + scale * z`, with the numbers z of a stream.
+    """Set `flat` to `factor * flat + scale * z` in place, with the Gaussian numbers z of a stream.
 
     Args:
-        flat: float32, an even number of elements. Of each pair of numbers one goes to each half.
-        factor: 0-d.
-        scale: 0-d.
-        seed: 64 bits that name the stream.
+        flat: float32 vector with an even number of elements; each half gets one number of each pair.
+        factor: 0-d factor of `flat`.
+        scale: 0-d standard deviation of the noise.
+        seed: 64-bit seed of the stream.
     """
     words = (seed, seed >> 32, mixed_in(seed, 0))
     signed = [(word & 0xFFFFFFFF) - ((word & 0x80000000) << 1) for word in words]
     key = sent(torch.tensor(signed, dtype=torch.int32, device="cpu"), flat.device)
-    # As tensors of two memories: views of one would be copied by the compiled code before they are changed.
+    # Passed as unrelated tensors, because compiled code copies views of one tensor before it changes them.
     halves = [from_dlpack(half) for half in flat.detach().view(2, -1).unbind()]
     _kernel()(*halves, factor, scale, key)
 
 
 def warm_up(device: torch.device) -> None:
-    """Compile for a device, now.
+    """Compile the kernel for a device.
 
     Raises:
-        RuntimeError: if nothing can be compiled here.
+        RuntimeError: if the kernel can't be compiled on this machine.
     """
     factor, scale = (torch.ones((), dtype=torch.float32, device=device) for _ in range(2))
     try:
-        with warnings.catch_warnings():  # torch's own, about itself
+        with warnings.catch_warnings():  # of torch, about torch
             warnings.simplefilter("ignore")
             scale_and_add_(torch.zeros(_WARM_UP_SIZE, dtype=torch.float32, device=device), factor, scale, 0)
-    except Exception as error:  # what a missing compiler raises is different from platform to platform
+    except Exception as error:  # a missing compiler raises differently on each platform
         raise RuntimeError(
             f"noise='compiled' could not be compiled for {device.type}: the error above says why. It needs what "
             "torch.compile needs, a C++ compiler (CPU) or Triton (CUDA). noise=True needs neither, and is slower."
@@ -106,22 +106,22 @@ def _scale_and_add(first: Tensor, second: Tensor, factor: Tensor, scale: Tensor,
 
 
 def _normal(pairs: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Both numbers of each pair: three rounds of multiply and shift give the radius, a fourth the angle."""
+    """Return both Gaussian numbers of each pair: three rounds of the hash give the radius, a fourth the angle."""
     word = _mix(pairs ^ a, _SHIFTS[0]) * _FACTORS[0]
     word = (_mix(word, _SHIFTS[1]) + b) * _FACTORS[1]
     word = _mix(_mix(word, _SHIFTS[2]) * _FACTORS[2], _SHIFTS[3])
     half = (_mix(word * _GOLDEN, _SHIFTS[2]) + c).to(torch.float32) * (math.pi * _BITS)
-    # 31 bits, all but the sign, and half of the last one more: above 0, at most 1.
+    # The lower 31 bits plus half of the last one, so that the number is above 0 and at most 1.
     uniform = (word & 0x7FFFFFFF).to(torch.float32) * (2 * _BITS) + _BITS
     radius = _minus_twice_logarithm(uniform).sqrt()
-    # Of half the angle, which needs no reduction, to the whole one.
+    # Polynomials of half the angle, because this needs no range reduction; then doubled.
     square = half * half
     cosine, sine = _polynomial(_COSINE, square), _polynomial(_SINE, square) * half
     return (1 - 2 * sine * sine) * radius, 2 * sine * cosine * radius
 
 
 def _minus_twice_logarithm(x: Tensor) -> Tensor:
-    """`-2 log(x)`: x is a power of two times a number around 1, which its bits give."""
+    """Return `-2 log(x)`, with x split by its bits into a power of two and a number around 1."""
     bits = x.view(torch.int32) + (_ONE - _ROOT)
     exponent = ((bits >> 23) - (_ONE >> 23)).to(torch.float32)
     beyond_one = ((bits & _FRACTION) + _ROOT).view(torch.float32) - 1
@@ -139,4 +139,4 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 def _mix(word: Tensor, shift: int) -> Tensor:
     return word ^ (
         (word >> shift) & ((1 << (32 - shift)) - 1)
-    )  # torch's shift copies the sign, a hash must not
+    )  # torch's shift copies the sign bit, which a hash needs cleared

@@ -1,4 +1,4 @@
-"""OGM and OGM-GE: slow the dominant modality's encoder down, and add noise to all of them."""
+"""OGM and OGM-GE: slow down the dominant modality's encoder, and add noise to the gradients of all encoders."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ class OGM(GradientScaling):
 
     $$g^m \leftarrow k^m g^m + h^m, \qquad h^m \sim N(0, \text{noise\_scale}^2 \operatorname{std}(g^m)^2)$$
 
-    for each tensor g of the encoder of modality m, with the coefficient \(k^m\) of `modulation_coefficient`: 1 for
-    the modalities that do not dominate, less for those that do. The standard deviation is that of the unscaled
-    gradient's elements; without noise there is no h.
+    for the gradient g of each tensor of the encoder of modality m, with the coefficient \(k^m\) of
+    `modulation_coefficient`: below 1 for dominant modalities, 1 for others. The standard deviation is that of the
+    unscaled gradient's elements; without noise there is no h.
 
     Args:
         alpha: strength, >= 0 (published: 0.1 VGGSound, 0.8 CREMA-D).
         form: `"cvpr"`, `"cvpr_v0"` or `"tpami"`, as in `modulation_coefficient`.
-        noise: add the noise h (OGM-GE) or not (OGM). `"compiled"` makes other numbers, faster, by a kernel that is
+        noise: add the noise h (OGM-GE) or not (OGM). `"compiled"` draws other numbers, faster, by a kernel that is
             compiled when the optimizer is built (seconds, once a process).
-        noise_scale: factor on its standard deviation.
-        apply_to: `"grad"` scales gradients. Adam and its kin divide a constant factor out again; `"update"`
-            scales what the base did in the step instead, `p <- before + k (p - before)`, on any base: weight decay,
-            momentum and noise with the rest.
-        min_ndim: only tensors with at least this many dimensions (2 leaves norms and biases alone, as published).
-        ratio: `"mean_of_ratios"` or `"ratio_of_means"`, for three modalities or more.
-        start: first step or epoch in which it acts, counted from 0.
-        end: last one, inclusive; None for no end.
-        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
+        noise_scale: factor on the standard deviation of the noise, >= 0.
+        apply_to: `"grad"` scales gradients, a factor that Adam and similar cancel; `"update"` scales the update of any
+            base optimizer, `p <- before + k (p - before)`, with weight decay, momentum and noise.
+        min_ndim: least number of dimensions of modulated tensors (2 skips norms and biases, as published).
+        ratio: reduction of three or more modalities, `"mean_of_ratios"` or `"ratio_of_means"`.
+        start: first step or epoch of the window, counted from 0.
+        end: last step or epoch of the window, inclusive; None for no end.
+        unit: unit of the window: `"step"`, or `"epoch"`, set by `set_epoch`.
 
     Raises:
         ValueError: for an option outside its range.
@@ -82,7 +81,7 @@ class OGM(GradientScaling):
         self.ratio: RatioReduction = ratio
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Warn where scaling gradients does nothing to the base; get the noise ready."""
+        """Warn where the base optimizer cancels the coefficients; compile the noise's kernel."""
         if self.alpha > 0:
             super().check(optimizer)
         if self.noise == "compiled" and self.noise_scale > 0:
@@ -98,7 +97,7 @@ class OGM(GradientScaling):
 
     @torch.no_grad()
     def modulate(self, step: StepContext) -> None:
-        """Scale by the step's coefficients and add noise."""
+        """Scale gradients or the update by the step's coefficients, and add noise."""
         if not self.noise or self.noise_scale == 0:
             super().modulate(step)
             return

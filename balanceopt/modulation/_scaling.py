@@ -1,4 +1,4 @@
-"""GradientScaling: methods that are one factor for each modality, on its gradients or on its update."""
+"""GradientScaling: base of methods with one coefficient for the gradients, or the update, of each modality."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ ApplyTo = Literal["grad", "update"]
 
 
 class GradientScaling(Modulation):
-    r"""A gradient method that is its coefficients: one factor \(k^m\) for the encoder of each modality.
+    r"""Base of gradient methods with one coefficient \(k^m\) for the encoder of each modality.
 
     $$g^m \leftarrow k^m g^m \quad \text{or} \quad \theta^m \leftarrow \theta^m_{\text{before}} + k^m (\theta^m -
     \theta^m_{\text{before}})$$
 
-    A subclass defines `coefficients`. In a step whose scores can't be used, and for coefficients that are not finite,
-    the factor is 1; gradients that are not finite are left as they are.
+    A subclass defines `coefficients`. For unusable scores and non-finite coefficients the factor is 1; non-finite
+    gradients stay unchanged.
 
     Args:
-        apply_to: `"grad"` scales gradients. Adam and its kin divide a constant factor out again; `"update"` scales what
-            the base did in the step instead, on any base.
-        min_ndim: only tensors with at least this many dimensions.
-        start: first step or epoch in which the method acts, counted from 0.
-        end: last one, inclusive; None for no end.
-        unit: `"step"`, or `"epoch"` to count the epochs that `set_epoch` is told.
+        apply_to: `"grad"` scales gradients, a factor that Adam and similar cancel; `"update"` scales the update of any
+            base optimizer.
+        min_ndim: least number of dimensions of tensors that are scaled.
+        start: first step or epoch of the window, counted from 0.
+        end: last step or epoch of the window, inclusive; None for no end.
+        unit: unit of the window: `"step"`, or `"epoch"`, set by `set_epoch`.
 
     Raises:
         ValueError: for an option outside its range.
@@ -67,10 +67,10 @@ class GradientScaling(Modulation):
 
     @abstractmethod
     def coefficients(self, step: StepContext) -> Tensor:
-        """Return the `(M,)` factors of this step; 1 leaves a modality alone."""
+        """Return the `(M,)` coefficients of this step; 1 leaves a modality unchanged."""
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Warn where scaling gradients does nothing to the base."""
+        """Warn where the base optimizer cancels the coefficients."""
         if self.apply_to == "grad" and cancels_constant_factor(optimizer):
             name = type(self).__name__
             warn_user(
@@ -81,11 +81,11 @@ class GradientScaling(Modulation):
 
     @torch.no_grad()
     def modulate(self, step: StepContext) -> None:
-        """Scale each modality by its coefficient."""
+        """Scale the gradients, or the update, of each modality by the step's coefficients."""
         self.scale(step, self.usable_coefficients(step))
 
     def usable_coefficients(self, step: StepContext) -> Tensor:
-        """Return the step's `(M,)` coefficients, 1 where there is nothing to compare."""
+        """Return the step's `(M,)` coefficients, 1 where scores are unusable or the coefficient is non-finite."""
         scores = step.scores
         step.report("score", scores.mean_score)
         k = self.coefficients(step)
@@ -99,7 +99,7 @@ class GradientScaling(Modulation):
         return k
 
     def scale(self, step: StepContext, k: Tensor) -> None:
-        """Scale the gradients, or the update, of each modality's parameters by its factor in `k` `(M,)`."""
+        """Scale the gradients, or the update, of each modality's parameters by the coefficients `k` `(M,)`."""
         host_value = on_host(k)
         for index, name in enumerate(step.modalities):
             slots = [slot for slot in step.slots.get(name, ()) if slot.parameter.dim() >= self.min_ndim]

@@ -1,4 +1,4 @@
-"""Standard deviations of whole tensors; on the CPU from float32 sums of few elements, twice as fast as torch's own."""
+"""Standard deviations of whole tensors, on the CPU by short float32 sums, twice as fast as `torch.std`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 from balanceopt._sharding import is_sharded, local_part, summed_over_shards
 from balanceopt._torch import foreach_norm
 
-# Elements that are summed in float32: a tensor, or rows of a larger one. Longer sums lose digits, and how many depends
-# on the processor.
+# Largest numbers of elements summed in float32, of a tensor and of a row in a larger tensor, because longer sums
+# lose a number of digits that depends on the processor.
 _SMALL, _ROW = 2**13, 2**10
-# The squared mean is subtracted from the mean square. Where it is most of it, or both are tiny, digits would be lost.
+# Limits of mean square minus squared mean, because digits cancel where the variance is a small part or tiny.
 _LOST, _TINY = 0.5, 1e-30
 
 
 def _whole_stds(tensors: Sequence[Tensor]) -> Tensor:
-    """Population standard deviations of each tensor's elements.
+    """Return the population standard deviation of each unsharded tensor's elements.
 
-    Contiguous float32 tensors on the CPU are summed in float32, by rows of 2^10 elements if they have more than
-    2^13, and rows in float64. A sum of n squares in four lanes or more has at most n / 4 roundings of 2^-24. So
-    results are within 1.5e-4 of the exact ones on any processor, and within 2e-5 where rows are summed. (Seen
-    were 1e-5 and 1e-6 for elements all of one size, whose roundings go one way, and 2e-7 for others.) Threads
-    take whole rows, so that their number changes nothing.
+    Contiguous float32 tensors on the CPU are summed in float32; those with more than 2^13 elements by rows of 2^10
+    elements, whose sums are added in float64. A sum of n squares in four lanes or more has at most n / 4 roundings of
+    2^-24, so that the relative error is at most 1.5e-4 on any processor, and 2e-5 where rows are summed. (Measured:
+    1e-5 and 1e-6 for elements all of one size, whose roundings have one sign, and 2e-7 for others.) Threads sum whole
+    rows, so that results do not depend on their number.
 
     Returns:
-        `(n,)`, in float32 or wider; not finite where an element is not.
+        `(n,)`, in float32 or wider; non-finite where an element is.
     """
     in_order = np.array([_is_summed(tensor) for tensor in tensors])
     sizes = np.array([tensor.numel() for tensor in tensors])
@@ -43,7 +43,7 @@ def _whole_stds(tensors: Sequence[Tensor]) -> Tensor:
         sums[place], squares[place] = _by_rows(tensors[place].detach().view(-1))
     with np.errstate(all="ignore"):
         variance = squares / sizes - (sums / sizes) ** 2
-        inexact = ~(variance > np.maximum(_LOST * squares / sizes, _TINY))  # or an element is not finite
+        inexact = ~(variance > np.maximum(_LOST * squares / sizes, _TINY))  # also for non-finite elements
     result = list(torch.from_numpy(np.sqrt(np.where(inexact, 0, variance))).float())
     for place in np.flatnonzero(inexact).tolist():
         result[place] = _exact(tensors[place])
@@ -55,7 +55,7 @@ def _is_summed(tensor: Tensor) -> bool:
 
 
 def _by_rows(flat: Tensor) -> tuple[float, float]:
-    """Sum and sum of squares."""
+    """Return sum and sum of squares of a vector's elements, row by row."""
     total = squares = 0.0
     whole = len(flat) - len(flat) % _ROW
     for rows in (flat[:whole].view(-1, _ROW), flat[whole:].view(1, -1)):
@@ -69,7 +69,7 @@ def _exact(tensor: Tensor) -> Tensor:
 
 
 def stds(tensors: Sequence[Tensor]) -> Tensor:
-    """`(n,)` population standard deviations of all elements of each tensor; not finite where an element is not."""
+    """Return the `(n,)` population standard deviations of whole tensors; non-finite where an element is."""
     if not any(is_sharded(tensor) for tensor in tensors):
         return _whole_stds(tensors)
     count, total, squares = torch.stack(summed_over_shards(tensors, [_moments(t) for t in tensors])).unbind(1)
@@ -78,14 +78,14 @@ def stds(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """bool `(n,)`, tensors of which all elements are: a sum is, unless a term is not (or they are beyond use)."""
+    """Return bool `(n,)`, whether all elements of each tensor are finite, by whether their sum is."""
     parts = [local_part(t.coalesce().values() if t.is_sparse else t) for t in tensors]
     sums = [part.sum(dtype=_wide_dtype(part)).view(1) for part in parts]
     return torch.isfinite(torch.cat(summed_over_shards(tensors, sums)))
 
 
 def _moments(tensor: Tensor) -> Tensor:
-    """Count, sum and sum of squares of this rank's part, in float64: the mean's square is to be taken off again."""
+    """Return count, sum and sum of squares of this rank's shard, in float64 because the squared mean is subtracted."""
     part = local_part(tensor)
     if part.numel() == 0:
         return torch.zeros(3, dtype=torch.float64, device=part.device)

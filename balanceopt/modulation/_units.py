@@ -1,4 +1,4 @@
-"""Units, the pieces of a parameter that are masked as a whole: filters, rows, attention heads."""
+"""Units: the slices of a parameter that are masked as a whole, such as filters, rows and attention heads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NORMS = (
 )
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# Names of attention's submodules in transformers, timm and diffusers.
+# Names of the submodules of attention in transformers, timm and diffusers.
 _SEPARATE = (
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
@@ -36,15 +36,15 @@ _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 
 @dataclass(frozen=True)
 class MaskUnits:
-    """How a parameter divides into units, each of which is masked as a whole.
+    """Division of a parameter into units, each of which is masked as a whole.
 
-    Dimension `dim`, of size `parts * count * width`, is read as `(parts, count, width)`; unit j is everything with j in
-    the middle.
+    Dimension `dim`, of size `parts * count * width`, is viewed as `(parts, count, width)`; unit j is index j of the
+    middle.
 
     Args:
-        count: number of units; None for `size / parts`, one for each index.
-        dim: the dimension that the units divide.
-        parts: how often all units occur in it, one set after the other: 3 for query, key and value in one matrix.
+        count: number of units; None for `size / parts`, a unit for each index.
+        dim: dimension that is divided into units.
+        parts: number of consecutive repetitions of all units: 3 for query, key and value in one matrix.
 
     Raises:
         ValueError: if `count` or `parts` is no whole number of at least 1, or `dim` no whole number.
@@ -68,10 +68,10 @@ class MaskUnits:
         check_count("parts", self.parts, at_least=1)
 
     def on(self, shape: torch.Size) -> UnitView:
-        """Apply the units to a tensor of `shape`.
+        """Return the view of the units on a tensor of `shape`.
 
         Raises:
-            ValueError: if the units do not divide it.
+            ValueError: if the units do not divide the dimension.
         """
         if not -len(shape) <= self.dim < len(shape):
             raise ValueError(f"`{self}` needs a tensor with that dimension. Found shape {tuple(shape)}.")
@@ -96,11 +96,11 @@ UnitRule = UnitFunction | Mapping[Any, UnitSpec]
 
 @dataclass(frozen=True)
 class UnitView:
-    """Units on a tensor of one shape: how its dimensions are split, and which of the split dimensions number the units.
+    """Units on a tensor of one shape, as dimensions of the tensor with split dimensions.
 
     Attributes:
-        splits: for each dimension of the tensor the sizes that it is split into.
-        unit_dims: dimensions of the split tensor that number the units, in ascending order.
+        splits: sizes that each dimension of the tensor is split into.
+        unit_dims: dimensions of the split tensor that index the units, in ascending order.
     """
 
     splits: tuple[tuple[int, ...], ...]
@@ -118,7 +118,7 @@ class UnitView:
 
     @cached_property
     def only_dim(self) -> int | None:
-        """The one dimension of the split tensor that numbers the units; None if several do."""
+        """The dimension of the split tensor that indexes the units; None for several dimensions."""
         return self.unit_dims[0] if len(self.unit_dims) == 1 else None
 
     @cached_property
@@ -130,15 +130,15 @@ class UnitView:
         return tuple(size if d in self.unit_dims else 1 for d, size in enumerate(self.sizes))
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The tensor with its dimensions split: a view in any memory format."""
+        """Return the tensor with split dimensions, as a view in any memory format."""
         return tensor.view(self.sizes) if self._is_split else tensor
 
     def spread(self, values: Tensor) -> Tensor:
-        """`(n,)` values of the units in a shape that broadcasts with `view`."""
+        """Return `(n,)` values of the units in a shape that broadcasts with `view`."""
         return values.view(self._spread_shape)
 
     def numbers(self, device: torch.device) -> Tensor:
-        """Index of each element's unit, in a shape that broadcasts with the tensor itself."""
+        """Return the index of each element's unit, in a shape that broadcasts with the unsplit tensor."""
         sizes: list[int] = []
         shape: list[int] = []
         for split in self.splits:
@@ -154,10 +154,10 @@ class UnitView:
 
 
 def check_units(rule: object) -> None:
-    """Refuse what can be no rule for units; whether it fits a model is seen when it is used.
+    """Raise for an invalid rule for units; `find_units` checks whether a rule fits a model.
 
     Raises:
-        TypeError: saying what was expected.
+        TypeError: for a rule, a key or units of another type.
     """
     if isinstance(rule, Mapping):
         for key, spec in rule.items():
@@ -184,18 +184,18 @@ def _check_spec(spec: object) -> None:
 def find_units(
     parameters: Sequence[nn.Parameter], model: nn.Module, rule: UnitRule | None, min_ndim: int
 ) -> list[UnitView | None]:
-    """Find the units of each parameter by the module that holds it; None for a parameter that is not masked.
+    """Return the units of each parameter by the parameter's module; None for a parameter that is not masked.
 
     Args:
-        parameters: some of the model's.
-        model: the model.
+        parameters: parameters of the model.
+        model: the model that holds the parameters.
         rule: the user's rule, which precedes the default: a function of `(module, name, parameter)` that returns units
             or None, or a mapping from a parameter, a module or a module's class to units.
-        min_ndim: parameters with fewer dimensions are not masked, unless the rule names them.
+        min_ndim: least number of dimensions of masked parameters, other than those that the rule names.
 
     Raises:
         ValueError: if the rule names modules or parameters of another model, or units that do not divide a parameter.
-        TypeError: if the rule gives anything but units.
+        TypeError: if the rule returns anything but units.
     """
     owners = _owners(model)
     outputs = {id(m.out_proj.weight): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
@@ -228,7 +228,7 @@ def _spec_of(rule: UnitRule, min_ndim: int, module: nn.Module, name: str, p: nn.
 
 
 def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
-    """Module and name of each parameter; the originals of a parametrized one have the parameter's own name."""
+    """Return module and name of each parameter; originals of a parametrized parameter have the parameter's name."""
     owners = {id(p): (m, name) for m in model.modules() for name, p in m.named_parameters(recurse=False)}
     for module in model.modules():
         parametrized = getattr(module, "parametrizations", None)
@@ -258,7 +258,7 @@ def _view_of(spec: UnitSpec, p: nn.Parameter, module: nn.Module, name: str) -> U
 
 
 def _default(module: nn.Module, name: str, p: nn.Parameter) -> UnitView | None:
-    """Units by the module's type: filters, heads or rows; None for norms and biases."""
+    """Return the default units by the module's type: filters, heads or rows; None for norms and biases."""
     if isinstance(module, _NORMS) or name == "bias":
         return None
     if isinstance(module, nn.MultiheadAttention):
@@ -274,20 +274,20 @@ def _default(module: nn.Module, name: str, p: nn.Parameter) -> UnitView | None:
 
 
 def attention_heads(model: nn.Module) -> dict[nn.Module, MaskUnits]:
-    """Find attention made of linear layers, as in Hugging Face's models, and make its heads units.
+    """Return units by attention head for attention made of linear layers, as in Hugging Face's models.
 
-    Such an attention is a module that has its number of heads as an attribute and its projections as submodules with
-    one of the usual names. Each projection is masked by itself: query, key and value by rows, the output projection by
-    columns. `nn.MultiheadAttention` is masked by heads without this.
+    Such an attention is a module with the number of heads as an attribute and the projections as submodules with one of
+    the usual names. Each projection is masked separately: query, key and value by rows, the output projection by
+    columns. `nn.MultiheadAttention` is masked by heads by default.
 
     Args:
         model: an encoder, or the whole model.
 
     Returns:
-        For `AMSS(units=...)`, alone or beside other layers: `{**attention_heads(model), layer: MaskUnits(8)}`.
+        Mapping for `AMSS(units=...)`, alone or with other layers: `{**attention_heads(model), layer: MaskUnits(8)}`.
 
     Raises:
-        ValueError: if there is no such attention, or one without a number of heads.
+        ValueError: if there is no such attention, or an attention without a number of heads.
         TypeError: if `model` is no module.
 
     Example:
@@ -320,7 +320,7 @@ def attention_heads(model: nn.Module) -> dict[nn.Module, MaskUnits]:
 
 
 def _of_attention(module: nn.Module, holder: nn.Module) -> dict[nn.Module, MaskUnits]:
-    """Units of the attention `module`, whose output projection is a child of `holder`; empty for other modules."""
+    """Return units of the attention `module` with output projection in `holder`; empty for other modules."""
     separate = next((names for names in _SEPARATE if len(_projections(module, names)) == len(names)), ())
     projections = _projections(module, separate) or _projections(module, _FUSED)[:1]
     if not projections:
@@ -331,11 +331,11 @@ def _of_attention(module: nn.Module, holder: nn.Module) -> dict[nn.Module, MaskU
     }
     if not separate:
         layer = projections[0]
-        # The heads of GPT-NeoX, BLOOM and Falcon each have their query, key and value side by side.
+        # GPT-NeoX, BLOOM and Falcon store query, key and value of each head next to each other.
         parts = 1 if layer is getattr(module, "query_key_value", None) else 3
         return {layer: MaskUnits(heads, dim=_output_dim(layer), parts=parts), **output}
     width = _outputs(projections[0]) // heads
-    # Keys and values have fewer heads in grouped-query attention.
+    # Counted by layer, because keys and values have fewer heads in grouped-query attention.
     inputs = {layer: MaskUnits(_outputs(layer) // width, dim=_output_dim(layer)) for layer in projections}
     return {**inputs, **output}
 
@@ -352,7 +352,7 @@ def _number_of_heads(module: nn.Module) -> int:
 
 
 def _projections(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The submodules of these names that have a tensor for a weight, in the order of the names."""
+    """Return the submodules of these names with a weight tensor, in the order of the names."""
     children = [getattr(module, name, None) for name in names]
     return [
         child
@@ -362,7 +362,7 @@ def _projections(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 
 def _output_dim(layer: nn.Module) -> int:
-    """Dimension of the outputs in the weight: the second in transformers' `Conv1D`."""
+    """Return the output dimension of a layer's weight: 0, or 1 in transformers' `Conv1D`."""
     return 0 if isinstance(layer, nn.Linear) else 1
 
 

@@ -1,4 +1,4 @@
-"""From discrepancy ratios to what acts on a modality: gradient coefficient, drop probability."""
+"""Modulation coefficients and drop probabilities from discrepancy ratios or cross-entropies."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from balanceopt.functional._scores import present_or_all
 
 CoefficientForm = Literal["cvpr", "cvpr_v0", "tpami"]
 
-# exp of more overflows in float32.
+# exp of a larger number overflows in float32.
 _LARGEST_EXPONENT = 80.0
 
 
 @torch.no_grad()
 def modulation_coefficient(ratio: Tensor, alpha: float, form: CoefficientForm = "cvpr") -> Tensor:
-    r"""Factor k on the gradient of each modality's encoder: below 1 where it dominates.
+    r"""Compute the coefficient k on each encoder's gradient, below 1 where the modality dominates.
 
     With \(k = 1\) wherever \(\rho \le 1\), and for \(\rho > 1\)
 
@@ -30,14 +30,14 @@ def modulation_coefficient(ratio: Tensor, alpha: float, form: CoefficientForm = 
     Args:
         ratio: `(M,)` discrepancy ratios.
         alpha: strength, >= 0; at 0 every coefficient is 1.
-        form: which of the three published forms.
+        form: one of the three published forms.
 
     Returns:
         `(M,)` in [0, 1].
 
     Raises:
         ValueError: if `alpha` is negative or not finite, or `form` unknown.
-        TypeError: if `ratio` is no tensor.
+        TypeError: if `ratio` is not a tensor.
 
     Example:
         >>> modulation_coefficient(torch.tensor([2.0, 0.5]), alpha=0.5)
@@ -61,7 +61,7 @@ def modulation_coefficient(ratio: Tensor, alpha: float, form: CoefficientForm = 
 
 @torch.no_grad()
 def drop_probability(ratio: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Tensor:
-    r"""Probability of dropping a sample's features of each modality.
+    r"""Compute the probability of dropping a sample's features of each modality.
 
     $$q = q_{base} (1 + \lambda \tanh(\rho - 1)) \text{ if } \rho > 1, \text{ else } 0$$
 
@@ -77,7 +77,7 @@ def drop_probability(ratio: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Te
 
     Raises:
         ValueError: if `q_base` lies outside [0, 1], or `lam` is negative or not finite.
-        TypeError: if `ratio` is no tensor.
+        TypeError: if `ratio` is not a tensor.
 
     Example:
         >>> drop_probability(torch.tensor([2.0, 0.5]))
@@ -90,7 +90,7 @@ def drop_probability(ratio: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Te
     check_number("q_base", q_base, at_least=0, at_most=1)
     check_number("lam", lam, at_least=0)
     rho = wide(ratio)
-    # Clamped, because an infinite growth times a base of 0 is not a number.
+    # Clamped, because an infinite growth times a base of 0 is NaN.
     growth = (lam * torch.tanh(rho - 1)).clamp(max=torch.finfo(rho.dtype).max)
     q = q_base * (1 + growth)
     return narrowed(torch.where(rho > 1, q.clamp(0, 1), 0), ratio)
@@ -104,27 +104,27 @@ def adaptive_coefficient(
     cap: float = 10.0,
     present: Tensor | None = None,
 ) -> Tensor:
-    r"""Factor k on each modality's gradient: below 1 where it is further ahead of the others than it has been so far.
+    r"""Compute AGM's coefficient k on each modality's gradient, below 1 where the modality's lead exceeds its past one.
 
     $$r^m(c) = \exp\left(\frac{M}{M-1} (\bar c - c^m)\right), \qquad
     k^m = \exp(\alpha \min(r^m(\text{running}) - r^m(\text{CE}), \text{cap}))$$
 
-    with \(\bar c\) the mean over modalities. A modality by itself has k = 1. Exponents of r above 80 are taken as 80,
-    which float32 can still hold.
+    with \(\bar c\) the mean over modalities. A single modality has k = 1. Exponents of r are clamped to 80, so that
+    float32 can hold r.
 
     Args:
         cross_entropy: `(M,)` mean uni-modal cross-entropies of this step, nats.
-        running: `(M,)` their means over all steps so far, this one included, nats.
+        running: `(M,)` means of the cross-entropies over all steps so far, this one included, nats.
         alpha: strength, >= 0; at 0 every coefficient is 1.
-        cap: most that the difference of the two r may be, >= 0.
-        present: bool `(M,)`; the others are left out of every mean and have k = 1. None for all.
+        cap: upper limit of the difference of the two r, >= 0.
+        present: bool `(M,)`; False leaves a modality out of every mean, with k = 1. None for all True.
 
     Returns:
         `(M,)` in [0, exp(alpha cap)].
 
     Raises:
         ValueError: if the tensors are not real of the same shape `(M,)`, or an option is outside its range.
-        TypeError: if one is no tensor.
+        TypeError: if `cross_entropy`, `running` or `present` is not a tensor.
 
     Example:
         >>> adaptive_coefficient(torch.tensor([0.5, 1.5]), torch.tensor([1.0, 1.0]))
@@ -150,9 +150,9 @@ def adaptive_coefficient(
 
 
 def _lead(cross_entropy: Tensor, here: Tensor) -> Tensor:
-    """How far each of the modalities that are `here` is ahead of all of them, r `(M,)`."""
+    """Compute r `(M,)`, how far each modality is ahead of the mean over the modalities that are `here`."""
     count = here.sum()
     mean = torch.where(here, cross_entropy, 0).sum() / count.clamp(min=1)
-    # Of one modality there is nothing to compare: its exponent is 0.
+    # A single modality has no other to compare with, so its exponent is 0.
     exponent = torch.where(count > 1, count / (count - 1).clamp(min=1) * (mean - cross_entropy), 0)
     return exponent.clamp(max=_LARGEST_EXPONENT).exp()

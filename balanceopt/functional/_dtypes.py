@@ -1,4 +1,4 @@
-"""In which dtype to reckon, and in which to answer."""
+"""Dtypes of computations and of results."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def wide(values: Tensor) -> Tensor:
-    """At least float32: half precision would spoil a reduction, and integers are numbers."""
+    """Convert values to float32, or keep float64, for reductions that half precision would spoil."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def narrowed(result: Tensor, like: Tensor) -> Tensor:
-    """A result in the dtype of a floating input; as it is for an integer one, which would truncate it."""
+    """Convert a result to the dtype of a floating input; keep it for an integer input, which would truncate."""
     return result.to(like.dtype) if like.is_floating_point() else result

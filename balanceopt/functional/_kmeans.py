@@ -1,8 +1,8 @@
-"""K-means on the features' own device: Lloyd's iterations from a k-means++ start.
+"""K-means on the features' device: Lloyd's iterations from a k-means++ start.
 
-Everything that decides is computed in an order that does not depend on the processor, the number of threads or a row's
-place: distances in the start are whole numbers, sums are pairwise or row by row, and matrix products, whose last digits
-are the processor's own, only rule out the centroids that are certainly not the nearest.
+Every decision is computed in an order that does not depend on the processor, the number of threads or a row's index:
+distances in the start are whole numbers, sums are pairwise or row by row, and matrix products, whose last digits
+depend on the processor, only exclude the centroids that are certainly not the nearest.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from balanceopt._options import check_count, check_generator, check_number, chec
 from balanceopt.functional._dtypes import wide
 from balanceopt.functional._scaling import column_range, floating_features, row_blocks
 
-# k-means++ reads all its rows once per cluster, so from twice as many rows on it works on a random subset: of this
-# many rows, and of so many per cluster. Over 400 seeds such a start met as many of 6 true clusters as one of all rows;
-# of 309 it met 292, and 294 with 64 rows for each. After the iterations inertia and purity were the same within chance.
+# k-means++ reads all rows once per cluster, so from twice as many rows on it uses a random subset of this size, the
+# larger of the two. Over 400 seeds such a start hit as many of 6 true clusters as a start from all rows; of 309 it hit
+# 292, and 294 with 64 rows for each. After the iterations inertia and purity were equal within chance.
 START_ROWS = 2048
 START_ROWS_PER_CLUSTER = 24
 
 
 @dataclass(frozen=True, eq=False)
 class KMeansResult:
-    """Clusters, as `kmeans` returns them.
+    """The result of `kmeans`.
 
     Attributes:
         assignments: `(N,)` int64, the index of each row's nearest centroid.
         centroids: `(K, D)`, in float32 or wider.
         inertia: scalar, sum of the squared distances to the nearest centroid.
-        iterations: number of Lloyd iterations of the run that was kept.
+        iterations: number of Lloyd iterations of the best run.
     """
 
     assignments: Tensor
@@ -64,20 +64,20 @@ def kmeans(
     the features' mean variance. A cluster that loses all its rows gets the row farthest from its centroid.
 
     A row's assignment is a function of the row and the centroids alone, so equal rows are in one cluster: distances
-    are compared in float64, of equal ones the first centroid's counts. On a CPU the same features and generator state
-    give the same bits on every processor, with any number of threads; on an accelerator sums of rows may differ from
-    them by the rounding of float32.
+    are compared in float64, and a tie goes to the first centroid. On a CPU the same features and generator state
+    give the same bits on every processor, with any number of threads; on an accelerator sums of rows may differ
+    by the rounding of float32.
 
     Args:
         features: `(N, D)`, finite; half precision and integers are computed in float32. Temporaries are one copy of the
             features and a bounded block.
-        num_clusters: K, from 1 to N.
-        generator: source of the start; torch's own for None. On another device than `features` it gives the
-            same numbers as it would there.
-        init: the `(K, D)` centroids to start from; None for k-means++.
-        max_iterations: most Lloyd iterations of a run.
-        tolerance: see above; 0 runs until no assignment changes.
-        n_init: number of starts; the run with the least inertia is kept.
+        num_clusters: number of clusters K, from 1 to N.
+        generator: random generator of the start, on any device, whose numbers depend on the generator's device alone;
+            None for torch's default one.
+        init: initial centroids `(K, D)`; None for k-means++.
+        max_iterations: upper limit of a run's Lloyd iterations, >= 1.
+        tolerance: relative tolerance of the stopping rule, >= 0; 0 runs until no assignment changes.
+        n_init: number of starts, >= 1; the run with the least inertia is returned.
 
     Returns:
         `KMeansResult`: assignments `(N,)`, centroids `(K, D)`, inertia, iterations.
@@ -85,7 +85,7 @@ def kmeans(
     Raises:
         ValueError: if `features` is not a finite real `(N, D)` tensor with `N >= num_clusters`, or another argument
             is outside its range.
-        TypeError: if `features` or `init` is no tensor, or `generator` no `torch.Generator`.
+        TypeError: if `features` or `init` is not a tensor, or `generator` not a `torch.Generator`.
 
     Example:
         >>> x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [8.0, 8.0], [8.0, 9.0]])
@@ -121,7 +121,7 @@ def kmeans(
             _run(points, num_clusters, init, generator, max_iterations, least_shift) for _ in range(n_init)
         )
         best = min(runs, key=lambda run: float(run.inertia))
-    # Back from the normalised scale.
+    # Undo the normalised scale, so that callers get centroids of their features.
     dtype = best.centroids.dtype
     centroids = ((best.centroids.double() + points.centre) / points.factor).to(dtype)
     inertia = (best.inertia / points.factor**2).to(dtype)
@@ -130,10 +130,10 @@ def kmeans(
 
 @dataclass(frozen=True, eq=False)
 class _Points:
-    """Features brought near 0 and 1, where distances by products are exact enough."""
+    """Features normalised near 0 and 1, where distances by products are exact enough."""
 
     rows: Tensor  # (N, D): features * factor - centre
-    norms: Tensor  # (N,): of the rows
+    norms: Tensor  # (N,): norms of the rows
     centre: Tensor  # (D,) float64
     factor: float  # a power of 2
     variance: float  # mean over the features
@@ -146,7 +146,7 @@ def _normalise(features: Tensor) -> _Points:
         raise ValueError(
             f"`features` should be finite with at least one row. Found {len(features)} rows, not all finite."
         )
-    # A power of 2 changes no digit; the bound keeps it a normal float32.
+    # A power of 2 changes no digit; the bound keeps the factor a normal float32.
     factor = 2.0 ** -max(-126, min(126, math.frexp(largest)[1]))
     rows = wide(features) * factor
     total = torch.zeros_like(low, dtype=torch.float64)
@@ -159,7 +159,7 @@ def _normalise(features: Tensor) -> _Points:
 
 
 def _pairwise_sum(values: Tensor, dim: int) -> Tensor:
-    """The sum along a dimension, in an order that only its length decides: the same bits wherever it is computed."""
+    """Sum along a dimension in an order that depends on the length alone, for the same bits on every processor."""
     length = values.shape[dim]
     while length > 1:
         half, odd = divmod(length, 2)
@@ -179,7 +179,7 @@ def _run(
     max_iterations: int,
     least_shift: float,
 ) -> KMeansResult:
-    """One start and its iterations, on the normalised scale."""
+    """Run k-means from one start on normalised features."""
     if init is None:
         start = _plus_plus_start(points.rows, clusters, generator)
     else:
@@ -193,7 +193,7 @@ def _run(
 
 
 def _plus_plus_start(rows: Tensor, clusters: int, generator: torch.Generator | None) -> Tensor:
-    """Greedy k-means++: of 2 + log K candidates drawn by squared distance, the one that lowers the sum most."""
+    """Choose initial centroids by greedy k-means++, each the best of 2 + log K candidates drawn by squared distance."""
     enough = max(START_ROWS, START_ROWS_PER_CLUSTER * clusters)
     if len(rows) > 2 * enough:
         order = _uniform((len(rows),), generator, rows.device).argsort(stable=True)
@@ -221,9 +221,9 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: 
 
 
 def _whole_numbers(rows: Tensor) -> Tensor:
-    """Rows on a grid, in float64: so fine that products of rows and sums of distances just stay whole numbers.
+    """Round rows to the finest float64 grid on which products of rows and sums of distances stay whole numbers.
 
-    No order of summation then changes a bit, so that the same numbers draw the same rows everywhere.
+    No order of summation then changes a bit, so the same draws choose the same rows on every device.
     """
     width, count = rows.shape[1].bit_length(), len(rows).bit_length()
     # With coordinates up to 2^bits a squared distance is below 2^53, and a sum of `count` of them below 2^63.
@@ -232,7 +232,7 @@ def _whole_numbers(rows: Tensor) -> Tensor:
 
 
 def _distances_between(whole: Tensor, norms: Tensor, index: Tensor) -> Tensor:
-    """`(len(index), n)` squared distances of all rows to those at `index`."""
+    """Compute the squared distances `(len(index), n)` of all rows to the rows at `index`."""
     products = torch.addmm(norms[None], whole[index], whole.T, alpha=-2)
     return products.add_(norms[index, None])
 
@@ -243,7 +243,7 @@ def _distances_between(whole: Tensor, norms: Tensor, index: Tensor) -> Tensor:
 def _lloyd(
     points: _Points, centroids: Tensor, max_iterations: int, least_shift: float
 ) -> tuple[Tensor, Tensor, int]:
-    """Assignments, the centroids that they are to, and the number of iterations."""
+    """Run Lloyd's iterations; return assignments, the centroids assigned to, and the number of iterations."""
     rows = points.rows
     labels = torch.full((len(rows),), -1, dtype=torch.int64, device=rows.device)
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=rows.device)
@@ -253,13 +253,13 @@ def _lloyd(
         previous, labels = labels, _assign(points, centroids)
         changed = labels != previous
         counts = torch.bincount(labels, minlength=len(centroids)).double()
-        # The host waits for the device here, and where rows are as near to a second centroid.
+        # One device synchronisation for all three numbers; ties between centroids need a second one.
         facts = torch.stack([shift, changed.sum().double(), (counts == 0).sum().double()])
         moved, changes, empty = facts.tolist()
         if moved <= least_shift or iteration == max_iterations:
             return labels, centroids, iteration
         iteration += 1
-        # The same rows in every cluster: the centroids are their means already.
+        # Without a change the centroids are the clusters' means already.
         if not changes:
             return labels, centroids, iteration
         sums = _update_sums(rows, sums, previous, labels, changed, int(changes))
@@ -272,8 +272,8 @@ def _lloyd(
 
 
 def _assign(points: _Points, centroids: Tensor) -> Tensor:
-    """`(N,)`, the index of each row's nearest centroid."""
-    # Of |x - c|^2 only what differs between centroids.
+    """Find the index `(N,)` of each row's nearest centroid."""
+    # |x|^2 is the same for all centroids, so |c|^2 - 2 xc decides.
     offsets = centroids.square().sum(1)
     lengths = offsets.sqrt()
     labels, gaps = [], []
@@ -294,16 +294,16 @@ def _assign(points: _Points, centroids: Tensor) -> Tensor:
 
 
 def _rounding(centroids: Tensor, norms: Tensor, lengths: Tensor) -> Tensor:
-    """A bound of the error of |c|^2 - 2 xc by products in any order, and of |x - c|^2 in float64."""
+    """Bound the error of |c|^2 - 2 xc by products in any order, and of |x - c|^2 in float64."""
     width, single, double = centroids.shape[1], torch.finfo(centroids.dtype), torch.finfo(torch.float64)
-    # Half an eps for each rounding, and some room for the roundings of roundings.
+    # Each rounding costs half an eps; 0.6 leaves room for products of roundings.
     products = 0.6 * (width + 8) * single.eps * lengths * (lengths + 2 * norms)
     differences = (math.log2(width) + 8) * double.eps * (lengths + norms).square()
     return products + differences + width * single.tiny
 
 
 def _nearest_of(rows: Tensor, centroids: Tensor, possible: Tensor) -> Tensor:
-    """`(n,)`, the first of the nearest centroids among the `possible` `(n, K)` ones, by distances in float64."""
+    """Find the first nearest centroid `(n,)` among the `possible` `(n, K)` ones, by float64 distances."""
     distances = torch.full(possible.shape, math.inf, dtype=torch.float64, device=rows.device)
     for pairs in row_blocks(possible.nonzero(), rows.shape[1]):
         row, column = pairs.unbind(1)
@@ -313,7 +313,7 @@ def _nearest_of(rows: Tensor, centroids: Tensor, possible: Tensor) -> Tensor:
 
 
 def _squared_distances(rows: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """`(N,)`, to each row's own centroid; from differences, as products lose the digits of tight clusters."""
+    """Compute squared distances `(N,)` to each row's centroid by differences; products would lose digits."""
     blocks = row_blocks(rows)
     parts = zip(blocks, labels.split(len(blocks[0])), strict=True)
     apart = (centroids.index_select(0, label).sub_(block) for block, label in parts)
@@ -323,7 +323,7 @@ def _squared_distances(rows: Tensor, labels: Tensor, centroids: Tensor) -> Tenso
 def _update_sums(
     rows: Tensor, sums: Tensor, previous: Tensor, labels: Tensor, changed: Tensor, count: int
 ) -> Tensor:
-    """`(K, D)` float64 sums of the rows of each cluster, from the `count` that changed when few did."""
+    """Sum each cluster's rows in float64, `(K, D)`; from the `count` changed rows alone where few changed."""
     if 8 * count <= len(rows):
         which = torch.nonzero_static(changed, size=count)[:, 0]
         few = rows[which].double()
@@ -337,14 +337,14 @@ def _update_sums(
 
 
 def _sum_by_cluster(block: Tensor, labels: Tensor, clusters: int) -> Tensor:
-    """`(K, D)` sums of the rows of each cluster, in an order that does not change from run to run."""
+    """Sum each cluster's rows, `(K, D)`, in an order that does not change from run to run."""
     if block.device.type == "cpu":
         return block.new_zeros(clusters, block.shape[1]).index_add_(0, labels, block)
     return _sum_by_sorting(block, labels, clusters)
 
 
 def _sum_by_sorting(block: Tensor, labels: Tensor, clusters: int) -> Tensor:
-    """As `index_add_`, which on a GPU adds in the order in which threads arrive."""
+    """Sum each cluster's rows after a sort, because a GPU's `index_add_` has no fixed order of addition."""
     counts = torch.bincount(labels, minlength=clusters)
     return torch.nn.functional.embedding_bag(
         labels.argsort(stable=True), block, counts.cumsum(0) - counts, mode="sum"
@@ -354,9 +354,9 @@ def _sum_by_sorting(block: Tensor, labels: Tensor, clusters: int) -> Tensor:
 def _reseed(
     points: _Points, labels: Tensor, centroids: Tensor, sums: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sums and counts with each empty cluster given one of the rows farthest from their centroids."""
+    """Update sums and counts so that each empty cluster gets one of the rows farthest from their centroids."""
     distances = _squared_distances(points.rows, labels, centroids)
-    # A row on its centroid, up to rounding, is no seed: with fewer different rows than clusters some stay empty.
+    # A row on its centroid, up to rounding, is no seed, so clusters beyond the number of distinct rows stay empty.
     rounding = 8 * torch.finfo(distances.dtype).eps * points.norms
     distances = torch.where(distances > rounding.square(), distances, 0)
     empty = (counts == 0).nonzero()[:, 0]
@@ -370,7 +370,7 @@ def _reseed(
 
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
-    """Products of float32 keep their digits, whatever autocast region or precision of products the user has chosen."""
+    """Run float32 matrix products in full precision, despite the user's autocast region or precision setting."""
     backends = (torch.backends.cuda, torch.backends.mkldnn)
     matmuls: list[Any] = [
         m for backend in backends if hasattr(m := getattr(backend, "matmul", None), "fp32_precision")

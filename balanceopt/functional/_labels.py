@@ -1,4 +1,4 @@
-"""Labels, and each row's factor, read back from the gradient of a cross-entropy loss at the logits."""
+"""Recovery of labels and of each row's scale from the gradient of a cross-entropy loss at the logits."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from balanceopt.functional._targets import as_targets
 
 INVALID = -100
 
-# Entries this much smaller than a row's largest are rounding, not a sign.
+# Entries this much smaller than a row's largest one are rounding errors, whose sign means nothing.
 _CLEAR = 1e-6
-# How far float32 arithmetic of the user's loss may be from ours, in parts of an entry.
+# Relative tolerance for the float32 arithmetic of the user's loss.
 _TOLERANCE = 1e-3
-# Fewest classes for which a line through the non-label entries can single the label out.
+# With fewer classes a line through the non-label entries can't identify the label.
 _FEWEST_FOR_LINE = 4
 
 
 class RecoveredLabels(NamedTuple):
-    """What `recover_labels` read.
+    """The result of `recover_labels`.
 
     Attributes:
-        labels: int64 `(B,)`; -100 where the row's label can't be told.
+        labels: int64 `(B,)`; -100 where the label can't be recovered.
         ambiguous: bool `(B,)`, rows with several clearly negative entries: not a hard-label cross-entropy alone.
     """
 
@@ -34,12 +34,12 @@ class RecoveredLabels(NamedTuple):
 
 
 class RecoveredScale(NamedTuple):
-    """What `recover_scale` read.
+    """The result of `recover_scale`.
 
     Attributes:
         scale: float64 `(B,)`, each row's factor; 0 where the label is -100 or the gradient is not finite.
-        doubtful: bool `(B,)`, labelled rows whose gradient is not that of a plain cross-entropy.
-        vanished: bool `(B,)`, unlabelled rows without any gradient that may have lost it by rounding alone.
+        doubtful: bool `(B,)`, labelled rows whose gradient does not fit a plain cross-entropy.
+        vanished: bool `(B,)`, unlabelled rows whose gradient is 0, perhaps by underflow alone.
     """
 
     scale: Tensor
@@ -49,27 +49,27 @@ class RecoveredScale(NamedTuple):
 
 @torch.no_grad()
 def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
-    r"""Read the labels of a batch from the gradient of its cross-entropy loss.
+    r"""Recover the labels of a batch from the gradient of the batch's cross-entropy loss.
 
     $$\frac{\partial L}{\partial \text{logits}_{ic}} = s_i \left(p_{ic} - 1[c = y_i]\right), \quad s_i > 0$$
 
-    so the only negative entry of a row is its label, whatever the loss scale, the sample's weight or the number of
-    micro-batches. By row: all zero, or not finite: no label (ignored, of zero weight, or underflowed); one clearly
-    negative entry: that class; none, and the most probable class's gradient rounded to zero: that class; several:
-    label smoothing \(\epsilon\) or something else on the logits. Then the entries other than the label lie on the
-    line \(s (p - \epsilon / C)\), and the class whose removal leaves the best line is taken; with C <= 3 no line can
-    tell, and the row has no label.
+    so the only negative entry of a row is the label's, whatever the loss scale, the sample's weight or the number of
+    micro-batches. A row that is all zero or not finite has no label (ignored, of zero weight, or underflowed). One
+    clearly negative entry is the label; without one, the most probable class is the label if its gradient is rounded
+    to zero. Several negative entries mean label smoothing \(\epsilon\) or another term on the logits: the entries
+    other than the label's lie on the line \(s (p - \epsilon / C)\), and the label is the class whose removal leaves
+    the best line; with C <= 3 no line is determined, and the row has no label.
 
     Args:
         grad: `(B, C)`, gradient of the loss with respect to `logits`, at any positive scale.
-        logits: `(B, C)`.
+        logits: `(B, C)`, the joint logits.
 
     Returns:
         `RecoveredLabels(labels, ambiguous)`.
 
     Raises:
         ValueError: if the shapes differ or are not `(B, C)` with C >= 2, or the numbers are complex.
-        TypeError: if one is no tensor.
+        TypeError: if `grad` or `logits` is not a tensor.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
@@ -89,27 +89,27 @@ def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
 
 @torch.no_grad()
 def recover_scale(grad: Tensor, logits: Tensor, labels: Tensor) -> RecoveredScale:
-    r"""Read how much each row counts in a cross-entropy loss from the loss's gradient.
+    r"""Recover each row's scale in a cross-entropy loss from the loss's gradient.
 
     $$\frac{\partial L}{\partial \text{logits}_{ic}} = s_i \left(p_{ic} - 1[c = y_i]\right)$$
 
     so \(s_i\) is the ratio of the sums of the gradient and of p over the classes other than the label, which stays
     exact for saturated rows: 1/B of the mean loss, times a loss scale, a share of accumulated batches, a weight of the
-    row's class. Where all rows agree they share one factor, taken over all of them.
+    row's class. Where all rows agree, one scale is computed from all of them.
 
     Args:
         grad: `(B, C)`, gradient of the loss with respect to `logits`.
-        logits: `(B, C)`.
-        labels: int64 `(B,)` class indices; -100 for rows that do not count.
+        logits: `(B, C)`, the joint logits.
+        labels: int64 `(B,)` class indices; -100 for rows to ignore.
 
     Returns:
         `RecoveredScale(scale, doubtful, vanished)`, on the device of `logits`; the scale in float32 where the device
         has no float64.
 
     Raises:
-        ValueError: if `grad` and `logits` are not both `(B, C)` with C >= 2, `labels` are no integers `(B,)`, or lie
-            outside [0, C) (told where looking does not wait for a device).
-        TypeError: if one is no tensor.
+        ValueError: if `grad` and `logits` are not both `(B, C)` with C >= 2, `labels` are not integers `(B,)`, or lie
+            outside [0, C) (checked only where that needs no device synchronisation).
+        TypeError: if `grad`, `logits` or `labels` is not a tensor.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
@@ -148,7 +148,7 @@ def recover_scale(grad: Tensor, logits: Tensor, labels: Tensor) -> RecoveredScal
     uniform = (fits_shared | ~counted).all()
     scale = torch.where(counted, torch.where(uniform, shared, by_row), 0)
     doubtful = counted & ~torch.where(uniform, fits_shared, fits_by_row)
-    # Without a gradient a row was ignored, unless its label was so sure that the gradient vanished.
+    # A row without a gradient was ignored, unless its label is so probable that the gradient underflowed.
     second = probabilities.topk(2, 1).values[:, 1]
     vanishing = shared * second <= 2 * info.smallest_normal * info.eps
     vanished = (labels == INVALID) & finite & zero & (shared > 0) & vanishing
@@ -171,15 +171,15 @@ def _with_float64(device: torch.device) -> torch.device:
 
 
 def _fits(g: Tensor, model: Tensor, scale: Tensor, info: torch.finfo) -> Tensor:
-    """Whether rows of gradients are the model's, up to rounding `(B,)`."""
-    # The label's entry is p - 1, rounded where p is near 1; the smallest numbers lose digits.
+    """Whether each row's gradient fits the model up to rounding, bool `(B,)`."""
+    # The label's entry is p - 1, rounded where p is near 1, and subnormal numbers lose digits.
     floor = 16 * torch.finfo(torch.float32).eps * scale.abs() + 4 * info.smallest_normal * info.eps
     allowed = max(_TOLERANCE, 4 * info.eps) * model.abs() + floor
     return ((g - model).abs() <= allowed).all(1)
 
 
 def _read(g: Tensor, logits: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """Labels and ambiguous rows, from gradients that carry a relative error of `rounding`."""
+    """Recover labels and ambiguous rows from gradients with a relative error of `rounding`."""
     largest = g.abs().amax(1, keepdim=True)
     usable = (torch.isfinite(largest) & (largest > 0)).squeeze(1)
     g = torch.where(usable.unsqueeze(1), g / largest, 0)
@@ -192,10 +192,10 @@ def _read(g: Tensor, logits: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
     told = usable & ((negatives == 1) | ((negatives == 0) & memorised))
     labels = torch.where(negatives == 0, most_probable, g.argmin(1))
     if g.shape[1] >= _FEWEST_FOR_LINE:
-        # Under label smoothing the only negative entry can be another class's: then the rest is not proportional to p.
+        # Under label smoothing the only negative entry can be another class's; then the rest is not proportional to p.
         doubtful = (negatives == 1) & ~_proportional_without(labels, g, p, rounding)
         needed = several | doubtful
-        if needed.device.type != "cpu" or needed.numpy().any():  # looking would wait for another device
+        if needed.device.type != "cpu" or needed.numpy().any():  # a look at a device would synchronise
             off_the_line, exact = _label_off_the_line(g, p, rounding)
             labels = torch.where(several | doubtful & exact, off_the_line, labels)
         told |= usable & several
@@ -203,7 +203,7 @@ def _read(g: Tensor, logits: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
 
 
 def _proportional_without(label: Tensor, g: Tensor, p: Tensor, rounding: float) -> Tensor:
-    """Whether g = s p for all classes but `label` `(B,)`, as under plain cross-entropy."""
+    """Whether g = s p for all classes but `label`, as under plain cross-entropy, bool `(B,)`."""
     rest = torch.ones_like(p).scatter_(1, label.unsqueeze(1), 0)
     g, p = g * rest, p * rest
     s = (g * p).sum(1, keepdim=True) / (p * p).sum(1, keepdim=True).clamp(min=1e-300)
@@ -211,18 +211,18 @@ def _proportional_without(label: Tensor, g: Tensor, p: Tensor, rounding: float) 
 
 
 def _label_off_the_line(g: Tensor, p: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """The class without which a row's points (p, g) lie best on a line, relative to its own distance below that line.
+    """Find the class whose removal leaves a row's points (p, g) best on a line, relative to the class's distance below.
 
     Returns the class `(B,)` and whether the line is exact up to rounding `(B,)`.
     """
     n = g.shape[1] - 1
-    # Sums over all classes but one, for each class in turn.
+    # Each class in turn is left out, as a total minus one term.
     mean_p, mean_g = ((x.sum(1, keepdim=True) - x) / n for x in (p, g))
     spread_p = (p * p).sum(1, keepdim=True) - p * p - n * mean_p**2
     spread_g = (g * g).sum(1, keepdim=True) - g * g - n * mean_g**2
     both = (p * g).sum(1, keepdim=True) - p * g - n * mean_p * mean_g
     noise = n * (rounding * mean_g) ** 2 + 1e-16
-    # Probabilities too close together to show a slope in the rounded gradient (a saturated row).
+    # A saturated row's probabilities are too close together for a slope in the rounded gradient.
     flat = spread_p <= noise
     slope = torch.where(flat, 0, both / spread_p.clamp(min=1e-300))
     residual = (spread_g - slope * both).clamp(min=0)

@@ -21,17 +21,16 @@ def linear_logits(features: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
     so that the uni-modal logits add up to the joint logits.
 
     Args:
-        features: M tensors `(B, D_m)`, in the order in which they were concatenated; dimensions between the two are
-            kept.
+        features: M tensors `(B, D_m)`, in the order of concatenation; dimensions between the two stay.
         weight: `(C, D_1 + ... + D_M)`, the head's weight.
-        bias: `(C,)`, the head's bias, or None.
+        bias: `(C,)`, the head's bias; None for no bias.
 
     Returns:
-        `(M, B, C)`, in the widest dtype of the features.
+        Uni-modal logits `(M, B, C)`, in the widest dtype of the features.
 
     Raises:
         ValueError: if the features have other shapes, or their widths do not add up to the width of `weight`.
-        TypeError: if `features` is no sequence of tensors, or `weight` or `bias` no tensor.
+        TypeError: if `features` is not a sequence of tensors, or `weight` or `bias` not a tensor.
 
     Example:
         >>> z = [torch.ones(1, 2), torch.ones(1, 1)]

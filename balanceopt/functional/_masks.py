@@ -1,4 +1,4 @@
-"""How many units of a layer to update, and how much each matters."""
+"""Keep ratio, number of kept units and importance of units for subnetwork masks."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def keep_ratio(
     clamp: tuple[float, float] = (0.1, 0.9),
     present: Tensor | None = None,
 ) -> Tensor:
-    r"""Share of each modality's units to update: the less significant modality gets more.
+    r"""Compute the share of each modality's units to update, larger for a less significant modality.
 
     $$r^m = \mathrm{clamp}\left(1 - \mathrm{softmax}_m(u / T)\right)$$
 
-    where $u$ is the modal significance and $T$ the temperature. A significance that is not positive or not
-    finite says nothing about the balance, so every modality then gets the balanced $(M - 1) / M$, not clamped.
+    where $u$ is the modal significance and $T$ the temperature. If a significance is not positive or not finite,
+    every modality gets the balanced $(M - 1) / M$, not clamped.
 
     Args:
         significance: `(M,)`, the modal significance of each modality.
         temperature: T > 0; small values follow the significance more sharply.
-        clamp: lower and upper limit of the ratios.
-        present: bool `(M,)`; the others are left out, M counts only these. None for all.
+        clamp: lower and upper limit of the ratios, in [0, 1].
+        present: bool `(M,)`; False leaves a modality out, also of the count M. None for all True.
 
     Returns:
-        `(M,)`, in the dtype of `significance`; 1 for a single modality and for those left out.
+        Keep ratios `(M,)`, in the dtype of `significance`; 1 for a single modality and for absent modalities.
 
     Raises:
-        ValueError: if `significance` is not a vector with an entry, `present` not of its shape, `temperature` not
+        ValueError: if `significance` is not a vector with an entry, `present` has another shape, `temperature` is not
             positive, or `clamp` is not a pair `0 <= low <= high <= 1`.
-        TypeError: if `significance` or `present` is no tensor.
+        TypeError: if `significance` or `present` is not a tensor.
 
     Example:
         >>> keep_ratio(torch.tensor([0.34, 0.08]))
@@ -58,7 +58,7 @@ def keep_ratio(
     low, high = clamp
     u = wide(significance)
     here = present_or_all(present, u)
-    # A number that float32 would take for 0 is as sharp as can be.
+    # A temperature that underflows to 0 would divide by 0.
     temperature = max(temperature, torch.finfo(u.dtype).tiny)
     modalities = here.sum().to(u.dtype)
     others = torch.where(here, u, -math.inf)
@@ -71,10 +71,10 @@ def keep_ratio(
 
 
 def check_clamp(clamp: object) -> None:
-    """Refuse anything but two numbers in order between 0 and 1.
+    """Check that `clamp` is a pair of ordered numbers between 0 and 1.
 
     Raises:
-        ValueError: naming what was found.
+        ValueError: naming the given value.
     """
     if isinstance(clamp, (tuple, list)) and len(clamp) == 2 and all(map(is_number, clamp)):  # noqa: SIM102
         if 0 <= clamp[0] <= clamp[1] <= 1:
@@ -90,22 +90,22 @@ def kept_units(n: int, ratio: float) -> int: ...
 def kept_units(n: int | Tensor, ratio: Tensor) -> Tensor: ...
 @torch.no_grad()
 def kept_units(n: int | Tensor, ratio: float | Tensor) -> int | Tensor:
-    r"""Number of units that a keep ratio stands for.
+    r"""Compute the number of units to keep from a keep ratio.
 
     $$k = \min(n, \max(1, \lceil n r - 10^{-9} \rceil))$$
 
     Args:
-        n: number of units, or a tensor of them that broadcasts with `ratio`.
-        ratio: keep ratio; a float, or a tensor of any shape, for which the device is not waited for. In a
-            tensor narrower than float64 the rounding of the ratio itself is taken off as well: 10 units at
-            0.1 are one unit, although 0.1 in float32 is a little more.
+        n: number of units, >= 0, or an integer tensor that broadcasts with `ratio`.
+        ratio: keep ratio; a float, or a tensor of any shape, used without a device synchronisation. For a tensor
+            narrower than float64 the ratio's rounding is subtracted too: 10 units at 0.1 are one unit,
+            although 0.1 in float32 is a little more.
 
     Returns:
         An int, or an int64 tensor.
 
     Raises:
-        ValueError: if `n` is no whole number of at least 0, or `ratio` not finite.
-        TypeError: if `n` is a tensor and `ratio` is none.
+        ValueError: if `n` is not a whole number of at least 0, or `ratio` not finite.
+        TypeError: if `n` is a tensor and `ratio` is not.
 
     Example:
         >>> kept_units(100, 0.07)
@@ -131,7 +131,7 @@ def kept_units(n: int | Tensor, ratio: float | Tensor) -> int | Tensor:
 
 
 def unit_importance(grad: Tensor, unit_dim: int | Sequence[int] = 0) -> Tensor:
-    r"""Importance of each unit of a parameter: the diagonal empirical Fisher information, summed.
+    r"""Compute the importance of each unit of a parameter, the unit's summed diagonal empirical Fisher information.
 
     $$F_j = \sum_{\theta \in \text{unit } j} \left(\partial L / \partial \theta\right)^2$$
 
@@ -145,8 +145,8 @@ def unit_importance(grad: Tensor, unit_dim: int | Sequence[int] = 0) -> Tensor:
         number of threads: relative error 1e-6 up to 2^16 elements a unit, 2e-5 at 2^20.
 
     Raises:
-        ValueError: if `grad` is sparse or has no dimension, or has no dimension `unit_dim`.
-        TypeError: if `grad` is no tensor.
+        ValueError: if `grad` is sparse or 0-d, or has no dimension `unit_dim`.
+        TypeError: if `grad` is not a tensor.
 
     Example:
         >>> unit_importance(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -170,13 +170,13 @@ def unit_importance(grad: Tensor, unit_dim: int | Sequence[int] = 0) -> Tensor:
     if grad.dtype.itemsize < 2 or not (grad.is_floating_point() or grad.is_complex()):
         grad = grad.float()  # integers, and 8-bit floats, which torch does not reduce
     if dims == [0] and rank > 1 and grad.is_contiguous():
-        # One dimension is reduced faster than several.
+        # A reduction over one dimension is faster than over several.
         values, others = grad.flatten(1), [1]
     else:
-        # A last dimension of size 1 leaves something to reduce where the units are single elements.
+        # The added dimension of size 1 is there to reduce where units are single elements.
         dims = [dim % rank for dim in dims]
         values, others = grad.unsqueeze(-1), [dim for dim in range(rank + 1) if dim not in dims]
-    # The norm runs on all threads and makes no copy; a product and its sum do neither.
+    # The norm runs on all threads without a copy, unlike a product and a sum.
     dtype = torch.promote_types(grad.dtype, torch.float32)
     squares: Tensor = torch.linalg.vector_norm(values, dim=others, dtype=dtype).square_()
     return squares if squares.dim() == 1 else squares.flatten()

@@ -1,4 +1,4 @@
-"""Re-learning: purity of clusters, how far its gap takes an encoder back, soft re-initialisation in place."""
+"""Re-learning: purity of clusters, re-initialisation strength, and soft re-initialisation in place."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from balanceopt._options import check_kind, check_number, check_tensor, is_numbe
 from balanceopt._torch import foreach_copy_, foreach_lerp_
 from balanceopt.functional._dtypes import narrowed, wide
 
-# Cells up to which purity counts in a dense table of clusters by classes.
+# A larger dense table of clusters by classes would need too much memory.
 TABLE_CELLS = 2**22
 
 
 @torch.no_grad()
 def purity(assignments: Tensor, labels: Tensor) -> Tensor:
-    r"""Share of rows that belong to the most frequent class of their cluster.
+    r"""Compute the share of rows that belong to the most frequent class of their cluster.
 
     $$P = \frac{1}{N} \sum_m \max_c |C_m \cap Z_c|$$
 
     Args:
-        assignments: `(N,)`, any integers: each row's cluster.
-        labels: `(N,)`, any integers: each row's class. Every value is a class, -100 as well.
+        assignments: `(N,)`, each row's cluster, any integers.
+        labels: `(N,)`, each row's class, any integers; -100 is a class too.
 
     Returns:
         Scalar in (0, 1], float32.
 
     Raises:
         ValueError: if the arguments are not integer vectors of one length, or are empty.
-        TypeError: if one is no tensor.
+        TypeError: if `assignments` or `labels` is not a tensor.
 
     Example:
         >>> purity(torch.tensor([5, 5, 5, 9]), torch.tensor([0, 0, 1, 1]))
@@ -57,7 +57,7 @@ def purity(assignments: Tensor, labels: Tensor) -> Tensor:
         cells = (clusters - first_cluster) * class_count + (classes - first_class)
         table = torch.bincount(cells, minlength=cluster_count * class_count)
         return _share(table.view(cluster_count, class_count).amax(1).sum(), total)
-    # Widespread values: count the pairs that occur.
+    # The table would be too large, so only the pairs that occur are counted.
     clusters = torch.unique(clusters, return_inverse=True)[1]
     pairs, counts = torch.unique(torch.stack([clusters, classes]), dim=1, return_counts=True)
     largest = torch.zeros_like(counts).scatter_reduce_(0, pairs[0], counts, "amax")
@@ -65,24 +65,24 @@ def purity(assignments: Tensor, labels: Tensor) -> Tensor:
 
 
 def _share(count: Tensor, total: int) -> Tensor:
-    return count.float() / total  # a quotient of integers would be of the user's default dtype
+    return count.float() / total  # a quotient of integers would have the user's default dtype
 
 
 def _value_range(values: Tensor) -> tuple[int, int]:
-    """Least value and number of integers from it to the largest."""
+    """Return the least value and the number of integers from the least to the largest value."""
     first, last = (int(value) for value in torch.aminmax(values))
     return first, last - first + 1
 
 
 @torch.no_grad()
 def reinit_strength(gap: Tensor | float, lam: float) -> Tensor:
-    r"""How far a modality's encoder goes back to its initial weights.
+    r"""Compute the re-initialisation strength of a modality's encoder.
 
     $$\alpha = \tanh(\lambda g)$$
 
     Args:
-        gap: the purity gap $|P_D - P_V|$ between training and validation features, of any shape, or a float.
-        lam: $\lambda \ge 0$; 0 never re-initialises.
+        gap: purity gap $|P_D - P_V|$ between training and validation features, a tensor of any shape or a float.
+        lam: factor $\lambda \ge 0$; 0 never re-initialises.
 
     Returns:
         Tensor of the gap's shape and dtype (the default dtype for a float).
@@ -118,15 +118,15 @@ def soft_reinit_(
     $$\theta \leftarrow (1 - \alpha) \theta + \alpha \theta^{\text{init}}$$
 
     Args:
-        params: floating tensors, each once; leaf parameters too. They keep their storage.
-        initial: one tensor per parameter, of its shape; another dtype or device is converted.
+        params: floating tensors, each once; leaf parameters too. The storage stays the same.
+        initial: one tensor per parameter, of the parameter's shape; another dtype or device is converted.
         strength: alpha in [0, 1], for all or one per parameter. 0 changes no bit, 1 copies the initial values
-            (also over NaN). A tensor is read on the host.
+            (also over NaN). A tensor is read with a device synchronisation.
 
     Raises:
         ValueError: if the lengths or shapes differ, a parameter is not floating or comes twice, a complex initial
-            value is given for a real parameter, or a strength is outside [0, 1]. Nothing is changed then.
-        TypeError: if something else than tensors is given.
+            value is given for a real parameter, or a strength is outside [0, 1]; no parameter is changed then.
+        TypeError: if `params` or `initial` is not an iterable of tensors.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 3.0]))
@@ -152,7 +152,7 @@ def soft_reinit_(
         if alpha == 0:
             continue
         if start.dtype is not dtype or start.device != device:
-            # One by one: what was kept elsewhere is never all here.
+            # Converted one by one, so that the device never holds copies of all initial values.
             _move_([current], [start.to(device, dtype)], alpha)
         else:
             targets, sources = groups[device, dtype, alpha]

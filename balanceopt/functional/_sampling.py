@@ -1,8 +1,8 @@
-"""Which units a mask keeps, and with what probability.
+"""Sampling of the units that a mask keeps, and their inclusion probabilities.
 
-Each rule has a form for the units of one tensor, and a form `..._padded` for many tensors at once, which training
-calls: one row per tensor, filled up with zeros, without a loop in Python and without device synchronisation. The first
-is the second with a single row, so both give the same masks from the same uniform numbers.
+Each rule has a function for the units of one tensor, and a function `..._padded` for many tensors at once, which
+training calls: one row per tensor, padded with zeros, without a Python loop or a device synchronisation. The first
+function calls the second with one row, so both give the same masks from the same uniform numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from balanceopt._options import check_count, check_generator, check_number, check_tensor
 
-# Log importance of a unit without importance: below every float64 logarithm, so that it comes last, yet
+# Log importance of a unit of importance 0: below every float64 logarithm, so that such a unit comes last, yet
 # finite, so that such units are still drawn at random among themselves.
 _LOG_OF_NOTHING = -1e4
 
@@ -29,7 +29,7 @@ def _check_non_negative(name: str, values: Tensor) -> None:
 
 
 def _uniforms(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """`count` float64 numbers in [0, 1) from one draw, on the generator's device first."""
+    """Draw `count` float64 numbers in [0, 1) on the generator's device and move them to `device`."""
     check_generator(generator)
     source = device if generator is None else generator.device
     return torch.rand(count, generator=generator, dtype=torch.float64, device=source).to(device)
@@ -37,7 +37,7 @@ def _uniforms(count: int, device: torch.device, generator: torch.Generator | Non
 
 @torch.no_grad()
 def sample_units(importance: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
-    r"""Draw k units without replacement, each draw proportional to the importance of what is left.
+    r"""Draw k units without replacement, each draw proportional to the importance of the remaining units.
 
     An exponential race: unit j finishes at $-\log(1 - U_j) / s_j$ with $U_j$ uniform, and the first k win.
     The order of arrival is that of successive draws with probability $s_j / \sum s$ of the units left.
@@ -45,16 +45,16 @@ def sample_units(importance: Tensor, k: int, generator: torch.Generator | None =
     Args:
         importance: `(n,)`, non-negative and finite, of any scale and dtype.
         k: number of units; n are drawn when it is larger.
-        generator: source of the one draw of n float64 uniform numbers; torch's own for None. A generator on
-            another device than `importance` gives the same mask as it would there.
+        generator: random generator, on any device, of one draw of n float64 uniform numbers; None for torch's
+            default one. The mask depends on the generator's device, not on that of `importance`.
 
     Returns:
         bool `(n,)` with exactly min(k, n) units; units of importance 0 come last, at random.
 
     Raises:
-        ValueError: if `importance` is not a vector, is negative or not finite somewhere, or `k` is no whole number
-            of at least 0.
-        TypeError: if `importance` is no tensor, or `generator` no `torch.Generator`.
+        ValueError: if `importance` is not a vector, is negative or not finite somewhere, or `k` is not a whole
+            number of at least 0.
+        TypeError: if `importance` is not a tensor, or `generator` not a `torch.Generator`.
 
     Example:
         >>> sample_units(torch.tensor([0.0, 1.0, 0.0, 5.0]), 2)
@@ -76,21 +76,21 @@ def sample_units(importance: Tensor, k: int, generator: torch.Generator | None =
 
 @torch.no_grad()
 def sample_units_padded(importance: Tensor, sizes: Tensor, k: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw `sample_units` of U tensors at once, with one sort.
+    """Draw units of U tensors as `sample_units` does, with one sort.
 
     Args:
-        importance: `(U, n_max)`, row u holds `sizes[u]` units, then anything.
-        sizes: `(U,)`, integers.
-        k: `(U,)`, integers.
+        importance: `(U, n_max)`, row u holds `sizes[u]` units, then padding of any value.
+        sizes: `(U,)`, number of units in each row, integers.
+        k: `(U,)`, number of units to draw in each row, integers.
         uniforms: `(U, n_max)`, float64 in [0, 1), one number per unit, in the units' order.
 
     Returns:
         bool `(U, n_max)`, min(k, size) units in each row, none in the padding. A row with negative or
-        non-finite importance still gets a mask of that size; the caller decides what such a row means.
+        non-finite importance still gets a mask of that size, which the caller should ignore.
 
     Raises:
-        ValueError: if an argument has another shape or kind.
-        TypeError: if one is no tensor.
+        ValueError: if an argument has another shape or dtype.
+        TypeError: if an argument is not a tensor.
 
     Example:
         >>> importance = torch.tensor([[0.0, 1.0, 5.0], [2.0, 0.0, 0.0]])
@@ -106,7 +106,7 @@ def sample_units_padded(importance: Tensor, sizes: Tensor, k: Tensor, uniforms: 
     _check_same_shape("uniforms", uniforms, importance)
     places = torch.arange(importance.shape[1], dtype=torch.int64, device=importance.device)
     log_importance = torch.where(importance > 0, importance.double().log(), _LOG_OF_NOTHING)
-    # A uniform number of 0 would finish at time 0 whatever the importance: as late as the smallest other.
+    # A uniform number of 0 would win whatever the importance, so times are clamped to near the least other one.
     times = (-torch.log1p(-uniforms.double())).clamp_min(2.0**-54).log() - log_importance
     times = torch.where(places < sizes[:, None], times, math.inf)
     order = times.sort(dim=1, stable=True).indices
@@ -116,7 +116,7 @@ def sample_units_padded(importance: Tensor, sizes: Tensor, k: Tensor, uniforms: 
 
 @torch.no_grad()
 def inclusion_probabilities(importance: Tensor, budget: float) -> Tensor:
-    r"""Inclusion probabilities proportional to importance, capped at 1, that sum to a budget.
+    r"""Compute inclusion probabilities proportional to importance, capped at 1, that sum to a budget.
 
     $$\pi_j = \min(1, c s_j), \quad \textstyle\sum_j \pi_j = b$$
 
@@ -125,8 +125,8 @@ def inclusion_probabilities(importance: Tensor, budget: float) -> Tensor:
 
     Args:
         importance: `(n,)`, non-negative and finite.
-        budget: b >= 0, the expected number of units. From the number of non-zero importances on, those units
-            all get probability 1.
+        budget: expected number of units b >= 0. From the number of non-zero importances on, every such unit
+            gets probability 1.
 
     Returns:
         `(n,)`, in the dtype of `importance` (computed in float64); 0 where the importance is 0.
@@ -134,7 +134,7 @@ def inclusion_probabilities(importance: Tensor, budget: float) -> Tensor:
     Raises:
         ValueError: if `importance` is not a vector, is negative or not finite somewhere, or `budget` is
             negative or not finite.
-        TypeError: if `importance` is no tensor.
+        TypeError: if `importance` is not a tensor.
 
     Example:
         >>> inclusion_probabilities(torch.tensor([6.0, 1.0, 1.0, 0.0]), 2.0)
@@ -152,18 +152,18 @@ def inclusion_probabilities(importance: Tensor, budget: float) -> Tensor:
 
 @torch.no_grad()
 def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor:
-    """Compute `inclusion_probabilities` of the units of U tensors at once, with one sort.
+    """Compute `inclusion_probabilities` of the units of U tensors, with one sort.
 
     Args:
-        importance: `(U, n_max)`, padded with zeros.
-        budget: `(U,)`.
+        importance: `(U, n_max)`, non-negative and finite, padded with zeros.
+        budget: `(U,)`, expected number of units in each row, >= 0.
 
     Returns:
         float64 `(U, n_max)`, 0 in the padding. Rows with negative or non-finite importance are meaningless.
 
     Raises:
-        ValueError: if an argument has another shape or kind.
-        TypeError: if one is no tensor.
+        ValueError: if an argument has another shape or dtype.
+        TypeError: if an argument is not a tensor.
 
     Example:
         >>> importance = torch.tensor([[6.0, 1.0, 1.0], [3.0, 1.0, 0.0]])
@@ -179,12 +179,12 @@ def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor
     if s.shape[1] == 0:
         return s
     b = budget.double()[:, None]
-    # Sums stay finite at any scale; the smallest normal number stands in for the largest of an all-zero row.
+    # Normalised so that sums stay finite at any scale; the clamp avoids a division by 0 in an all-zero row.
     s = s / s.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     ranked, order = s.sort(dim=1, descending=True, stable=True)
     places = torch.arange(s.shape[1], dtype=torch.int64, device=s.device)
     # With the a largest capped, c = (b - a) / (sum of the others); unit a + 1 is capped too while c s >= 1.
-    # Once false it stays false, so the capped units are a prefix.
+    # Once false the condition stays false, so the capped units are a prefix.
     tails = _suffix_sums(ranked)
     capped = (((b - places) * ranked >= tails) & (ranked > 0)).int().cummin(dim=1).values.bool()
     count = capped.sum(1, keepdim=True)
@@ -197,10 +197,10 @@ def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor
 
 
 def _suffix_sums(values: Tensor) -> Tensor:
-    """Sums from each column to the last, by doubling.
+    """Sum from each column to the last by doubling, so that a row's sums do not depend on the padding.
 
-    Not `cumsum`, whose order of addition depends on the device and the length (and which a GPU refuses under
-    `torch.use_deterministic_algorithms`): here a row's sums do not depend on its padding.
+    The order of addition of `cumsum` depends on the device and the length, and a GPU refuses `cumsum` under
+    `torch.use_deterministic_algorithms`.
     """
     sums, step = values, 1
     while step < values.shape[1]:
@@ -211,22 +211,22 @@ def _suffix_sums(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def systematic_sample(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    r"""Draw units with exactly the given inclusion probabilities and a fixed number of them.
+    r"""Draw a fixed number of units with exactly the given inclusion probabilities.
 
     The units stand in random order on a line, unit j taking the length $\pi_j$; those that hold one of the
     points $u, u + 1, u + 2, \dots$ are taken, with one uniform $u$.
 
     Args:
-        probabilities: `(n,)`, finite, at least 0; units with 1 or more are always taken, those with 0 never.
-        generator: source of the one draw of n + 1 float64 uniform numbers; torch's own for None.
+        probabilities: `(n,)`, finite, at least 0; a unit with 1 or more is always taken, one with 0 never.
+        generator: random generator of one draw of n + 1 float64 uniform numbers; None for torch's default one.
 
     Returns:
-        bool `(n,)`. Its size is the sum of the probabilities rounded down or up, and exactly that sum where
-        it is an integer within 1e-5.
+        bool `(n,)`. The number of units is the sum of the probabilities rounded down or up, and exactly that
+        sum where the sum is an integer within 1e-5.
 
     Raises:
         ValueError: if `probabilities` is not a vector, or is negative or not finite somewhere.
-        TypeError: if `probabilities` is no tensor, or `generator` no `torch.Generator`.
+        TypeError: if `probabilities` is not a tensor, or `generator` not a `torch.Generator`.
 
     Example:
         >>> int(systematic_sample(torch.tensor([1.0, 0.25, 0.25, 0.5])).sum())
@@ -242,19 +242,19 @@ def systematic_sample(probabilities: Tensor, generator: torch.Generator | None =
 
 @torch.no_grad()
 def systematic_sample_padded(probabilities: Tensor, start: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw a `systematic_sample` of the units of U tensors at once, with one sort.
+    """Draw a `systematic_sample` of the units of each of U tensors, with one sort.
 
     Args:
-        probabilities: `(U, n_max)`, padded with zeros.
-        start: `(U,)`, float64 uniform numbers: the points on the line.
-        uniforms: `(U, n_max)`, float64 uniform numbers: the order of the units.
+        probabilities: `(U, n_max)`, finite, at least 0, padded with zeros.
+        start: `(U,)`, float64 uniform numbers in [0, 1), which set the points on the line.
+        uniforms: `(U, n_max)`, float64 uniform numbers in [0, 1), which set the order of the units.
 
     Returns:
         bool `(U, n_max)`, False in the padding.
 
     Raises:
-        ValueError: if an argument has another shape or kind.
-        TypeError: if one is no tensor.
+        ValueError: if an argument has another shape or dtype.
+        TypeError: if an argument is not a tensor.
 
     Example:
         >>> probabilities = torch.tensor([[1.0, 0.5, 0.5], [0.25, 0.75, 0.0]])
@@ -268,26 +268,26 @@ def systematic_sample_padded(probabilities: Tensor, start: Tensor, uniforms: Ten
     _check_rows("probabilities", probabilities, start=start)
     _check_same_shape("uniforms", uniforms, probabilities)
     certain = probabilities >= 1
-    # On a line of 2^bits steps per unit every sum is exact: the same on each device and with any padding.
+    # On a line of 2^bits steps per unit every sum is exact, hence equal on each device and with any padding.
     bits = min(40, 61 - probabilities.shape[1].bit_length())
     one = 2**bits
     lengths = torch.where(certain, 0.0, probabilities.double()).mul(one).round().long()
     order = uniforms.sort(dim=1, stable=True).indices
     ends = lengths.gather(1, order).cumsum(1)
     total = lengths.sum(1, keepdim=True)
-    # Where the total is almost an integer, only starts that give that many points: (0, 1] cut at one side.
+    # Where the total is almost an integer, starts are limited to a part of (0, 1] that gives that many points.
     excess = (total + one // 2) % one - one // 2
     excess = torch.where(excess.abs() <= round(_INTEGER_SUM_TOLERANCE * one), excess, 0)
     room = one - excess.abs()
     first = excess.clamp_min(0) + (start.double()[:, None] * room).long().clamp(max=room - 1)
-    # Points before an end: those of first, first + one, ... that are smaller than it.
+    # Counts the points first, first + one, ... below each end.
     points = (ends - first + one - 1).div(one, rounding_mode="floor")
     before = torch.nn.functional.pad(points[:, :-1], (1, 0))
     return certain | torch.zeros_like(certain).scatter(1, order, points > before)
 
 
 def _check_rows(name: str, values: Tensor, **by_row: Tensor) -> None:
-    """Refuse anything but a real matrix, and one number for each of its rows."""
+    """Check a real matrix, and vectors with one number for each row of the matrix."""
     check_tensor(name, values, "(U, n_max)", dims=(2,))
     for other, numbers in by_row.items():
         check_tensor(other, numbers, f"({len(values)},)", dims=(1,))

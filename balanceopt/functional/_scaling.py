@@ -1,4 +1,4 @@
-"""Features on a common scale before clustering, and their rows in blocks of bounded size."""
+"""Scaling of features before clustering, in blocks of rows of bounded size."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from balanceopt._options import check_tensor
 from balanceopt.functional._dtypes import wide
 
-# Entries of the largest temporary, features or distances of a block of rows: in cache on a CPU, a small part
-# of the memory elsewhere.
+# Entries of the largest temporary, a block's features or distances: on a CPU the block fits into the cache, on a device
+# it takes a small part of the memory.
 BLOCK_ENTRIES_CPU = 2**20
 BLOCK_ENTRIES = 2**26
 
@@ -25,14 +25,14 @@ def minmax_scale(features: Tensor) -> Tensor:
     with a range of 0 taken as 1, so that a constant feature becomes -1.
 
     Args:
-        features: `(N, D)`.
+        features: `(N, D)`, finite.
 
     Returns:
         `(N, D)`, in the dtype of `features` (computed in float32 or wider); float32 for integers.
 
     Raises:
         ValueError: if `features` is not a real `(N, D)` tensor, is empty, or a feature's range is not finite.
-        TypeError: if `features` is no tensor.
+        TypeError: if `features` is not a tensor.
 
     Example:
         >>> minmax_scale(torch.tensor([[0.0, 7.0], [1.0, 7.0], [4.0, 7.0]]))
@@ -62,11 +62,11 @@ def minmax_scale(features: Tensor) -> Tensor:
 
 
 def floating_features(features: Tensor) -> Tensor:
-    """Features `(N, D)`, integers as numbers.
+    """Check features `(N, D)` and convert integers to float32.
 
     Raises:
-        TypeError: if they are no tensor.
-        ValueError: if they are complex, of another shape or without a column.
+        TypeError: if `features` is not a tensor.
+        ValueError: if `features` is complex, of another shape or without a column.
     """
     check_tensor("features", features, "(N, D)", dims=(2,))
     if features.shape[1] == 0:
@@ -75,15 +75,15 @@ def floating_features(features: Tensor) -> Tensor:
 
 
 def row_blocks(features: Tensor, width: int = 0) -> list[Tensor]:
-    """Views of consecutive rows, so that rows times the larger of D and `width` stays bounded."""
+    """Split features into views of consecutive rows, with rows times the larger of D and `width` bounded."""
     entries = BLOCK_ENTRIES_CPU if features.device.type == "cpu" else BLOCK_ENTRIES
     step = max(1, entries // max(features.shape[1], width))
     return list(features.split(step))
 
 
 def column_range(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and largest value of each column, in float32 or wider; NaN where a column holds one."""
-    # `aminmax` over the rows is an order of magnitude slower than these two.
+    """Return the least and largest value of each column, in float32 or wider; NaN where a column holds NaN."""
+    # `amin` and `amax` are an order of magnitude faster than `aminmax` over the rows.
     low = torch.full_like(features[:0].sum(0), math.inf, dtype=wide(features[:0]).dtype)
     high = -low
     for block in row_blocks(features):

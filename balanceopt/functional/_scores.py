@@ -1,4 +1,4 @@
-"""From uni-modal logits to scores, ratios of scores, and modal significance."""
+"""Scores, discrepancy ratios and modal significance from uni-modal logits."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from balanceopt.functional._targets import Targets, as_targets
 
 RatioReduction = Literal["mean_of_ratios", "ratio_of_means"]
 
-# A score of 0 would make the other modalities' ratios infinite. Far below 1/C for any C in use.
+# A score of 0 would make the other modalities' ratios infinite; the limit is far below 1/C for any C in use.
 SMALLEST_SCORE = 1e-8
 
 
 @torch.no_grad()
 def true_class_score(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    r"""Sum over the batch of the probability given to the true class.
+    r"""Sum the true class's probability over the batch.
 
     $$S = \sum_{i\ \text{valid}} \text{softmax}(\text{logits}_i)_{y_i}$$
 
     Args:
-        logits: `(..., B, C)`; leading dimensions (modalities) are kept.
+        logits: `(..., B, C)`, with any leading dimensions, such as modalities.
         labels: `(B,)` class indices, or `(B, C)` class probabilities \(y\), where row i counts
             \(\sum_c y_{ic}\, \text{softmax}(\text{logits}_i)_c\).
-        ignore_index: label of rows that do not count.
+        ignore_index: label of rows to ignore.
 
     Returns:
-        `(...)`, the summed scores, in [0, B].
+        Summed scores `(...)`, in [0, B].
 
     Raises:
-        ValueError: if `logits` or `labels` have another shape or kind, labels lie outside [0, C), or soft ones are no
-            probabilities.
-        TypeError: if one is no tensor.
+        ValueError: if `logits` or `labels` have another shape or dtype, class indices lie outside [0, C), or soft
+            labels are not probabilities.
+        TypeError: if `logits` or `labels` is not a tensor.
 
     Example:
         >>> true_class_score(torch.zeros(2, 3, 4), torch.tensor([0, 3, -100]))
@@ -52,9 +52,9 @@ def true_class_score(logits: Tensor, labels: Tensor, ignore_index: int = -100) -
 
 @torch.no_grad()
 def row_scores(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Score and log-likelihood (nats) of each row's label: `(..., B, C)` to two of `(..., B)`, 0 where not valid.
+    """Compute the score and log-likelihood (nats) of each row's label, `(..., B)` each; 0 where not valid.
 
-    Of soft labels the means over the classes, by their probabilities. In float32 or wider.
+    Soft labels give means over the classes, weighted by probability. Results are in float32 or wider.
     """
     log_p = wide(logits).log_softmax(-1)
     log_likelihood = targets.pick(log_p)
@@ -66,24 +66,24 @@ def row_scores(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
 def discrepancy_ratio(
     scores: Tensor, reduction: RatioReduction = "mean_of_ratios", present: Tensor | None = None
 ) -> Tensor:
-    r"""How far each modality's score is above the others'.
+    r"""Compute the discrepancy ratio of each modality's score to the other modalities' scores.
 
     $$\rho^m = \frac{1}{M-1} \sum_{j \ne m} \frac{S^m}{S^j}$$
 
-    or, with `reduction="ratio_of_means"`, \(S^m\) over the mean of the others. Scores below 1e-8 are taken as 1e-8. A
-    single modality has ratio 1.
+    or, with `reduction="ratio_of_means"`, \(S^m\) over the mean of the other scores. Scores are clamped to at least
+    1e-8. A single modality has ratio 1.
 
     Args:
         scores: `(M,)` non-negative scores (sums or means over the batch).
         reduction: `"mean_of_ratios"` or `"ratio_of_means"`; equal for M = 2.
-        present: bool `(M,)`; the others are left out of every mean and have ratio 1. None for all.
+        present: bool `(M,)`; False leaves a modality out of every mean, with ratio 1. None for all True.
 
     Returns:
-        `(M,)`; above 1 means dominant. The weakest modality is never above 1 (up to rounding).
+        Discrepancy ratios `(M,)`; above 1 means dominant. The weakest modality's is at most 1 (up to rounding).
 
     Raises:
-        ValueError: if `scores` or `present` is not of this shape and kind, or `reduction` is unknown.
-        TypeError: if one is no tensor.
+        ValueError: if `scores` or `present` has another shape or dtype, or `reduction` is unknown.
+        TypeError: if `scores` or `present` is not a tensor.
 
     Example:
         >>> discrepancy_ratio(torch.tensor([4.0, 2.0]))
@@ -99,7 +99,7 @@ def discrepancy_ratio(
     here = present_or_all(present, s)
     if size == 1:
         return narrowed(torch.ones_like(s), scores)
-    # Sums over j != m are taken as such: subtracting the m-th term from a total would cancel digits.
+    # Sums over j != m are computed directly, because subtracting the m-th term from a total would cancel digits.
     counted = here & ~torch.eye(size, dtype=torch.bool, device=s.device)
     others = counted.sum(1)
     if reduction == "mean_of_ratios":
@@ -117,7 +117,7 @@ def modal_significance(
     offset: float = 0.5,
     ignore_index: int = -100,
 ) -> Tensor:
-    r"""Mutual-information rate between each modality's features and the labels.
+    r"""Compute the mutual-information rate between each modality's features and the labels.
 
     $$u^m = \frac{H(Y) - \text{CE}(\text{logits}^m, y) + c_0}{H(Z^m)}$$
 
@@ -126,24 +126,24 @@ def modal_significance(
 
     Args:
         logits: `(M, B, C)` uni-modal logits.
-        features: M tensors `(B, D_m)`; more dimensions are flattened.
+        features: M tensors `(B, D_m)`; further dimensions are flattened.
         labels: `(B,)` class indices or `(B, C)` class probabilities.
-        offset: \(c_0\), in nats.
-        ignore_index: label of rows that do not count.
+        offset: constant \(c_0\), in nats.
+        ignore_index: label of rows to ignore.
 
     Returns:
-        `(M,)`. Not finite where the batch has no valid row or a feature has a single dimension.
+        Modal significance `(M,)`, not finite where the batch has no valid row or D_m is 1.
 
     Raises:
         ValueError: if shapes disagree, labels lie outside [0, C), or `offset` is not finite.
-        TypeError: if something else than tensors is given for them.
+        TypeError: if `logits` or `labels` is not a tensor, or `features` not a sequence of tensors.
 
     Example:
         >>> modal_significance(torch.zeros(1, 2, 2), [torch.zeros(2, 2)], torch.tensor([0, 1]))
         tensor([0.7213])
 
     Reference:
-        Yang et al., AMSS (TPAMI 2024), as in the published code, with its entropies mended (docs/methods/amss.md).
+        Yang et al., AMSS (TPAMI 2024), as in the published code, with corrected entropies (docs/methods/amss.md).
     """
     _expect_rows(logits, labels)
     check_number("offset", offset)
@@ -175,21 +175,21 @@ def modal_significance(
 def significance_from_sums(
     cross_entropy: Tensor, feature_entropy: Tensor, label_counts: Tensor, count: Tensor, offset: float = 0.5
 ) -> Tensor:
-    r"""`modal_significance` from sums over micro-batches and ranks.
+    r"""Compute the modal significance from sums over micro-batches and ranks.
 
     Args:
         cross_entropy: `(M,)` summed uni-modal cross-entropies, nats.
         feature_entropy: `(M,)` summed entropies of the samples' features, nats.
-        label_counts: `(C,)` how often each class occurred.
-        count: `(M,)` how many samples each sum holds.
-        offset: \(c_0\), in nats.
+        label_counts: `(C,)` number of samples of each class.
+        count: `(M,)` number of samples in each sum.
+        offset: constant \(c_0\), in nats.
 
     Returns:
-        `(M,)`, the significance u, in the dtype of `cross_entropy`.
+        Modal significance u `(M,)`, in the dtype of `cross_entropy`.
 
     Raises:
-        ValueError: if a sum has another shape or kind, or `offset` is not finite.
-        TypeError: if a sum is no tensor.
+        ValueError: if a sum has another shape or dtype, or `offset` is not finite.
+        TypeError: if a sum is not a tensor.
 
     Example:
         >>> two = torch.tensor([2.0])
@@ -217,11 +217,11 @@ def significance_from_sums(
 
 @torch.no_grad()
 def feature_entropy(features: Tensor) -> Tensor:
-    """Entropy in nats of softmax over each sample's features, `(B, ...)` to `(B,)` in float32 or wider.
+    """Compute the entropy `(B,)` in nats of softmax over each sample's features `(B, ...)`, in float32 or wider.
 
     Raises:
-        ValueError: if `features` are complex, or have no samples' dimension.
-        TypeError: if they are no tensor.
+        ValueError: if `features` is complex or 0-d.
+        TypeError: if `features` is not a tensor.
     """
     check_tensor("features", features, "(B, ...)")
     if features.dim() == 0:
@@ -232,11 +232,11 @@ def feature_entropy(features: Tensor) -> Tensor:
 
 
 def present_or_all(present: Tensor | None, values: Tensor) -> Tensor:
-    """bool `(M,)`, all True for None.
+    """Return `present` as checked flags, bool `(M,)`, all True for None.
 
     Raises:
-        ValueError: if `present` has another shape or kind than one flag for each of the `values`.
-        TypeError: if it is no tensor.
+        ValueError: if `present` is not one bool for each of the `values`.
+        TypeError: if `present` is not a tensor.
     """
     if present is None:
         return torch.ones(values.shape, dtype=torch.bool, device=values.device)

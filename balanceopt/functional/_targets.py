@@ -1,4 +1,4 @@
-"""Labels as one object: class indices or class probabilities, with rows that do not count."""
+"""Checked labels: class indices or class probabilities, with rows to ignore."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._options import check_count, check_tensor
 
-# How far the sum of a row of probabilities may be from 1; in half precision each is rounded.
+# Tolerance of a row's sum of probabilities, because half precision rounds each of them.
 _SUM_TOLERANCE = 1e-3
 
 
@@ -20,10 +20,10 @@ class Targets:
     """Checked labels of a batch.
 
     Attributes:
-        valid: bool `(B,)`, the rows that count.
+        valid: bool `(B,)`, False for rows to ignore.
         index: int64 `(B,)` class indices, 0 where not valid; None for soft labels.
         probabilities: `(B, C)` float32 class probabilities; None for class indices.
-        num_classes: C.
+        num_classes: number of classes C.
     """
 
     valid: Tensor
@@ -32,18 +32,18 @@ class Targets:
     num_classes: int
 
     def pick(self, values: Tensor) -> Tensor:
-        """`values` `(..., B, C)` at each row's label (their mean under soft labels): `(..., B)`, 0 where not valid."""
+        """Take `values` `(..., B, C)` at each row's label, or the mean by soft label: `(..., B)`, 0 where not valid."""
         if self.index is not None:
             index = self.index.expand(values.shape[:-1]).unsqueeze(-1)
             picked = values.gather(-1, index).squeeze(-1)
         else:
             assert self.probabilities is not None
-            # 0 * -inf is not a number: classes without probability must not count.
+            # 0 * -inf is NaN, so classes of probability 0 must not count.
             picked = torch.where(self.probabilities > 0, self.probabilities * values, 0).sum(-1)
         return torch.where(self.valid, picked, 0)
 
     def class_counts(self) -> Tensor:
-        """How often each class occurs among the valid rows, float32 `(C,)`."""
+        """Count the valid rows of each class, float32 `(C,)`."""
         if self.index is None:
             assert self.probabilities is not None
             return torch.where(self.valid.unsqueeze(-1), self.probabilities, 0).sum(0)
@@ -51,19 +51,19 @@ class Targets:
         return counts.index_add_(0, self.index, self.valid.to(counts.dtype))
 
     def restricted_to(self, rows: Tensor) -> Targets:
-        """The same labels where only `rows` (bool `(B,)`) may count."""
+        """Return labels whose valid rows are limited to `rows`, bool `(B,)`."""
         return Targets(self.valid & rows, self.index, self.probabilities, self.num_classes)
 
 
 def as_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> Targets:
     """Check labels `(B,)` (class indices) or `(B, C)` (class probabilities).
 
-    Integers of any dtype are indices; a row of probabilities that are all 0 does not count.
+    Integers of any dtype are indices; a row of probabilities that are all 0 is ignored.
 
     Raises:
-        TypeError: if they are no tensor.
-        ValueError: if they have another shape or kind, or (on the CPU, where looking is free) lie outside [0, C), or
-            are no probabilities.
+        TypeError: if `labels` is not a tensor.
+        ValueError: for another shape or dtype, and for CPU labels outside [0, C) or that are not probabilities;
+            other devices would have to synchronise.
     """
     check_tensor("labels", labels, "(B,) or (B, C)")
     check_count("ignore_index", ignore_index, at_least=None)
@@ -99,7 +99,7 @@ def _refuse_improbable(probabilities: Tensor, given: torch.dtype) -> None:
         return
     sums = seen.sum(1)
     tolerance = max(_SUM_TOLERANCE, 2 * torch.finfo(given).eps)
-    # Written such that NaN is refused.
+    # The comparison is negated because NaN, for which it is false, should raise.
     if not (seen.min() >= 0 and (np.minimum(abs(sums - 1), sums) <= tolerance).all()):
         raise ValueError(
             "soft `labels` should be probabilities, none negative, with a sum of 1 in each row (or 0, for rows that do "

@@ -34,9 +34,9 @@ class CallWatch:
     """Count the backwards to each encoder until a hook sees the encoder's first call in training.
 
     Args:
-        monitor: whose encoders to watch.
-        who: sees the calls; None to tell of compiled code alone.
-        consequence: what it means that it sees none.
+        monitor: monitor whose encoders are watched.
+        who: name, in messages, of the object that needs the calls; None to report compiled code only.
+        consequence: effect, in messages, of calls that no hook sees.
     """
 
     def __init__(self, monitor: ModalityMonitor, who: str | None, consequence: str) -> None:

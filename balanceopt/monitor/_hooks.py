@@ -128,9 +128,9 @@ class Hooks:
         return bool(self.handles)
 
     def rehearse(self, run: Callable[[], Any]) -> Any:
-        """Run a forward that counts as no pass, with gradients if the layout is unknown, to learn it from the graph.
+        """Run a forward that counts as no pass, and return its result.
 
-        Return the result of `run`.
+        While the layout from features to logits is unknown, gradients are enabled, so that the graph shows the layout.
         """
         unimodal, known = self._scorer.unimodal, self.features.paths
         shown = known.keys() >= self.encoders.keys() and (unimodal is None or unimodal.knows_layout)

@@ -1,4 +1,4 @@
-"""Uni-modal logits of a training pass: what each modality alone would have answered."""
+"""Uni-modal logits of a training pass: the head's output for each modality alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ UserScores = Callable[[dict[str, Tensor]], Mapping[str, Tensor] | Sequence[Tenso
 
 
 class UnimodalLogits(ABC):
-    """A way to make the uni-modal logits of a pass; each kind of fusion has one.
+    """Base of the kinds of uni-modal logits, one kind for each kind of fusion.
 
     Attributes:
-        name: what `stats()` and `repr` call it.
-        features: what is known of the way from the encoders' outputs to the head.
-        columns: each modality's columns of a linear head's weight, once a pass showed them; empty for other heads.
+        name: name of the kind in `stats()` and `repr`.
+        features: layout from the encoders' outputs to the head.
+        columns: each modality's columns of a linear head's weight, as shown by passes; empty for other heads.
     """
 
     name: str
@@ -35,7 +35,7 @@ class UnimodalLogits(ABC):
 
     @abstractmethod
     def __call__(self, current: Pass) -> dict[str, Tensor]:
-        """Logits `(N, C)` of each modality that was present; empty where this pass can't tell."""
+        """Return logits `(N, C)` of each present modality; empty if the pass does not determine the logits."""
 
     @property
     def needs_outputs(self) -> bool:
@@ -44,21 +44,21 @@ class UnimodalLogits(ABC):
 
     @property
     def knows_layout(self) -> bool:
-        """Whether passes have shown all that there is to know of the way from encoders to head."""
+        """Whether passes have shown the whole layout from encoders to head."""
         return True
 
     def replayed(self) -> list[nn.Module]:
-        """The modules whose code it may run once more."""
+        """Return the modules that scoring may run again."""
         return []
 
     def join(self, current: Pass) -> None:
-        """Take part in what the ranks do together in every pass, where this one has no row."""
+        """Take part in the collectives of scoring in a pass without rows."""
 
     def live(self, name: str, features: Tensor, samples: int) -> Tensor:
-        """The shared head's uni-modal logits `(B, C)` of the clean features of B samples, attached to both graphs.
+        """Return the head's logits `(B, C)` of one modality's clean features, attached to both graphs.
 
         Raises:
-            ValueError: if this fusion has no such head.
+            ValueError: if this kind of fusion has no uni-modal head.
             RuntimeError: if no pass has shown how the features become the head's input.
         """
         raise ValueError(
@@ -67,9 +67,9 @@ class UnimodalLogits(ABC):
         )
 
     def layout(self) -> dict[str, Any]:
-        """What passes have shown of the way from encoders to head, as plain numbers, for a checkpoint.
+        """Return the layout from encoders to head, as plain numbers for a checkpoint.
 
-        A pass whose features were dropped can't always show it again, and training goes on with one after a resume.
+        The first pass after a resume may have dropped features, which do not always show the layout.
         """
         projections = self.features.projections
         columns = {name: [own.start, own.stop] for name, own in self.columns.items() if name in projections}
@@ -81,14 +81,14 @@ class UnimodalLogits(ABC):
         }
 
     def load_layout(self, layout: Mapping[str, Any]) -> None:
-        """Take over what `layout` returned; nothing of a layout of another kind of logits, or that can't be read.
+        """Load what `layout` returned; a layout of another kind of logits is skipped, a refused layout changes nothing.
 
         Raises:
             TypeError, KeyError, ValueError: as `check_layout`; for columns that the head does not have.
         """
         check_layout(layout)
         if layout["scores"] != self.name:
-            return  # another monitor: it finds out by itself
+            return  # saved by another kind of logits, whose layout says nothing about this kind
         columns = {name: slice(*own) for name, own in layout["columns"].items()}
         self._check_columns(columns)
         self.columns.update(columns)
@@ -97,14 +97,14 @@ class UnimodalLogits(ABC):
         self.features.paths.update(layout["features"])
 
     def _check_columns(self, columns: Mapping[str, slice]) -> None:
-        """Refuse columns that the head does not have."""
+        """Raise for columns that the head does not have."""
 
 
 class UserFunction(UnimodalLogits):
-    """Uni-modal logits from the user's own function of the features."""
+    """Uni-modal logits from the user's function of the features."""
 
     def __init__(self, function: UserScores, features: Features, answers: Answers, head: nn.Module) -> None:
-        """Call `function` with the features of every modality; it returns logits as `head` does."""
+        """Prepare for `function`, which maps the features of every modality to logits in the layout of `head`."""
         super().__init__(features)
         self.function = function
         self.modalities = list(features.encoders)
@@ -141,10 +141,10 @@ class UserFunction(UnimodalLogits):
 
 
 def check_layout(layout: Any) -> None:
-    """Refuse what `UnimodalLogits.layout` can't have returned.
+    """Raise for a value that `UnimodalLogits.layout` can't have returned.
 
     Raises:
-        TypeError: if it, or its columns or projections, are no mapping.
+        TypeError: if the layout, or its columns, projections or features, are no mapping.
         KeyError: if an entry is missing.
         ValueError: for columns that are no range, and unknown projections.
     """

@@ -1,4 +1,4 @@
-"""Hooks on modules: those of this package, which go with their owner, and which of others' are part of the model."""
+"""Hooks on modules: weak hooks of this package, and detection of hooks that are part of the model's function."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from balanceopt.monitor._supported import outside_graphs
 
 
 class WeakHook:
-    """A bound method as a hook that does not keep its object alive; a no-op once that is gone.
+    """Hook of a bound method that does not keep the method's object alive; a no-op once the object is collected.
 
-    A deep copy or a pickle of it is a no-op too: a copied module is not the one that the object watches.
+    A deep copy or a pickle of the hook is a no-op too, since the object does not watch the copied module.
     """
 
     def __init__(self, method: Callable[..., Any] | None = None, *args: Any) -> None:
-        """Call `method` with `args` before what torch gives; None for a no-op."""
+        """Hold `method` weakly, to call with `args` before torch's arguments; None for a no-op."""
         self._method = None if method is None else WeakMethod(method)
         self._args = args
 
@@ -36,25 +36,25 @@ class WeakHook:
 
 
 class Hook(WeakHook):
-    """A weak hook on a module, taken off by identity and not by torch's handle, which an interrupt may lose."""
+    """Weak hook on a module, removed by identity and not by torch's handle, which an interrupt may lose."""
 
     def __init__(self, module: nn.Module, method: Callable[..., Any], *args: Any) -> None:
-        """Prepare a hook on `module`."""
+        """Prepare a hook on `module` without registering the hook."""
         super().__init__(method, *args)
         self._module = ref(module)
 
     def before(self, **options: bool) -> None:
-        """Be called before each forward of the module with `(module, args, kwargs)`."""
+        """Register as a forward pre-hook, called with `(module, args, kwargs)`."""
         if (module := self._module()) is not None:
             module.register_forward_pre_hook(self, with_kwargs=True, **options)
 
     def after(self, **options: bool) -> None:
-        """Be called after each forward of the module with `(module, args, kwargs, output)`."""
+        """Register as a forward hook, called with `(module, args, kwargs, output)`."""
         if (module := self._module()) is not None:
             module.register_forward_hook(self, with_kwargs=True, **options)
 
     def remove(self) -> None:
-        """Take the hook off. May be called twice."""
+        """Remove the hook. May be called twice."""
         attributes = vars(module) if (module := self._module()) is not None else {}
         for kind in (BEFORE_FORWARD, AFTER_FORWARD):
             hooks = attributes.get(kind, {})
@@ -65,21 +65,21 @@ class Hook(WeakHook):
 
 
 def remove_hooks(hooks: Iterable[Hook]) -> None:
-    """Take several hooks off."""
+    """Remove several hooks."""
     for hook in hooks:
         hook.remove()
 
 
 class FunctionalHooks:
-    """Tell forward hooks that are part of the model's function from those of an observer (a logger, a counter).
+    """Separate forward hooks that are part of the model's function from an observer's hooks (a logger, a counter).
 
-    Part of the function are hooks whose code is the model's own or that of an installed library which made one of its
-    modules (torch's `weight_norm`, Transformers' collecting of hidden states), and hooks that change what a module gets
-    or gives, as probes around them see in a pass. Hooks of this package never are.
+    Part of the function are hooks with code of the model, or of an installed library that defines one of its modules
+    (torch's `weight_norm`, Transformers' collecting of hidden states), and hooks that change a module's input or
+    output, as probes before and after the hooks see in a pass. Hooks of this package never are.
     """
 
     def __init__(self) -> None:
-        """Know of no hook yet."""
+        """Start without any classified hook."""
         self.probes: list[Hook] = []
         self._of_code: dict[int, bool] = {}
         self._changing: set[int] = set()
@@ -89,7 +89,7 @@ class FunctionalHooks:
         finalize(self, remove_hooks, self.probes).atexit = False
 
     def probe(self, modules: Iterable[nn.Module]) -> None:
-        """Put probes around those hooks on `modules` whose code does not tell what they are."""
+        """Register probes around the hooks on `modules` that can't be classified by code."""
         modules = list(modules)
         hooked = [
             module
@@ -105,12 +105,12 @@ class FunctionalHooks:
                     self._surround(module, kind, list(hooks.values()), doubtful)
 
     def resent(self, module: nn.Module, output: Any) -> None:
-        """Note that this package itself has exchanged a module's output."""
+        """Record that this package has replaced a module's output."""
         if (id(module), AFTER_FORWARD) in self._before:
             self._before[id(module), AFTER_FORWARD] = _shown((output,))
 
     def of(self, module: nn.Module, kind: str) -> dict[int, Callable[..., Any]]:
-        """The hooks of one kind on a module that are part of the model's function, by their number."""
+        """Return the hooks of one kind on a module that are part of the model's function, by torch's hook number."""
         hooks = vars(module).get(kind, {}) if kind in (BEFORE_FORWARD, AFTER_FORWARD) else {}
         return {
             key: hook
@@ -119,14 +119,14 @@ class FunctionalHooks:
         }
 
     def remove(self) -> None:
-        """Take the probes off."""
+        """Remove the probes."""
         remove_hooks(self.probes)
         self.probes.clear()
         self._around.clear()
         self._before.clear()
 
     def _is_of_model(self, key: int, hook: Callable[..., Any], classes: set[type[nn.Module]]) -> bool:
-        """Whether a hook need not be probed, since its code tells that it is the model's, or this package's."""
+        """Tell whether a hook needs no probe, because its code is the model's or this package's."""
         if key not in self._of_code:
             self._of_code[key] = _is_plumbing(hook) or _is_code_of(hook, classes)
         return self._of_code[key]
@@ -138,7 +138,7 @@ class FunctionalHooks:
         hooks: list[Callable[..., Any]],
         doubtful: list[Callable[..., Any]],
     ) -> None:
-        """Have a probe before and one after the doubtful hooks; new ones, where hooks came since."""
+        """Keep probes before and after the doubtful hooks, and replace the probes if a hook is outside."""
         first, last = self._around.get((id(module), kind), (None, None))
         if first in hooks and last in hooks:
             if hooks.index(first) < hooks.index(doubtful[0]) and hooks.index(doubtful[-1]) < hooks.index(
@@ -148,7 +148,7 @@ class FunctionalHooks:
             first.remove()
             last.remove()
         pair = Hook(module, self._on_first, kind), Hook(module, self._on_last, kind)
-        self.probes += pair  # before they are put on: an interrupt leaves none behind that is not listed
+        self.probes += pair  # before registration, so that an interrupt leaves no unlisted hook
         self._around[id(module), kind] = pair
         for probe, prepend in zip(pair, (True, False), strict=True):
             put_on = probe.before if kind == BEFORE_FORWARD else probe.after
@@ -168,19 +168,19 @@ class FunctionalHooks:
 
 
 def _shown(values: tuple[Any, ...]) -> tuple[list[Any], list[int]]:
-    """What hooks may exchange or change: `(args, kwargs)`, or the output, which is the last; and tensors' versions."""
+    """Return the values that hooks may replace (`args` and `kwargs`, or the output), and the versions of tensors."""
     items = [values[0], *values[1].values()] if len(values) == 2 else [values[-1]]
     return items, [version_of(tensor) for tensor in tensors_in(items) if not tensor.is_inference()]
 
 
 def _is_plumbing(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is this package's, or sees to shards."""
+    """Tell whether a hook is of this package, or of torch's sharding."""
     code = _code(hook)
     return isinstance(code, WeakHook) or str(getattr(code, "__module__", "")).startswith(SHARDING_HOOKS)
 
 
 def _is_code_of(hook: Callable[..., Any], classes: set[type[nn.Module]]) -> bool:
-    """Whether a hook is code of these classes of modules, or of an installed library which some of them are from."""
+    """Tell whether a hook is code of these module classes, or of an installed library that defines some of these."""
     code = _code(hook)
     if isinstance(getattr(code, "__self__", None), nn.Module):
         return True

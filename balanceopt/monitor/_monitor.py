@@ -1,4 +1,4 @@
-"""ModalityMonitor: uni-modal scores of any model, by hooks alone."""
+"""ModalityMonitor: uni-modal scores of any model, by hooks."""
 
 from __future__ import annotations
 
@@ -39,47 +39,47 @@ from balanceopt.monitor._traces import Traces
 
 
 class ModalityMonitor:
-    r"""Watch a model in training: each modality's features, uni-modal logits and the labels, by hooks alone.
+    r"""Watch a model in training by hooks: each modality's features and uni-modal logits, and the labels.
 
-    For each training pass whose backward reaches the head it adds up, over samples,
+    For each training pass whose backward reaches the head, the monitor adds up, over samples,
 
     $$S^m = \sum_i \text{softmax}(\text{logits}^m_i)_{y_i}$$
 
-    where \(\text{logits}^m\) is what the head would answer to modality m alone. Neither the model nor the loop
-    changes; nothing is recorded in eval mode or without gradients.
+    where \(\text{logits}^m\) is the head's output for modality m alone. Neither the model nor the loop changes;
+    nothing is recorded in eval mode or without gradients.
 
     Args:
         model: the whole model. May be wrapped in DistributedDataParallel or compiled (attach before the first call).
-        encoders: each modality's encoder, a module of `model` or its dotted name.
-        head: what turns features into logits: a module or its name; a mapping from modality to its own head (sum or
-            late fusion); the model itself where its output is the logits; None to watch features only. Classes stand
-            last in the logits; first after the batch for convolutions.
-        scores: how uni-modal logits are made: `"split"` (a linear head over concatenated features, exact Eq. 8),
-            `"per-head"`, `"zero-out"` (any fusion), a function from `{modality: features}` to logits, or `"auto"`:
-            the first of them that is exact.
-        labels: `"auto"` (observed, else from a watched loss, else from the model's `labels=`, else recovered from
-            the gradient at the logits), one of `"observe"`, `"loss"`, `"model"`, `"gradient"`, or a loss module.
+        encoders: each modality's encoder, a module of `model` or the module's dotted name.
+        head: module from features to logits, or its name; a mapping from modality to one head each (sum or late
+            fusion); the model itself if it returns the logits; None to watch features only. The logits' last dimension
+            is the classes'; for convolutions dimension 1.
+        scores: kind of uni-modal logits: `"split"` (a linear head over concatenated features, exact Eq. 8),
+            `"per-head"`, `"zero-out"` (any fusion), a function from `{modality: features}` to logits, or `"auto"`
+            for the first exact kind.
+        labels: source of labels: `"observe"`, `"loss"` (a watched loss), `"model"` (the model's `labels=`),
+            `"gradient"` (recovered at the logits), `"auto"` for the first available of these, or a loss module.
         train_only: watch only passes in training mode; False for models fine-tuned in eval mode.
-        group: process group over which scores are summed; None for the default one, False for no communication.
-        select: for an encoder whose output is not its feature tensor `(B, ...)`: a function that picks it.
-        slices: each modality's columns of the head's input, where they can't be found by comparing numbers.
+        group: process group over which scores are summed; None for the default group, False for no communication.
+        select: by modality, a function from the encoder's output to the feature tensor `(B, ...)`.
+        slices: each modality's columns of the head's input, if comparing values does not find the columns.
         ignore_index: label of samples that do not count.
         strict: raise, not warn, where labels recovered from the gradient are doubtful.
 
     Attributes:
-        model: the user's own module, without wrappers.
-        encoders: each modality's, as a module.
-        modalities: names, in the order of all sums.
+        model: the user's module, without wrappers.
+        encoders: each modality's encoder, as a module.
+        modalities: names of the modalities, in the order of all sums.
         head: module, modules by modality, the model itself, or None.
         group: process group over which scores are summed.
-        hooks: who may listen: `hooks.transforms`, `.outputs`, `.logits`, `.gradients`, each with `add` and `drop`.
-        features: which tensor of an encoder's output is its features: `features.of(modality, output)`.
-        labels: where labels come from: `labels.ignore_index`, `labels.recovers`.
-        unimodal: how uni-modal logits are made: `unimodal.live`, `.columns`, `.layout()`; None for features only.
+        hooks: registries of listeners: `hooks.transforms`, `.outputs`, `.logits`, `.gradients`, with `add` and `drop`.
+        features: choice of the feature tensor in an encoder's output: `features.of(modality, output)`.
+        labels: source of labels: `labels.ignore_index`, `labels.recovers`.
+        unimodal: kind of uni-modal logits: `unimodal.live`, `.columns`, `.layout()`; None for features only.
 
     Raises:
         ValueError: for encoders, a head, slices or options that do not fit the model.
-        TypeError: if `model` is no module, or an option of another kind.
+        TypeError: if `model` is no module, or an option has the wrong type.
         NotImplementedError: for FullyShardedDataParallel (FSDP1), DataParallel and DeepSpeed models.
 
     Example:
@@ -119,7 +119,7 @@ class ModalityMonitor:
         self._was_compiled = is_compiled(model)
         self.encoders = resolve_encoders(model, encoders)
         self.modalities = tuple(self.encoders)
-        modality_parameters(model, self.encoders)  # an encoder without parameters of its own is refused now
+        modality_parameters(model, self.encoders)  # raises for an encoder without parameters
         self._check_by_modality("select", select, "a function of the encoder's output", callable)
         self._check_by_modality(
             "slices", slices, "its columns of the head's input, such as slice(0, 16)", _is_columns
@@ -141,7 +141,7 @@ class ModalityMonitor:
             self.hooks.watch()
             if isinstance(labels, nn.Module):
                 self.watch_loss(labels)
-        except BaseException:  # a module that takes no hooks, as a scripted one; an interrupt
+        except BaseException:  # a module that refuses hooks, such as a scripted module, or an interrupt
             self.remove()
             raise
 
@@ -156,7 +156,7 @@ class ModalityMonitor:
         ignore_index: int,
         strict: bool,
     ) -> None:
-        """Make the parts, which watch nothing yet."""
+        """Build the monitor's parts without registering hooks."""
         self.labels = Labels(labels, ignore_index)
         self.features = Features(self.encoders, select, apart=self.head is not None)
         answers = Answers()
@@ -178,9 +178,9 @@ class ModalityMonitor:
         )
 
     def observe(self, labels: Any, *, present: Mapping[str, Tensor] | None = None) -> None:
-        """Give the labels of a batch to the latest training pass without any, else to the next one.
+        """Record the labels of a batch for the latest training pass without observed labels, else for the next pass.
 
-        They are copied: a buffer may be reused.
+        Labels are copied, so a buffer may be reused.
 
         Args:
             labels: `(B,)` class indices, or `(B, C)` class probabilities.
@@ -188,8 +188,8 @@ class ModalityMonitor:
 
         Raises:
             KeyError: if `present` names an unknown modality.
-            TypeError: if `labels` are no numbers, or `present` no mapping to flags.
-            ValueError: if one has another shape or kind of numbers.
+            TypeError: if `labels` are no numbers, or `present` is no mapping to flags.
+            ValueError: if `labels` or `present` have a wrong shape or dtype.
         """
         values = to_tensor("labels", labels, "class indices (B,) or class probabilities (B, C)")
         if values.dim() == 0 or values.is_complex():
@@ -201,7 +201,7 @@ class ModalityMonitor:
         self.labels.observe(self.latest, values.detach().clone(), flags)
 
     def _flags(self, present: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
-        """Copies of the flags by modality, checked."""
+        """Check and copy the flags `present`."""
         check_kind("`present`", present, Mapping, "a mapping from modality to bool (B,)")
         unknown = present.keys() - self.encoders.keys()
         if unknown:
@@ -226,7 +226,7 @@ class ModalityMonitor:
     def _check_by_modality(
         self, option: str, given: object, what: str, fits: Callable[[object], bool]
     ) -> None:
-        """Refuse an option that is no mapping from modality to `what`."""
+        """Raise for an option that is no mapping from modality to `what`."""
         if given is None:
             return
         check_kind(f"`{option}`", given, Mapping, f"a mapping from modality to {what}")
@@ -241,14 +241,14 @@ class ModalityMonitor:
                 raise TypeError(f"{option}[{name!r}] should be {what}. Found {shown(value)}.")
 
     def watch_loss(self, module: nn.Module, *, reduce: Literal["argmax"] | None = None) -> Hook:
-        """Take the labels from the calls of a loss module `(logits, labels)`, and its `ignore_index`.
+        """Read labels and `ignore_index` from the calls `(logits, labels)` of a loss module.
 
         Args:
-            module: such as the loop's `nn.CrossEntropyLoss` instance.
-            reduce: `"argmax"` to read soft targets as their most probable class.
+            module: loss module, such as the loop's `nn.CrossEntropyLoss` instance.
+            reduce: `"argmax"` to reduce soft targets to the most probable class.
 
         Returns:
-            What takes it off again by `.remove()`, as `remove()` of the monitor does.
+            Hook with `.remove()`; `remove()` of the monitor removes it too.
 
         Raises:
             TypeError: if `module` is no module.
@@ -260,18 +260,18 @@ class ModalityMonitor:
         return self.hooks.watch_loss(module, reduce)
 
     def reset(self) -> None:
-        """Forget every score that no step has used, as after `model.zero_grad()`."""
+        """Discard all scores that no step has used, for loops that call `model.zero_grad()`."""
         self._scorer.discard()
         self.labels.forget()
 
     def remove(self) -> None:
-        """Take every hook off. May be called twice."""
+        """Remove every hook. May be called twice."""
         self.hooks.remove()
         self._scorer.clear()
         self.labels.forget()
 
     def stats(self) -> dict[str, Any]:
-        """What was seen so far: how scores are made, passes, and where their labels came from."""
+        """Return counts so far, of passes and of label sources, and the kind of uni-modal logits."""
         seen, recovery = self._scorer.seen.total, self._scorer.recovery
         sources = {name: seen[f"labels:{name}"] for name in get_args(LabelSource)[1:]}
         return {
@@ -283,21 +283,21 @@ class ModalityMonitor:
             "missing": {name: seen[f"missing:{name}"] for name in self.modalities},
         }
 
-    # -- what methods ask -------------------------------------------------------------------------------------------
+    # -- used by methods -------------------------------------------------------------------------------------------
 
     def scores(self, *, needs_entropy: bool = False, steps: bool = True) -> ScoreBuffer:
-        """A new consumer's own sums of scores over passes, which are made as long as the buffer is held.
+        """Create a buffer of scores for a new consumer; passes are scored while a buffer is alive.
 
         Args:
-            needs_entropy: sum the entropies of the features too.
-            steps: the consumer takes the sums once an optimizer step; `reset()` discards them.
+            needs_entropy: whether to sum the entropies of the features too.
+            steps: whether the consumer takes the sums once an optimizer step, so that `reset()` discards the sums.
         """
         buffer = ScoreBuffer(self, self._scorer, needs_entropy=needs_entropy, steps=steps)
         self._scorer.buffers.add(buffer)
         return buffer
 
     def silence(self) -> str:
-        """Why no score may have come, in words for the user."""
+        """Describe for the user why no score may have come."""
         if not self.hooks.active:
             return "the monitor's hooks were removed"
         compiled = self._was_compiled or is_compiled(self.model) or holds_compiled_code()
@@ -305,12 +305,12 @@ class ModalityMonitor:
 
     @property
     def latest(self) -> Pass | None:
-        """The latest forward in training."""
+        """Latest training pass."""
         return self.hooks.passes.latest
 
     @property
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Each modality's own parameters, as they are now (`fully_shard` and lazy modules replace them)."""
+        """Current parameters of each modality (`fully_shard` and lazy modules replace parameters)."""
         return modality_parameters(self.model, self.encoders)
 
     def __enter__(self) -> ModalityMonitor:
@@ -322,7 +322,7 @@ class ModalityMonitor:
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles (EMA, SWA) are as after `remove()`: they watch nothing.
+        # Copies and pickles (EMA, SWA) have no hooks, as after `remove()`, since hooks belong to the original.
         names = ("model", "encoders", "modalities", "head", "group", "_was_compiled", "_options")
         return {name: self.__dict__[name] for name in names}
 
@@ -339,10 +339,10 @@ class ModalityMonitor:
 
 
 def require_scores(monitor: ModalityMonitor, who: str) -> None:
-    """Refuse to serve a method that needs scores when there is no head.
+    """Raise if a method needs scores and the monitor has no head.
 
     Raises:
-        ValueError: naming what is missing.
+        ValueError: if `head` is None.
     """
     if monitor.unimodal is None:
         raise ValueError(

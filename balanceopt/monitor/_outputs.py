@@ -1,4 +1,4 @@
-"""Tensors inside what modules return: tensors, tuples, dicts, dataclasses, Hugging Face outputs."""
+"""Tensors inside module outputs: tensors, tuples, dicts, dataclasses, Hugging Face outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def is_differentiable(x: Tensor) -> bool:
-    """Whether a tensor may hold features, real or complex: not masks, indices and lengths."""
+    """Tell whether a tensor may hold features, real or complex, and no masks, indices or lengths."""
     return x.is_floating_point() or x.is_complex()
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """`value` with `function` applied to each tensor in it, of the same types and structure."""
+    """Apply `function` to each tensor in `value`, and keep types and structure."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):
@@ -30,13 +30,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         twin = copy.copy(value)
         for f in dataclasses.fields(value):
-            object.__setattr__(twin, f.name, map_tensors(function, getattr(value, f.name)))  # frozen ones too
+            object.__setattr__(twin, f.name, map_tensors(function, getattr(value, f.name)))  # works if frozen
         return twin
     return value
 
 
 def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the same type with other items; a dict for one that can't be changed."""
+    """Copy a mapping with other items; return a dict if the mapping is immutable."""
     if not isinstance(value, MutableMapping):
         return items
     twin = copy.copy(value)
@@ -46,17 +46,17 @@ def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor in a value of any structure; None where there is none."""
+    """Return the first tensor in a value of any structure; None if there is no tensor."""
     return next(tensors_in(value), None)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value of any structure, in order."""
+    """Iterate over the tensors in a value of any structure, in order."""
     return (tensor for _, tensor in named_tensors(value))
 
 
 def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a value of any structure, in order, each with the way to it: "last_hidden_state", "1.0"."""
+    """Yield the tensors in a value of any structure, in order, with paths such as "last_hidden_state" or "1.0"."""
     if isinstance(value, Tensor):
         yield path, value
         return
@@ -74,10 +74,10 @@ def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def feature_tensors(value: Any) -> dict[str, Tensor]:
-    """Those tensors that may hold features or logits, each by the way to it: no masks, indices or single numbers."""
+    """Return by path the tensors that may hold features or logits: no masks, indices or scalars."""
     return {path: x for path, x in named_tensors(value) if is_differentiable(x) and x.dim() > 0}
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> str:
-    """Names and shapes of an output's tensors, for messages."""
+    """Format paths and shapes of an output's tensors, for messages."""
     return ", ".join(f"{path or 'the output'} {tuple(x.shape)}" for path, x in tensors.items()) or "none"

@@ -1,4 +1,4 @@
-"""Uni-modal logits of late fusion: each modality has a head of its own."""
+"""Uni-modal logits of late fusion, with one head for each modality."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from balanceopt.monitor._replay import State, keep_random_states, quieten
 
 
 class PerHead(UnimodalLogits):
-    """Each modality's own head answers for it, with its own bias."""
+    """Uni-modal logits as the outputs of the modalities' heads, each with the head's full bias."""
 
     name = "per-head"
 
     def __init__(self, heads: Mapping[str, nn.Module], features: Features, answers: Answers) -> None:
-        """Take the outputs of `heads`, one for each modality."""
+        """Prepare for `heads`, one for each modality."""
         super().__init__(features)
         self.heads = dict(heads)
         self.projections = features.projections
@@ -44,17 +44,17 @@ class PerHead(UnimodalLogits):
         return found
 
     def replayed(self) -> list[nn.Module]:
-        """The heads', where features were dropped."""
+        """Return the heads' modules, which run again where features were dropped."""
         return [module for head in self.heads.values() for module in head.modules()]
 
     def live(self, name: str, features: Tensor, samples: int) -> Tensor:
-        """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
+        """Return the modality's logits `(B, C)` of clean features, attached to the graphs of features and head."""
         head, x = self.heads[name], projected(name, self.projections.get(name), features, samples)
         undo = Undo()
         with undo, undo:
             keep_random_states(undo, [x.device])
             state = State(undo, head.modules())
-            # Not called as a module: this is not the pass's own call, which hooks wait for.
+            # Calls forward, not the module, since the monitor's hooks would take the call for the pass's.
             logits = self.answers.logits(head, head.forward(x))
             state.refuse_changed()
         assert logits is not None
@@ -96,7 +96,7 @@ class PerHead(UnimodalLogits):
 
 
 def refuse_widths(logits: Mapping[str, Tensor]) -> None:
-    """Raise where the modalities' heads can't be of one task: their logits are added up."""
+    """Raise if the modalities' logits differ in shape, so that the logits can't be added up."""
     shapes = {name: tuple(x.shape) for name, x in logits.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(

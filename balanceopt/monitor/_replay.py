@@ -1,4 +1,4 @@
-"""Run part of a model once more and leave no trace: what user code may change in a run of its own is put back."""
+"""Side-effect-free re-runs of model code: the state that user code may change is saved and restored."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ Twin = TypeVar("Twin")
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, Counter, list, deque, set})
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size})
-# What nn.Module itself keeps, empty in most modules: the hooks that a forward may add to are hidden, and the rest is no
-# business of a forward.
+# Attributes of nn.Module itself, which are skipped when empty: a re-run can't add to the module's hooks, which are
+# replaced by other dicts, and a forward does not change the rest.
 _MACHINERY = frozenset(vars(nn.Module()))
-# Of longer lists and dicts the items are kept, but not what the items hold; of larger arrays not even the numbers.
+# Longer lists and dicts are saved without the contents of their items, and larger arrays not at all, to save time.
 _MANY_ITEMS = 1000
 _MANY_BYTES = 2**20
 
 
-# -- of the process ---------------------------------------------------------------------------------------------------
+# -- process state ---------------------------------------------------------------------------------------------------
 
 
 def keep_random_states(undo: Undo, devices: Iterable[torch.device]) -> None:
-    """Leave every global random stream (torch, the devices', numpy, Python) as it is now."""
+    """Save the global random streams (torch, `devices`, numpy, Python), to be restored by `undo`."""
     undo.note(partial(torch.set_rng_state, torch.get_rng_state()))
     for device in devices:
         if device.type not in ("cpu", "meta"):
@@ -48,24 +48,24 @@ def keep_random_states(undo: Undo, devices: Iterable[torch.device]) -> None:
 
 
 def without_gradients(undo: Undo) -> None:
-    """Record no gradients."""
+    """Disable gradients until `undo` restores the mode."""
     undo.note(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
     torch.set_grad_enabled(False)
 
 
 def quieten(undo: Undo, modules: Sequence[nn.Module], device: torch.device) -> None:
-    """Record no gradients, call no global hook and no compiled code, draw no global random number.
+    """Prepare a re-run: disable gradients, global hooks and compiled code, and save the global random streams.
 
-    Ranks that share parameters of `modules` make them whole together, here.
+    Sharded parameters of `modules` are gathered here, a collective of all ranks.
     """
     without_gradients(undo)
     keep_random_states(undo, [device])
     for module in modules:
         if hasattr(module, "unshard") and any(is_sharded(p) for p in module.parameters()):
-            sharded: Any = module  # their own hooks else see to it
+            sharded: Any = module  # the re-run skips FSDP2's hooks, which would gather
             undo.note(sharded.reshard)
             sharded.unshard()
-    if has_compiler():  # else nothing was compiled
+    if has_compiler():  # without a compiler nothing is compiled
         undo.note(keep_compiler_stance())
         torch.compiler.set_stance("force_eager")
     for hooks in filter(None, GLOBAL_HOOKS):  # of profilers, counters of operations
@@ -73,8 +73,8 @@ def quieten(undo: Undo, modules: Sequence[nn.Module], device: torch.device) -> N
         hooks.clear()
     checkpoint = sys.modules.get("torch.utils.checkpoint")
     if checkpoint is not None:
-        # Reentrant checkpointing complains of inputs without gradients. Not by `warnings.catch_warnings`, which makes
-        # every warning that was shown once show again.
+        # Reentrant checkpointing warns of inputs without gradients. `warnings.catch_warnings` would reset the record of
+        # shown warnings.
         undo.set(vars(checkpoint), "check_backward_validity", _ignore)
 
 
@@ -82,26 +82,26 @@ def _ignore(inputs: Any) -> None:
     pass
 
 
-# -- of modules -------------------------------------------------------------------------------------------------------
+# -- module state ---------------------------------------------------------------------------------------------------
 
 
 def evaluate(undo: Undo, modules: Iterable[nn.Module]) -> None:
     """Put `modules` into eval mode."""
     for module in modules:
-        if isinstance(module, torch.jit.ScriptModule):  # keeps its mode in C++
+        if isinstance(module, torch.jit.ScriptModule):  # holds its mode in C++
             undo.note(partial(setattr, module, "training", module.training))
             module.training = False
         elif module.training:
-            # Straight into __dict__: nn.Module's own attribute setter costs more than the whole fusion on small models.
+            # By __dict__, since nn.Module's attribute setter costs more than the fusion of a small model.
             undo.set(vars(module), "training", False)
 
 
 class State:
-    """What modules keep beside their parameters, as it was before their code runs once more.
+    """Saved state of modules, beside parameters, to be restored after a re-run of the modules' code.
 
-    That is their attributes and buffers, and what lists, dicts, sets and the model's own plain objects among these
-    hold. The code gets twins of what it may write to: buffers, arrays, tensors that have been written to in place. The
-    originals keep their numbers and their graphs.
+    The state is the modules' attributes and buffers, and the items of lists, dicts, sets and the model's plain objects
+    among these. The re-run gets copies of what it may write to: buffers, arrays, and tensors changed in place before.
+    The originals keep their values and graphs.
     """
 
     def __init__(
@@ -112,13 +112,13 @@ class State:
         *,
         thorough: bool = False,
     ) -> None:
-        """Note in `undo` the way back for `modules`.
+        """Save the state of `modules`, to be restored by `undo`.
 
         Args:
-            undo: the way back.
-            modules: whose code runs once more.
-            written: ids of parameters to which it writes.
-            thorough: make a twin of each tensor among the attributes, but of no buffer: the caller sees to these.
+            undo: restores the state.
+            modules: modules whose code runs again.
+            written: ids of parameters that the code changes in place.
+            thorough: whether to copy each tensor among the attributes, but no buffer; the caller restores buffers.
         """
         self._undo = undo
         self._parts = [module for module in modules if not _is_unbuilt(module)]
@@ -132,7 +132,7 @@ class State:
             self._keep_module(module)
 
     def quieten(self, functional: FunctionalHooks) -> None:
-        """Put the modules into eval mode, and call only those hooks that are part of the model's function."""
+        """Put the modules into eval mode, with only the hooks that are part of the model's function."""
         evaluate(self._undo, (module for module in self._parts if isinstance(module, torch.jit.ScriptModule)))
         for module in self._parts:
             namespace = vars(module)
@@ -141,7 +141,7 @@ class State:
             namespace["training"] = False
 
     def tensor(self, tensor: Tensor, *where: Any) -> Tensor:
-        """What the code gets for a tensor that stands at `where`: itself, then watched for changes, or a twin."""
+        """Return what the re-run gets for a tensor at `where`: a copy, or the tensor, watched for changes."""
         if is_lazy(tensor):
             return tensor
         if isinstance(tensor, nn.Parameter):
@@ -158,10 +158,10 @@ class State:
         return tensor
 
     def refuse_changed(self) -> None:
-        """Raise where the code has written to a tensor that it was given no twin of.
+        """Raise if the re-run has changed in place a tensor that was not copied.
 
         Raises:
-            RuntimeError: naming the attribute.
+            RuntimeError: for such a tensor; the message names the attribute.
         """
         for tensor, version, where in self._watched:
             if version_of(tensor) != version:
@@ -206,7 +206,7 @@ class State:
                     container[key] = given
 
     def _visit(self, value: Any, home: str, where: tuple[Any, ...]) -> Any:
-        """What the code gets in the place of a value."""
+        """Return the value or the copy that the re-run gets, and save what the value holds."""
         if id(value) in self._twins:
             return self._twins[id(value)]
         if isinstance(value, Tensor):
@@ -235,7 +235,7 @@ class State:
 
 
 def _is_unbuilt(module: nn.Module) -> bool:
-    """Whether a first forward is to give a lazy module its parameters, and its class, for good."""
+    """Tell whether a module is lazy and still waits for its first forward, whose changes must stay."""
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
@@ -244,7 +244,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _is_plain_object(value: Any) -> bool:
-    """Whether a value holds attributes of its own, and is not one that holds whole models, as a trainer does."""
+    """Tell whether a value is an object with attributes, none of which is a module or optimizer (as in a trainer)."""
     held = getattr(value, "__dict__", None)
     return type(held) is dict and not any(
         isinstance(item, (nn.Module, torch.optim.Optimizer)) for item in held.values()
@@ -252,7 +252,7 @@ def _is_plain_object(value: Any) -> bool:
 
 
 def _keep_stream(undo: Undo, value: Any) -> None:
-    """Leave a random stream as it is."""
+    """Save a random stream, to be restored by `undo`."""
     if isinstance(value, torch.Generator):
         undo.note(partial(value.set_state, value.get_state()))
     elif isinstance(value, random.Random):
@@ -264,7 +264,7 @@ def _keep_stream(undo: Undo, value: Any) -> None:
 
 
 def _refill(container: Any, before: Any) -> None:
-    """Make a container hold what it held before, in the same order."""
+    """Restore a container's items and their order in place."""
     if isinstance(container, set):
         container.intersection_update(before)
         container.update(before)
@@ -285,5 +285,5 @@ def _refill(container: Any, before: Any) -> None:
 
 
 def _is_same(a: Collection[Any], b: Collection[Any]) -> bool:
-    """Whether two collections hold the same objects in the same order."""
+    """Tell whether two collections hold the same objects in the same order."""
     return len(a) == len(b) and all(map(is_, a, b))

@@ -1,4 +1,4 @@
-"""From a forward in training to its scores: each pass is scored once, for all who collect."""
+"""Scoring of training passes, once each for all consumers."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _UNCALLED = 10
 
 
 class Scorer:
-    """Score passes, each once, and hand the sums to the buffers.
+    """Score each pass once, and give passes to the buffers.
 
     Attributes:
-        unimodal: how uni-modal logits are made; None for features only.
-        classes: C, once a pass was seen.
-        seen: how often what happened.
-        undo: the way back from what scoring changes for a while; empty but after two interrupts.
-        hooks: tell which hooks on modules are part of the model's function.
-        recovery: reads labels from gradients; None where that is not wanted.
-        buffers: one for each consumer.
+        unimodal: kind of uni-modal logits; None for features only.
+        classes: number of classes C; None before the first pass.
+        seen: counts of events.
+        undo: restores what scoring changes temporarily; empty between passes, except after two interrupts.
+        hooks: tells which hooks on modules are part of the model's function.
+        recovery: recovers labels from gradients; None if the user's `labels` excludes recovery.
+        buffers: score buffers, one for each consumer.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Scorer:
         *,
         strict: bool,
     ) -> None:
-        """Score by `unimodal` logits and `labels`; `strict` raises where labels are doubtful."""
+        """Prepare scoring by `unimodal` logits and `labels`; `strict` raises where labels are doubtful."""
         self.modalities = tuple(features.encoders)
         self.unimodal = unimodal
         self.features = features
@@ -66,7 +66,7 @@ class Scorer:
 
     @property
     def wanted(self) -> bool:
-        """Whether uni-modal logits of the next pass are: somebody collects scores, or it can still show the layout."""
+        """Whether the next pass needs uni-modal logits, for a consumer's scores or to learn the layout."""
         return self.unimodal is not None and (bool(self.buffers) or not self.unimodal.knows_layout)
 
     @property
@@ -75,7 +75,7 @@ class Scorer:
         return self.unimodal is not None and self.unimodal.needs_outputs
 
     def begin_forward(self, current: Pass) -> None:
-        """Look at what scoring this pass may run once more, before the forward does."""
+        """Probe the hooks and record the parameter versions of the modules that scoring may run again."""
         if current.scored and self.unimodal is not None:
             current.replayed = self.unimodal.replayed()
             self.hooks.probe(current.replayed)
@@ -87,7 +87,7 @@ class Scorer:
             ]
 
     def end_forward(self, current: Pass) -> None:
-        """Make the uni-modal logits while the features are at hand, then let the features go."""
+        """Compute the uni-modal logits at the end of the forward, then release the features."""
         for name in () if current.rehearsal else self.modalities:
             if not current.calls[name]:
                 self.seen.note(f"missing:{name}")
@@ -117,7 +117,7 @@ class Scorer:
         current.end_forward()
 
     def _unimodal(self, unimodal: UnimodalLogits, current: Pass) -> dict[str, Tensor]:
-        """The uni-modal logits of a pass; none where they can't be had and only the layout is of interest."""
+        """Return the uni-modal logits of a pass; an error gives none if no consumer needs the logits."""
         try:
             return unimodal(current)
         except RuntimeError:
@@ -126,10 +126,10 @@ class Scorer:
             return {}
 
     def backward_reached(self, current: Pass, gradient: Tensor) -> None:
-        """Take the gradient `(N, C)` at the joint logits; the first one makes the pass count.
+        """Record the gradient `(N, C)` at the joint logits; the first gradient makes the pass count.
 
-        Not where it goes to no parameter: an attack, a saliency map. Scores of gradients that were cleared past the
-        optimizer's wrapper go with them.
+        A backward that goes to no parameter (an attack, a saliency map) does not count. Scores of gradients that were
+        cleared without the optimizer's wrapper are discarded.
         """
         if not current.counts:
             if self._traces.gone():
@@ -139,13 +139,13 @@ class Scorer:
                 return
             current.counts = True
             self.seen.note("passes")
-            current.closed = not self.buffers  # nobody waits for its labels
+            current.closed = not self.buffers  # without a consumer no labels are needed
             for buffer in self.buffers:
                 buffer.add(current)
         current.gradients.append(gradient)
 
     def settled(self, done: Pass) -> Scores | None:
-        """The pass's sums, made once for all consumers."""
+        """Return the pass's scores, computed once for all consumers."""
         done.closed = True
         self._settle(done)
         done.unimodal, done.logits = None, None
@@ -166,7 +166,7 @@ class Scorer:
             self.seen.note("unscored")
 
     def _refuse_misfit(self, done: Pass) -> None:
-        """Read labels from the gradient where what the model was given as `labels=` is not the loss's class indices."""
+        """Read labels from the gradient if the model's `labels=` are not the class indices of the loss."""
         if done.label_source != "model" or done.labels is None or done.logits is None:
             return
         misfit = self._agreement.refuted or done.labels.numel() != done.logits.shape[0]
@@ -174,13 +174,13 @@ class Scorer:
             done.labels, done.label_source = None, "gradient"
 
     def discard(self) -> None:
-        """Forget the scores of gradients that are gone, which no step will use."""
+        """Discard the scores of cleared gradients, which no step will use."""
         for buffer in self.buffers:
             if buffer.steps:
                 buffer.discard()
 
     def clear(self) -> None:
-        """Forget all scores, and leave nothing on the model."""
+        """Discard all scores, restore the model and remove the probes."""
         self.undo.restore()
         self.hooks.remove()
         for buffer in self.buffers:
@@ -195,11 +195,11 @@ def settle(
     recovery: Recovery | None,
     agreement: Agreement,
 ) -> Scores | None:
-    """The sums of a pass that backward has reached; None where it has no uni-modal logits or no labels.
+    """Return the scores of a pass that backward has reached; None for a pass without uni-modal logits or labels.
 
     Raises:
-        ValueError: if the labels given don't fit the logits.
-        RuntimeError: if the gradients contradict them, or those read from gradients are too doubtful.
+        ValueError: if given labels don't fit the logits.
+        RuntimeError: if the gradients contradict given labels, or recovered labels are too doubtful.
     """
     if not done.unimodal or done.logits is None:
         return None
@@ -234,7 +234,7 @@ def _given(done: Pass, ignore_index: int, agreement: Agreement) -> Targets:
 
 
 def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> Scores:
-    """Scores, cross-entropies, entropies and counts of every modality, in batched operations."""
+    """Compute scores, cross-entropies, entropies and counts of all modalities in batched operations."""
     assert done.unimodal is not None
     absent = torch.zeros_like(next(iter(done.unimodal.values())))
     logits = two_classes(torch.stack([done.unimodal.get(name, absent) for name in modalities]))
@@ -259,7 +259,7 @@ def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> Scores:
 
 
 def _refuse_partial(done: Pass) -> None:
-    """Raise where an encoder ran on other samples than those that are known to have its modality."""
+    """Raise if an encoder's number of rows fits neither the batch nor the samples that have its modality."""
     for name, rows in done.rows.items():
         if name in done.present or (done.samples and rows % done.samples):
             flags = done.present.get(name)
@@ -269,7 +269,7 @@ def _refuse_partial(done: Pass) -> None:
 
 
 def _by_sample(name: str, done: Pass) -> Tensor:
-    """A modality's feature entropies, spread over all samples where its encoder ran on those that have it."""
+    """Return a modality's feature entropies for all samples, 0 for samples on which its encoder did not run."""
     values, present = done.entropies[name], done.present.get(name)
     if present is None or done.samples is None or len(values) >= done.samples:
         return values
@@ -279,7 +279,7 @@ def _by_sample(name: str, done: Pass) -> Tensor:
 
 
 def _by_row(per_sample: Tensor, rows: int, like: Tensor) -> Tensor:
-    """A value for each sample spread over that sample's rows (several where logits have positions)."""
+    """Repeat each sample's value for the sample's rows (several where logits have positions)."""
     per_sample = per_sample.to(like.device)
     if per_sample.shape[0] == rows:
         return per_sample

@@ -1,4 +1,4 @@
-"""Scores: sums over samples that add up over micro-batches and ranks, and the buffers that collect them."""
+"""Scores as sums over samples, micro-batches and ranks, and the buffers that accumulate scores."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over the samples seen since the last step, M modalities, C classes, all float32.
+    """Sums over samples, float32, for M modalities and C classes.
 
     Attributes:
-        score: `(M,)` probability of the true class from each modality alone.
-        count: `(M,)` samples in which the modality was present and the label valid.
+        score: `(M,)` sum of the true class's probability in [0, 1] from each modality alone.
+        count: `(M,)` number of samples in which the modality was present and the label valid.
         cross_entropy: `(M,)` uni-modal cross-entropy, nats.
-        feature_entropy: `(M,)` entropy of softmax over the features, nats; 0 where no consumer asked for it.
-        label_counts: `(C,)` how often each class occurred.
+        feature_entropy: `(M,)` entropy of the softmax over the features, nats; 0 unless a consumer needs entropies.
+        label_counts: `(C,)` number of samples of each class.
     """
 
     score: Tensor
@@ -41,56 +41,56 @@ class Scores:
 
     @property
     def mean_score(self) -> Tensor:
-        """`(M,)` mean score of each modality over the samples in which it was present; 0 where in none."""
+        """`(M,)` mean score of each modality over the samples with the modality; 0 without such samples."""
         return self.score / self.count.clamp(min=1)
 
     @property
     def present(self) -> Tensor:
-        """bool `(M,)`, modalities with at least one sample."""
+        """Flags `(M,)` of the modalities with at least one sample."""
         return self.count > 0
 
     @property
     def usable(self) -> Tensor:
-        """bool `(M,)`, the modalities that can be compared: present, with another one, scores finite and not all 0."""
+        """Flags `(M,)` of the modalities that can be compared: at least two present, scores finite and not all 0."""
         comparable = (self.present.sum() > 1) & torch.isfinite(self.score).all() & (self.score > 0).any()
         return self.present & comparable
 
     @property
     def mean_cross_entropy(self) -> Tensor:
-        """`(M,)` mean uni-modal cross-entropy, nats, over the samples that have the modality; 0 where none."""
+        """`(M,)` mean uni-modal cross-entropy, nats, over the samples with the modality; 0 without such samples."""
         return self.cross_entropy / self.count.clamp(min=1)
 
     def significance(self, offset: float) -> Tensor:
-        """`(M,)`, the mutual-information rate (functional.modal_significance)."""
+        """Return the mutual-information rate `(M,)` (functional.modal_significance)."""
         return significance_from_sums(
             self.cross_entropy, self.feature_entropy, self.label_counts, self.count, offset
         )
 
     def over_ranks(self, group: Group) -> Scores:
-        """The same sums over all ranks, in one collective."""
+        """Sum the scores over all ranks, in one collective."""
         return Scores.from_flat(sum_over_ranks(self.flat(), group), self.score.numel())
 
     def flat(self) -> Tensor:
-        """All of it as one vector `(4 M + C,)`."""
+        """Concatenate all sums to one vector `(4 M + C,)`."""
         return torch.cat([getattr(self, f.name) for f in fields(self)])
 
     @classmethod
     def from_flat(cls, flat: Tensor, modalities: int) -> Scores:
-        """The reverse of `flat`."""
+        """Build scores from a vector that `flat` returned."""
         m = modalities
         return cls(*flat.split([m, m, m, m, flat.numel() - 4 * m]))
 
     @classmethod
     def zeros(cls, modalities: int, classes: int, device: torch.device) -> Scores:
-        """No sample seen."""
+        """Build scores over no samples."""
         sizes = (modalities, modalities, modalities, modalities, classes)
         return cls(*(torch.zeros(n, dtype=torch.float32, device=device) for n in sizes))
 
 
 class ScoreBuffer:
-    """Passes that backward has reached since the consumer last took them.
+    """Accumulated scores of the passes that backward has reached since a consumer last took the scores.
 
-    Several consumers of one monitor have one each, so that none takes the other's scores; each pass is scored once.
+    Each consumer of a monitor has a buffer, so that none takes another's scores; each pass is scored once.
     """
 
     def __init__(
@@ -101,32 +101,32 @@ class ScoreBuffer:
         needs_entropy: bool,
         steps: bool,
     ) -> None:
-        """Sum what `scorer` makes of the passes of `monitor`; options as in `ModalityMonitor.scores`."""
+        """Start empty, for the scores that `scorer` makes for `monitor`; options as in `ModalityMonitor.scores`."""
         self.needs_entropy = needs_entropy
         self.steps = steps
-        self._monitor = monitor  # a consumer keeps it alive
+        self._monitor = monitor  # a strong reference: a consumer keeps the monitor alive
         self._scorer = scorer
         self._sums: Scores | None = None
         self._latest: Pass | None = None
 
     def add(self, done: Pass) -> None:
-        """Note a pass. It is scored when the next one comes or the sums are taken: labels may still arrive."""
+        """Add a pass, to be scored at the next `add`, `take` or `peek`, since labels may still arrive."""
         self._fold()
         self._latest = done
 
     def take(self) -> Scores | None:
-        """The sums over the passes since the last take or discard, and start anew; None where no pass had any."""
+        """Return the scores since the last take or discard, and clear the buffer; None without scored passes."""
         self._fold()
         sums, self._sums = self._sums, None
         return sums
 
     def peek(self) -> Scores | None:
-        """The sums that the next take would give, as far as they are of passes since the last one; they stay."""
+        """Return the scores that the next take would return, without clearing the buffer."""
         self._fold()
         return self._sums
 
     def discard(self) -> None:
-        """Forget what was not taken."""
+        """Discard the scores that were not taken."""
         if self._latest is not None:
             self._latest.closed = True
         if self._latest is not None or self._sums is not None:
@@ -134,18 +134,18 @@ class ScoreBuffer:
         self._sums, self._latest = None, None
 
     def empty(self, device: torch.device) -> Scores:
-        """Sums over no sample, of the shape that other ranks have."""
+        """Return scores over no samples, in the shapes of the other ranks' scores."""
         head = unwrap(self._monitor.head) if isinstance(self._monitor.head, nn.Module) else None
         outputs = self._scorer.classes or getattr(head, "out_features", None) or 1
         return Scores.zeros(len(self._monitor.modalities), max(outputs, 2), device)
 
     def uncalled(self) -> list[str]:
-        """Modalities whose encoders no hook has seen a call of."""
+        """Return the modalities whose encoder no hook has seen called."""
         seen = self._scorer.seen.total
         return [name for name in self._monitor.modalities if seen[f"missing:{name}"] == seen["forwards"]]
 
     def remove(self) -> None:
-        """Take no pass any more. May be called twice."""
+        """Detach the buffer from the monitor. May be called twice."""
         self.discard()
         self._scorer.buffers.discard(self)
 
@@ -158,7 +158,7 @@ class ScoreBuffer:
             self._sums = sums if self._sums is None else self._sums + sums
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy is of the monitor's copy, and empty: a pass holds a graph, which can't be copied.
+        # A copy is empty and belongs to the monitor's copy, since a pass holds a graph, which can't be copied.
         return _buffer_of, (self._monitor, self.needs_entropy, self.steps)
 
 

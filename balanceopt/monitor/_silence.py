@@ -1,4 +1,4 @@
-"""Why there may be no scores: how often what happened, and what to tell the user."""
+"""Counts of events, and the message to the user about missing scores."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from collections import Counter
 
 
 class Seen:
-    """How often what happened: in all, and since the last score."""
+    """Counts of events, in total and since the last score."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start with all counts at 0."""
         self.total: Counter[str] = Counter()
         self.recent: Counter[str] = Counter()
 
     def note(self, what: str) -> None:
-        """Something happened."""
+        """Count an event."""
         self.total[what] += 1
         self.recent[what] += 1
 
     def note_score(self) -> None:
-        """A pass was scored: what was wrong before is over."""
+        """Clear the recent counts, since a pass was scored."""
         self.recent.clear()
 
 
 def why_silent(seen: Seen, *, compiled: bool) -> str:
-    """Why no score may have come since the last one, in words for the user."""
+    """Describe for the user why no pass may have been scored recently."""
     recent = seen.recent
     reasons = []
     uncalled = _uncalled(recent)

@@ -25,18 +25,18 @@ from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._replay import State, evaluate
 
-# How many roundings of the largest term a matrix product may be off; and the precision of TF32 and bfloat16 products.
+# Error allowed in a matrix product, in roundings of its terms' absolute sum; precision of TF32 and bfloat16 products.
 _ROUNDINGS = 16
 _REDUCED = 2.0**-8
 
 
 class SplitHead(UnimodalLogits):
-    """Exact Eq. 8 for a linear head over concatenated features: `W^m z^m + b / M`."""
+    """Uni-modal logits `W^m z^m + b / M` of a linear head over concatenated features, Eq. 8 exactly."""
 
     name = "split"
 
     def __init__(self, head: nn.Linear, slices: Mapping[str, slice] | None, features: Features) -> None:
-        """Split `head` over the modalities by the user's `slices`, or by those that the first passes show."""
+        """Prepare to split `head` by the user's `slices`, or by the columns that the first passes show."""
         super().__init__(features)
         self.head = head
         self.modalities = list(features.encoders)
@@ -61,16 +61,16 @@ class SplitHead(UnimodalLogits):
         return found
 
     def join(self, current: Pass) -> None:
-        """Make a sharded head whole with the other ranks."""
+        """Gather a sharded head, a collective of all ranks."""
         self._detached()
 
     @property
     def knows_layout(self) -> bool:
-        """Whether passes have shown each modality's columns, and that weight and bias make the logits."""
+        """Whether passes have shown each modality's columns, and that weight and bias give the logits."""
         return self._tried and self.projections.keys() >= set(self.modalities)
 
     def live(self, name: str, features: Tensor, samples: int) -> Tensor:
-        """The modality's logits `(B, C)` from clean features, attached to the graphs of features and head."""
+        """Return the modality's logits `(B, C)` of clean features, attached to the graphs of features and head."""
         x = projected(name, self.projections.get(name), features, samples)
         weight, bias = self._parameters()
         weight, share = whole(weight), None if bias is None else whole(bias) / len(self.modalities)
@@ -78,7 +78,7 @@ class SplitHead(UnimodalLogits):
         return nn.functional.linear(x, weight[:, self.columns[name]], share)
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as the forward had them: reading a parametrized one in training mode may change its state."""
+        """Return weight and bias without changing the state of a parametrization, as a read in training mode may."""
         if is_parametrized(self.head):
             undo, modules = Undo(), list(self.head.modules())
             with undo, undo:
@@ -88,17 +88,17 @@ class SplitHead(UnimodalLogits):
         return self.head.weight, self.head.bias
 
     def _detached(self) -> tuple[Tensor, Tensor | None]:
-        """Weight, and each modality's share of the bias, whole and in float32."""
+        """Return the weight and each modality's share of the bias, gathered from shards, in float32."""
         weight, bias = self._parameters()
         return whole(weight).detach().float(), None if bias is None else whole(bias).detach().float() / len(
             self.modalities
         )
 
     def _try(self, x: Tensor, weight: Tensor, share: Tensor | None, current: Pass) -> bool:
-        """Make sure that weight and bias make the head's output; False where this pass can't tell.
+        """Check that weight and bias give the head's output; return False if values of the pass are not finite.
 
         Raises:
-            NoMatchError: if something else makes it, as in a subclass of nn.Linear or a hook on the head.
+            NoMatchError: if the output is another, as with a subclass of nn.Linear or a hook on the head.
         """
         assert current.logits is not None
         logits, x = current.logits.float(), x.float()
@@ -107,7 +107,7 @@ class SplitHead(UnimodalLogits):
         if not bool(torch.isfinite(difference).all()):
             return False
         exact = x.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
-        # What is compared is float32 at best.
+        # Both sides are compared in float32, so that a wider dtype gives no smaller error.
         known = max(torch.finfo(dtype).eps for dtype in (current.logits.dtype, torch.float32))
         precision = known if exact else _REDUCED
         terms = nn.functional.linear(x.abs(), weight.abs()) + bias.abs()
@@ -119,7 +119,7 @@ class SplitHead(UnimodalLogits):
         return True
 
     def _clean_columns(self, name: str, current: Pass, x: Tensor) -> Tensor | None:
-        """The modality's part of the head's input as it would be without any drop `(N, D_m)`."""
+        """Return the modality's part `(N, D_m)` of the head's input without any drop; None for unknown columns."""
         if name not in self.projections and not self._locate(name, current, x):
             return None
         if name not in current.dropped:
@@ -133,7 +133,7 @@ class SplitHead(UnimodalLogits):
         return project(_like_rows(current.features[name], current.head_inputs[None]), len(x))
 
     def _locate(self, name: str, current: Pass, x: Tensor) -> bool:
-        """Find the modality's columns; False where this pass can't show them (not finite, or all zero)."""
+        """Find the modality's columns; return False if values of the pass are not finite or all zero."""
         failure = (
             f"several tensors that the encoder of {name!r} returns reach the head. Pass `select=`, a function "
             "which makes its features of them, or use `scores='zero-out'`."
@@ -146,7 +146,7 @@ class SplitHead(UnimodalLogits):
                 try:
                     match = self._match(name, sent, x, current)
                 except NoMatchError as error:
-                    failure = str(error)  # not the error, which holds frames
+                    failure = str(error)  # the text alone, since the error holds frames
                     continue
                 except AmbiguousMatchError:
                     if bool(sent.any()):
@@ -194,7 +194,7 @@ class SplitHead(UnimodalLogits):
     def _check_slices(self) -> None:
         width = self.head.in_features
         for name, columns in self.columns.items():
-            if width == 0:  # a lazy head, which does not know its width yet
+            if width == 0:  # a lazy head before its first forward
                 start, stop = columns.start or 0, -1 if columns.stop is None else columns.stop
             else:
                 start, stop, _ = columns.indices(width)
@@ -208,6 +208,6 @@ class SplitHead(UnimodalLogits):
 
 
 def _like_rows(features: Tensor, head_input: Tensor) -> Tensor:
-    """Features with one row for each row of a head's input that has more than two dimensions."""
+    """Flatten features to the rows of a head's input with more than two dimensions, if both have its positions."""
     per_position = head_input.dim() > 2 and features.shape[:-1] == head_input.shape[:-1]
     return as_rows(features) if per_position else features

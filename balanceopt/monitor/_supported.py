@@ -1,4 +1,4 @@
-"""What the monitor can't watch, refused with the alternative named."""
+"""Checks that refuse unsupported models and contexts, and name the alternative."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 from balanceopt._torch import is_joining, is_traced
 from balanceopt.distributed import Group, active_group
 
-# What torch says where a hook breaks a graph that should be whole.
+# Shown by torch if a hook breaks the graph under fullgraph=True.
 _NO_FULL_GRAPH = "balanceopt's ModalityMonitor looks at the numbers: compile the model without fullgraph=True"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def refuse_model(model: nn.Module) -> None:
-    """Raise for wrappers under which gradients or features can't be had.
+    """Raise for wrappers under which gradients or features are out of reach.
 
     Raises:
         NotImplementedError: for FSDP1, DataParallel and DeepSpeed.
@@ -47,7 +47,7 @@ def refuse_join(group: Group) -> None:
     """Raise within a forward under `DistributedDataParallel.join()`, where ranks may run out of batches.
 
     Raises:
-        NotImplementedError: naming the alternative.
+        NotImplementedError: under `join()` with several ranks; the message names the alternative.
     """
     if is_joining() and active_group(group) is not None:
         raise NotImplementedError(
@@ -58,7 +58,7 @@ def refuse_join(group: Group) -> None:
 
 
 def outside_graphs(function: Function) -> Function:
-    """Keep a hook, which looks at numbers, out of compiled graphs; it is a no-op while `is_traced`."""
+    """Exclude a hook, which reads tensor values, from compiled graphs; a no-op hook while `is_traced`."""
 
     @wraps(function)
     def hook(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whether a backward leaves gradients in parameters, and whether they are still there when the next one begins."""
+"""Detection of backwards that leave gradients in parameters, and of gradients cleared before the next backward."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Head = nn.Module | Mapping[str, nn.Module] | None
 
 
 class Traces:
-    """Ask autograd, at the gradient of the logits, for the parameters that the backward under way goes on to."""
+    """Ask autograd, at the gradient of the logits, whether the running backward reaches parameters."""
 
     def __init__(self, model: nn.Module, encoders: Mapping[str, nn.Module], head: Head) -> None:
-        """Look at one parameter after the other, the likeliest first."""
+        """Prepare to search the parameters, the likeliest first: of heads, encoders, then the rest of the model."""
         self._model = model
         heads = head.values() if isinstance(head, Mapping) else [head]
         self._parts = [*(h for h in heads if h is not None), *encoders.values(), model]
@@ -27,14 +27,14 @@ class Traces:
         self._backward = -1
 
     def gone(self) -> bool:
-        """Whether the gradients that an earlier backward left were cleared since: by `None`, as zero_grad does."""
+        """Tell whether gradients of an earlier backward have been set to None since, as zero_grad does."""
         parameter = None if self._latest is None else self._latest()
         return parameter is not None and parameter.grad is None and self._backward != backward_number()
 
     def left(self) -> bool:
-        """Whether the backward under way goes to a parameter; it does not where an attack asks for the inputs' alone.
+        """Tell whether the running backward reaches a parameter, unlike an attack's, which goes to inputs only.
 
-        `torch.autograd.grad` to parameters counts: the loop sets their `.grad` itself.
+        `torch.autograd.grad` to parameters counts, since the loop may set `.grad` itself.
         """
         latest = None if self._latest is None else self._latest()
         self._latest, self._backward = None, backward_number()
@@ -49,7 +49,7 @@ class Traces:
             if reached is not False:
                 self._latest = ref(parameter) if reached else None
                 return True
-        # Other tensors may stand for the parameters in the graph, as torch.func.functional_call has it.
+        # Other tensors may replace the parameters in the graph, as under torch.func.functional_call.
         return trainable and not self._in_graph()
 
     def _likely(self, latest: nn.Parameter | None) -> Iterator[nn.Parameter]:
@@ -59,7 +59,7 @@ class Traces:
             yield from module.parameters()
 
     def _in_graph(self) -> bool:
-        """Whether any of the model's parameters is in the graph that the logits came from."""
+        """Tell whether any of the model's parameters is in the graph of the logits."""
         params = {id(p) for p in self._model.parameters()}
         nodes: list[Any] = [running_node()]
         seen = set(nodes)
@@ -74,9 +74,9 @@ class Traces:
 
 
 def _reached(parameter: nn.Parameter) -> bool | None:
-    """Whether the running backward adds to the parameter's gradient; None where it returns it to a caller."""
+    """Tell whether the running backward adds to a parameter's `.grad`; None under `torch.autograd.grad`."""
     node = get_gradient_edge(parameter).node
     try:
         return will_run(node)
-    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+    except RuntimeError:  # the leaf is an input of torch.autograd.grad
         return None

@@ -1,4 +1,4 @@
-"""Uni-modal logits of any fusion: run it again with the other modalities' features zero."""
+"""Uni-modal logits of any fusion, by running the fusion again with the other modalities' features zero."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from balanceopt.monitor._replay import State, quieten
 
 
 class ZeroOut(UnimodalLogits):
-    """The fusion runs once more for each modality, with the others' encoder outputs replaced by zeros."""
+    """Uni-modal logits by one more run of the fusion for each modality, with the other encoders' outputs zero."""
 
     name = "zero-out"
     needs_outputs = True
 
     def __init__(self, model: nn.Module, head: nn.Module, features: Features, answers: Answers) -> None:
-        """Replay `model` from the outputs of its encoders up to the output of `head`."""
+        """Prepare to replay `model` from the outputs of its encoders to the output of `head`."""
         super().__init__(features)
         self.model = model
         self.encoders = features.encoders
@@ -38,7 +38,7 @@ class ZeroOut(UnimodalLogits):
 
     @property
     def knows_layout(self) -> bool:
-        """Whether a pass has called every encoder."""
+        """Whether some pass has called every encoder."""
         return self._seen_all
 
     def __call__(self, current: Pass) -> dict[str, Tensor]:
@@ -61,22 +61,22 @@ class ZeroOut(UnimodalLogits):
             depth = undo.depth
             for name in current.outputs:
                 unimodal[name] = self._alone(name, current)
-                undo.restore(depth)  # each modality's run starts from what the training forward left
+                undo.restore(depth)  # each modality's run starts from the state after the training forward
         return unimodal
 
     def join(self, current: Pass) -> None:
-        """Make a sharded fusion whole with the other ranks."""
+        """Gather a sharded fusion, a collective of all ranks."""
         with current.undo, current.undo:
             self._quieten(current)
 
     def replayed(self) -> list[nn.Module]:
-        """The modules whose code runs once more, and the encoders, whose outputs are given again."""
-        # Looked up each time: layers may have been replaced, and one that slipped through would run in training mode.
+        """Return the modules that run again, and the encoders, whose cached outputs are returned."""
+        # Looked up each time, since a layer may have been replaced and would run in training mode if missed.
         fusion = modules_outside(self.model, self.encoders.values())
         return [*fusion, *self.encoders.values()]
 
     def _quieten(self, current: Pass) -> None:
-        """Once for all modalities: ranks may see different ones, and make sharded parameters whole together."""
+        """Prepare the re-runs once for all modalities, since ranks gather shards and may see different modalities."""
         quieten(current.undo, current.replayed, next(self.model.parameters()).device)
 
     def _alone(self, alone: str, current: Pass) -> Tensor:
@@ -91,7 +91,7 @@ class ZeroOut(UnimodalLogits):
             hooks = vars(self.head)[AFTER_FORWARD]
             undo.set(vars(self.head), AFTER_FORWARD, OrderedDict([*hooks.items(), (_Stop.key, stop)]))
         look = self._look(alone, current)
-        # A forward may take its batch apart, and write into it.
+        # A forward may change its inputs in place, so each input tensor is copied or watched.
         args, kwargs = map_tensors(lambda x: state.tensor(x, "its inputs"), current.inputs)
         try:
             output = self.model.forward(*args, **kwargs)
@@ -110,7 +110,7 @@ class ZeroOut(UnimodalLogits):
         return self.answers.rows(self.head, logits).float()
 
     def _look(self, alone: str, current: Pass) -> _Look | None:
-        """Look, once, for how the modality's features enter the modules of the fusion, where they are known."""
+        """Register pre-hooks that search, once, for the projection of the modality's features in the fusion."""
         z = current.features.get(alone)
         if alone in self.features.projections or z is None or not bool(torch.isfinite(z).all() & z.any()):
             return None
@@ -122,16 +122,16 @@ class ZeroOut(UnimodalLogits):
 
 
 class _Reached(BaseException):
-    """The head answered: nothing after it is needed. Not an Exception, which the user's forward might catch."""
+    """Signal that the head has returned; no Exception, which the user's forward might catch."""
 
     def __init__(self, output: Any) -> None:
         self.output = output
 
 
 class _Stop:
-    """A head's last forward hook, which ends the run at the call that counts."""
+    """Last forward hook of a head, which ends the run at the head call that made the logits."""
 
-    key = -1  # torch's own numbers start at 0
+    key = -1  # torch's hook numbers start at 0
 
     def __init__(self, calls: int) -> None:
         self.left = calls
@@ -143,7 +143,7 @@ class _Stop:
 
 
 class _Look:
-    """A pre-hook on the fusion's modules: whether one of them gets the features, as they are or pooled."""
+    """Pre-hook on the fusion's modules that finds a module whose input is the features, plain or pooled."""
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
@@ -156,7 +156,7 @@ class _Look:
 
 
 class _Cached:
-    """An encoder's outputs, or zeros like them, given again in the order of its calls: each time a copy of its own."""
+    """Forward that returns copies of an encoder's outputs, or zeros of the same shapes, in the order of calls."""
 
     def __init__(self, outputs: Sequence[Any], *, zero: bool) -> None:
         self.outputs = outputs
@@ -170,5 +170,5 @@ class _Cached:
 
 
 def _zeros(x: Tensor) -> Tensor:
-    """Zeros for features; masks and indices among an encoder's outputs stay."""
+    """Return zeros for features; copy masks and indices among an encoder's outputs."""
     return torch.zeros_like(x) if is_differentiable(x) else x.clone()

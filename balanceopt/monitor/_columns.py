@@ -219,7 +219,7 @@ def _states_first(z: Tensor, samples: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Pooled:
-    """A pooling rule with functions before and after it (a ReLU), for rows that are samples, states or frames.
+    """Pooling rule with functions before and after (a ReLU), for rows that are samples, states or frames.
 
     Attributes:
         rule: function from `(B, ...)` to `(B, D)`.

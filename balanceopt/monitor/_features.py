@@ -28,7 +28,7 @@ class Features:
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module], select: Select, *, apart: bool) -> None:
-        """Read features by the user's `select`; `apart` refuses an encoder that works on another encoder's output."""
+        """Prepare for the user's `select`; `apart` refuses an encoder that works on another encoder's output."""
         self.encoders = dict(encoders)
         self.select = dict(select)
         self.projections: dict[str, Projection | None] = {}

@@ -171,7 +171,7 @@ class Passes:
         self.forget()
 
     def begin(self, model: nn.Module) -> Pass | None:
-        """Start a pass at the start of the model's forward; return None outside training."""
+        """Start a pass at the model's forward; return None if the forward is neither training nor a rehearsal."""
         self._drop_loose()
         self._running = True
         self.current = self._backward = None
@@ -184,7 +184,7 @@ class Passes:
         return self.current
 
     def end(self) -> Pass | None:
-        """Return the running pass, and leave it, at the end of the model's forward."""
+        """End the running pass's forward, and return the pass."""
         current, self.current, self._running = self.current, None, False
         return current
 

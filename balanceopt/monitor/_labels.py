@@ -26,7 +26,7 @@ class Labels:
     """Assign labels to passes, from the most trusted source that the user allows."""
 
     def __init__(self, allowed: LabelSource, ignore_index: int) -> None:
-        """Read labels from the source `allowed`, or all (`"auto"`); `ignore_index` labels samples that do not count."""
+        """Allow labels from one source, or all (`"auto"`); `ignore_index` labels samples that do not count."""
         self.allowed: LabelSource = allowed
         self.ignore_index = ignore_index
         self._next: Observed | None = None

@@ -68,7 +68,7 @@ def quieten(undo: Undo, modules: Sequence[nn.Module], device: torch.device) -> N
     if has_compiler():  # without a compiler nothing is compiled
         undo.note(keep_compiler_stance())
         torch.compiler.set_stance("force_eager")
-    for hooks in filter(None, GLOBAL_HOOKS):  # of profilers, counters of operations
+    for hooks in filter(None, GLOBAL_HOOKS):  # profilers and operation counters would count the re-run
         undo.note(partial(_refill, hooks, dict(hooks)))
         hooks.clear()
     checkpoint = sys.modules.get("torch.utils.checkpoint")
@@ -276,7 +276,7 @@ def _refill(container: Any, before: Any) -> None:
                 container.clear()
             if type(container) is dict:
                 container.update(before)
-            else:  # Counter.update adds
+            else:  # since Counter.update adds
                 for key, value in before.items():
                     container[key] = value
     elif not _is_same(container, before):

@@ -1,4 +1,4 @@
-"""ForwardMethod: methods that change features on their way into the fusion."""
+"""ForwardMethod: base of methods that change features before the fusion."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from balanceopt.monitor import ModalityMonitor, Pass, is_differentiable, map_ten
 
 @dataclass
 class _Begun:
-    """A training forward that a method has seen begin.
+    """State of a method for one training forward.
 
     Attributes:
-        number: how many came before.
+        number: number of earlier training forwards.
         acts: whether the forward lies in the method's window.
-        training: by modality, whether its encoder was in training mode when it first ran.
-        choice: what `begin` returned.
+        training: whether each modality's encoder was in training mode in its first call.
+        choice: result of `begin`.
     """
 
     number: int
@@ -36,21 +36,21 @@ class _Begun:
 
 
 class ForwardMethod(Method, ABC):
-    """A method that changes features on their way into the fusion, in training forwards alone.
+    """Base of methods that change features before the fusion, in training forwards only.
 
-    A subclass defines `transform`, and `begin` or `look` where it has to choose or learn something before. An encoder
-    in eval mode is left alone. Keep a reference: a method that is garbage-collected takes its hooks off.
+    A subclass defines `transform`, and `begin` or `look` for earlier choices. Features of an encoder in eval mode stay
+    unchanged. Keep a reference to the method: garbage collection of the method removes its hooks.
 
     Args:
-        monitor: a `ModalityMonitor`; others may use it at the same time.
-        start: first training forward or epoch in which the method acts, counted from 0.
-        end: last one, inclusive; None for no end.
-        unit: `"step"` to count training forwards, or `"epoch"` to count the epochs that `set_epoch` is told.
-        seed: of all randomness; None for `torch.initial_seed()` of the first rank, read now.
+        monitor: a `ModalityMonitor`, which other methods may share.
+        start: first training forward or epoch of the window, counted from 0.
+        end: last training forward or epoch of the window, inclusive; None for no end.
+        unit: unit of the window: `"step"` for training forwards, or `"epoch"`, set by `set_epoch`.
+        seed: seed of all randomness; None for `torch.initial_seed()` of the first rank, read now.
 
     Attributes:
-        forwards: training forwards seen so far.
-        seed: of all randomness.
+        forwards: number of training forwards so far.
+        seed: seed of all randomness.
 
     Raises:
         TypeError: if `monitor` is no `ModalityMonitor`.
@@ -74,63 +74,63 @@ class ForwardMethod(Method, ABC):
         self.monitor = monitor
         self.seed = shared_seed(monitor.group, seed)
         self.forwards = 0
-        self._key = object()  # of the method's notes on a pass, which does not keep the method alive
+        self._key = object()  # key of `Pass.notes`, which must hold no reference to the method
         monitor.hooks.transforms.add(self._on_output)
 
     @abstractmethod
     def transform(self, name: str, features: Tensor, current: Pass) -> Tensor:
-        """Return what goes into the fusion instead of a tensor of features `(B, ...)`; the tensor to leave it alone.
+        """Return the features for the fusion in place of `features` `(B, ...)`; `features` itself for no change.
 
-        Called for each floating tensor that the encoder of modality `name` returns, and again with the same pass when
-        activation checkpointing runs the encoder a second time: the result has to be the same then.
+        Called for each floating tensor in the output of the encoder of modality `name`, and again with the same pass
+        when activation checkpointing repeats the encoder's forward, where the result has to be the same.
         """
 
     def begin(self, current: Pass, acts: bool) -> Any:
-        """Choose what to do in a training forward, when its first encoder has run; `acts` if it lies in the window.
+        """Return the method's choice for a training forward after the first encoder's call, for `choice_in`.
 
-        What is returned is what `choice_in` gives back for this forward.
+        `acts` is whether the forward lies in the window.
         """
 
     def look(self, name: str, output: Any, current: Pass) -> None:
-        """Look at what the encoder of modality `name` returned in a training forward, before any `transform`."""
+        """Inspect the output of the encoder of modality `name` in a training forward, before any `transform`."""
 
     def generator(self, current: Pass, device: torch.device) -> torch.Generator:
-        """Return a generator whose stream is a function of the seed, the number of the forward and the rank."""
+        """Return a generator with a stream that is a function of (seed, number of the forward, rank)."""
         return generator_for(self.seed, self.number_of(current), rank_in(self.monitor.group), device)
 
     def choice_in(self, current: Pass) -> Any:
-        """Return what `begin` chose for a pass; None if the method did not see the pass begin."""
+        """Return the result of `begin` for a pass; None for a pass without a call of `begin`."""
         begun: _Begun | None = current.notes.get(self._key)
         return None if begun is None else begun.choice
 
     def number_of(self, current: Pass) -> int:
-        """Return how many training forwards came before a pass."""
+        """Return the number of training forwards before a pass."""
         begun: _Begun = current.notes[self._key]
         return begun.number
 
     def stats(self) -> dict[str, int]:
-        """Return how many training forwards were seen, and how often something odd happened, by name."""
+        """Return counts of training forwards and of irregularities, by name."""
         return {"forwards": self.forwards, **super().stats()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on bit for bit: plain numbers and tensors."""
+        """Return the state for an exact resume, of plain numbers and tensors."""
         return {"forwards": self.forwards, "seed": self.seed, "epoch": self.epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. A load that fails changes nothing.
+        """Load the state of a checkpoint. A load that fails changes nothing.
 
         Args:
-            state: from `state_dict()`.
+            state: result of `state_dict()`.
 
         Raises:
-            TypeError, KeyError, ValueError: if it is none of this method.
+            TypeError, KeyError, ValueError: if `state` is no state of this method.
         """
         self.check_state(state)
         self.forwards, self.seed = int(state["forwards"]), int(state["seed"])
         self.epoch = None if state["epoch"] is None else int(state["epoch"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse what `load_state_dict` can't take.
+        """Raise for a state that `load_state_dict` can't load.
 
         Raises:
             TypeError, KeyError, ValueError: as `load_state_dict`.
@@ -141,12 +141,12 @@ class ForwardMethod(Method, ABC):
         check_count("epoch", state["epoch"], or_none=True)
 
     def remove(self) -> None:
-        """Act no more. The monitor stays. May be called twice."""
+        """Remove the method's hooks; the monitor stays. May be called twice."""
         super().remove()
         self.monitor.hooks.transforms.drop(self._on_output)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The hooks are on the model of this one's monitor: a copy acts on nothing.
+        # A copy is inert, because hooks exist on the original monitor's model only.
         return {**super().__getstate__(), "removed": True}
 
     def _begin(self, current: Pass) -> _Begun:
@@ -160,10 +160,10 @@ class ForwardMethod(Method, ABC):
         return begun
 
     def _on_output(self, name: str, current: Pass, output: Any) -> Any:
-        """What goes on into the fusion instead of an encoder's output; the same when the forward is run again."""
+        """Return an encoder's output with transformed features, the same when checkpointing repeats the forward."""
         begun: _Begun | None = current.notes.get(self._key)
         if begun is None:
-            if in_backward():  # the forward ran before this method was there
+            if in_backward():  # the forward ran before this method was built
                 return output
             begun = self._begin(current)
         if not in_backward():
@@ -189,5 +189,5 @@ class ForwardMethod(Method, ABC):
 
 
 def is_feature(x: Tensor) -> bool:
-    """Whether a tensor of an encoder's output holds features: not masks, indices, lengths or single numbers."""
+    """Whether a tensor of an encoder's output holds features, not a mask, indices, lengths or a single number."""
     return is_differentiable(x) and x.dim() > 0

@@ -1,4 +1,4 @@
-"""Which samples lose which modality's features in one forward, and how the rest is rescaled."""
+"""Drop masks of a forward, the rescaling of features, and a check that the fusion supports zero features."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from balanceopt._random import generator_for, mixed
 
 Rescale = Literal["none", "official"]
 
-# Streams that are apart from each other, and from the noise of the optimizers that share the seed.
+# Mixed into the seed, so that masks, gates and the noise of optimizers with the same seed are independent.
 _MASKS, _GATES = 0x4F504D, 0x47415445
 
 
 def mask_generator(seed: int, forward: int, rank: int, device: torch.device) -> torch.Generator:
-    """Return the generator of a forward's masks, a function of seed, forward and rank."""
+    """Return the generator of a forward's masks, a function of (seed, forward, rank)."""
     return generator_for(mixed(seed, _MASKS), forward, rank, device)
 
 
 def is_executed(p_exe: float, seed: int, forward: int) -> bool:
-    """Whether a forward drops at all, which is so with probability `p_exe`; the same on every rank."""
+    """Whether a forward drops features, with probability `p_exe` and the same on every rank."""
     return mixed(seed, _GATES, forward) < p_exe * 2**64
 
 
 @torch.no_grad()
 def sample_kept(q: Tensor, samples: int, generator: torch.Generator, present: Tensor | None = None) -> Tensor:
-    r"""Draw which modalities each sample keeps: \(r^m_i \sim \text{Bernoulli}(1 - q^m)\), never none of them.
+    r"""Draw the modalities that each sample keeps, at least one: \(r^m_i \sim \text{Bernoulli}(1 - q^m)\).
 
     Args:
         q: `(M,)` drop probabilities.
-        samples: B.
-        generator: on the device of `q`.
-        present: bool `(M, B)`, the modalities that each sample has; None for all.
+        samples: number of samples B.
+        generator: generator on the device of `q`.
+        present: bool `(M, B)`, modalities that each sample has; None for all.
 
     Returns:
-        bool `(M, B)`. A sample that would lose all that it has keeps the one with the smallest q.
+        bool `(M, B)`. A sample that would lose all its modalities keeps the one with the smallest q.
 
     Example:
         >>> sample_kept(torch.tensor([1.0, 0.0]), 3, torch.Generator())
@@ -61,25 +61,25 @@ def sample_kept(q: Tensor, samples: int, generator: torch.Generator, present: Te
 
 @torch.no_grad()
 def rescale_factors(q: Tensor, rescale: Rescale, widths: Tensor | None = None) -> Tensor | None:
-    r"""Return what features are multiplied by after the drop.
+    r"""Return the factors on the features after the drop.
 
     `"official"`: \(1 / (1 - \theta)\) for all modalities, \(\theta = \sum_m d_m q_m / \sum_m d_m\), and 1 where
-    \(\theta = 1\); `"none"`: nothing.
+    \(\theta = 1\); `"none"`: no factors.
 
     Args:
         q: `(M,)` drop probabilities.
-        rescale: which of them.
-        widths: `(M,)` numbers of features \(d_m\), for `"official"`; None for equal ones.
+        rescale: `"none"` or `"official"`.
+        widths: `(M,)` numbers of features \(d_m\), for `"official"`; None for equal numbers.
 
     Returns:
-        `(M,)`, or None for `"none"`.
+        `(M,)` factors, or None for `"none"`.
 
     Example:
         >>> rescale_factors(torch.tensor([0.5, 0.0]), "official", torch.tensor([1.0, 1.0]))
         tensor([1.3333, 1.3333])
 
     Reference:
-        "official" as in the published code of TPAMI 2024.
+        Published code of Wei et al., TPAMI 2024, for "official".
     """
     if rescale == "none":
         return None
@@ -89,7 +89,7 @@ def rescale_factors(q: Tensor, rescale: Rescale, widths: Tensor | None = None) -
 
 
 def feature_width(features: Tensor) -> int:
-    """Channels of a map `(B, C, H, W)`, else the last dimension: of vectors `(B, D)` and tokens `(B, T, D)`."""
+    """Return the number of features: C of a map `(B, C, H, W)`, D of vectors `(B, D)` and tokens `(B, T, D)`."""
     if features.dim() < 2:
         return 1
     return features.shape[1] if features.dim() > 3 else features.shape[-1]
@@ -97,16 +97,16 @@ def feature_width(features: Tensor) -> int:
 
 @dataclass(eq=False)
 class Drop:
-    """What is done to the encoders' outputs in one forward, the same when activation checkpointing runs it again.
+    """Drop of features in one forward, the same when activation checkpointing repeats the forward.
 
     Attributes:
-        modalities: names, in the order of `q`.
-        generator: makes the mask's generator on a device.
-        repeats: rows that each modality's encoder returns for a sample, as earlier forwards have shown.
-        present: bool `(B,)` by modality, the samples that have it, as far as that is known before the forward.
-        q: `(M,)`, None while nothing is dropped.
-        factors: `(M,)`, what features are multiplied by; None for nothing.
-        rows: by modality, how many rows its encoder returned.
+        modalities: names of the modalities, in the order of `q`.
+        generator: function from a device to the mask's generator.
+        repeats: rows of each encoder's output for a sample, by modality, from earlier forwards.
+        present: bool `(B,)` by modality, samples that have the modality, where given before the forward.
+        q: `(M,)` drop probabilities; None in a forward without a drop.
+        factors: `(M,)` factors on the features; None for no rescaling.
+        rows: number of rows of each encoder's output, by modality.
         applied: modalities whose features were changed.
     """
 
@@ -121,11 +121,11 @@ class Drop:
     _mask: Tensor | None = None
 
     def note(self, name: str, views: Sequence[Tensor], kind: str) -> None:
-        """Remember how many rows the tensors of an encoder's first output, a `kind`, have.
+        """Record the number of rows of the tensors in an encoder's first output, of type `kind`.
 
         Raises:
-            TypeError: if there is no tensor of features in the output.
-            ValueError: if its tensors can't have their rows of the same samples.
+            TypeError: if the output holds no tensor of features.
+            ValueError: if the tensors' rows can't belong to the same samples.
         """
         if name in self.rows:
             return
@@ -142,10 +142,10 @@ class Drop:
                 raise self._misfit(name, x, rows // self.repeats.get(name, 1))
 
     def apply(self, name: str, x: Tensor) -> Tensor:
-        """Return a modality's features with those of dropped samples zero; the tensor itself where nothing is done.
+        """Return a modality's features with zeros for dropped samples; `x` itself where nothing is dropped.
 
         Raises:
-            ValueError: if its rows are not those of the samples.
+            ValueError: if the rows of `x` are not those of the samples.
         """
         if not self.applies_to(name):
             return x
@@ -156,7 +156,7 @@ class Drop:
         return x * self.factors[self.modalities.index(name)].to(x.device, x.dtype)
 
     def applies_to(self, name: str) -> bool:
-        """Whether the modality's features may change in this pass, as far as the host knows."""
+        """Whether the modality's features may change in this pass, judged without device synchronisation."""
         if self.q is None:
             return False
         host_value = on_host(self.q)
@@ -167,7 +167,7 @@ class Drop:
         )
 
     def dropped_rows(self, rows: int) -> Tensor | None:
-        """bool `(rows,)`, the rows of the logits of which a modality was dropped; None where that is not known."""
+        """Return bool `(rows,)`, rows of the logits with a dropped modality; None where rows do not match samples."""
         samples = 0 if self._mask is None else self._mask.shape[1]
         if self._mask is None or samples == 0 or rows % samples:
             return None
@@ -175,21 +175,21 @@ class Drop:
         return self._mask[applied].any(0).repeat_interleave(rows // samples)
 
     def _mask_of(self, name: str, x: Tensor) -> Tensor:
-        """bool, one for each row of the modality's tensor `x`: what is dropped of it.
+        """Return the drop mask of the rows of a modality's tensor `x`, bool.
 
         Raises:
-            ValueError: if its rows are not those of the samples.
+            ValueError: if the rows of `x` are not those of the samples.
         """
         dropped = self._draw(name)[self.modalities.index(name)].to(x.device)
         flags, samples = self.present.get(name), len(dropped)
         if flags is not None and len(x) != samples and len(flags) == samples:
-            having = dropped[flags.to(x.device)]  # its encoder ran on the samples that have the modality
+            having = dropped[flags.to(x.device)]  # the encoder ran only on samples with the modality
             if len(x) == len(having) * self.repeats.get(name, 1):
                 dropped = having
         repeat = len(x) // len(dropped) if len(dropped) else 1
         if repeat not in (1, self.repeats.get(name, 1)) or repeat * len(dropped) != len(x):
             raise self._misfit(name, x, samples)
-        # Several rows for a sample stand one after the other: frames of a clip.
+        # Rows of one sample, such as frames of a clip, are consecutive.
         return dropped if repeat == 1 else dropped.unsqueeze(1).expand(-1, repeat).reshape(-1)
 
     def _misfit(self, name: str, x: Tensor, samples: int) -> ValueError:
@@ -201,7 +201,7 @@ class Drop:
         )
 
     def _draw(self, name: str) -> Tensor:
-        """bool `(M, B)`, what is dropped; drawn when the first encoder, `name`, has returned."""
+        """Return the drop mask, bool `(M, B)`, drawn after the output of the first encoder, `name`."""
         if self._mask is None:
             assert self.q is not None
             rows, repeat = self.rows[name], self.repeats.get(name, 1)
@@ -217,25 +217,25 @@ class Drop:
 
 
 class Zeros:
-    """Whether the fusion takes features that are zero; one that can't would ruin every weight in a step.
+    """Check that the fusion supports zero features: NaN logits would make every weight NaN in a step.
 
-    Once in a run, in the first forward that may drop, this waits for the device; if nothing was dropped then, later
-    forwards are looked at when their numbers have arrived.
+    The first forward that may drop is checked with a device synchronisation; if no sample was dropped, later forwards
+    are checked without one.
 
     Attributes:
-        are_taken: samples were dropped, and the logits were numbers.
+        are_taken: whether samples were dropped without NaN in the logits.
     """
 
     def __init__(self) -> None:
-        """Nothing was dropped yet."""
+        """Start with zero features unchecked."""
         self.are_taken = False
         self._counts: DeferredCounts | None = None
 
     def look(self, drop: Drop, features: Iterable[Tensor], logits: Tensor) -> None:
-        """Look at the logits `(N, C)` of a pass and at its clean `features`.
+        """Check the logits `(N, C)` of a pass with clean `features`.
 
         Raises:
-            RuntimeError: if the logits of dropped rows alone are NaN.
+            RuntimeError: if logits are NaN in rows with a dropped modality only.
         """
         rows = drop.dropped_rows(len(logits))
         finite = [z.isfinite().all() for z in features]

@@ -1,4 +1,4 @@
-"""OPM as hooks on the encoders: drop probabilities that follow the monitor's scores."""
+"""OPM: hooks on the encoders that drop features, with probabilities from the monitor's scores."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from balanceopt.prediction._drop import (
     rescale_factors,
 )
 
-# Updates without any score before the user is told; two forwards before one backward are nothing unusual.
+# Number of updates in a row without scores before a warning: two forwards before one backward are usual.
 _SILENT_UPDATES = 10
 _STAYS = "OPM leaves its drop probabilities as they are"
 
@@ -55,30 +55,30 @@ class OPM(ForwardMethod):
 
     $$q^m = q_{base} (1 + \lambda \tanh(\rho^m - 1)) \text{ if } \rho^m > 1, \text{ else } 0$$
 
-    clipped to [0, 1], where \(\rho\) are the discrepancy ratios of the clean features in the last pass that backward
-    reached. The weakest modality is never dropped, so no sample loses all that it has. The encoder runs; its output is
-    set to zero. Neither model nor loop changes, and nothing happens in eval mode or without gradients.
+    clipped to [0, 1], where \(\rho\) are the discrepancy ratios of the clean features in the last pass with a backward.
+    The weakest modality is never dropped, so that no sample loses all its modalities. The encoder runs, and its output
+    is set to zero. Model and loop are unchanged; eval mode and forwards without gradients are no-ops.
 
-    Keep a reference to it: one that is garbage-collected takes its hooks off, and drops nothing any more.
+    Keep a reference to the OPM: garbage collection of the OPM removes its hooks.
 
     Args:
-        monitor: a `ModalityMonitor` built with a head; others may use it at the same time.
-        q_base: probability just above a ratio of 1.
-        lam: growth with the ratio, >= 0.
-        p_exe: part of the batches in which anything is dropped (0.7 in the published scripts).
+        monitor: a `ModalityMonitor` built with a head, which other methods may share.
+        q_base: drop probability just above a ratio of 1, in [0, 1].
+        lam: growth of the probability with the ratio, >= 0.
+        p_exe: share of the batches with a drop, in [0, 1] (0.7 in the published scripts).
         rescale: `"none"`, or `"official"`: all features times \(1 / (1 - \theta)\) with \(\theta\) the mean of q over
             all features.
-        ratio: `"mean_of_ratios"` or `"ratio_of_means"`, for three modalities or more.
-        start: first training forward or epoch in which anything is dropped, counted from 0.
-        end: last one, inclusive; None for no end.
-        unit: `"step"` to count training forwards, or `"epoch"` to count the epochs that `set_epoch` is told.
-        seed: of all randomness, a function of (seed, forward, modality, rank); None for `torch.initial_seed()` of the
-            first rank, read now.
+        ratio: reduction of three or more modalities, `"mean_of_ratios"` or `"ratio_of_means"`.
+        start: first training forward or epoch of the window, counted from 0.
+        end: last training forward or epoch of the window, inclusive; None for no end.
+        unit: unit of the window: `"step"` for training forwards, or `"epoch"`, set by `set_epoch`.
+        seed: seed of all randomness, a function of (seed, forward, modality, rank); None for `torch.initial_seed()` of
+            the first rank, read now.
 
     Raises:
         TypeError: if `monitor` is no `ModalityMonitor`.
-        ValueError: for an option outside its range, a monitor without a head or with another `OPM`, or an encoder whose
-            outputs don't have the samples along dimension 0.
+        ValueError: for an option outside its range, a monitor without a head or with another `OPM`, or an encoder with
+            samples along another dimension than 0.
 
     Example:
         >>> import balanceopt as bo
@@ -109,7 +109,7 @@ class OPM(ForwardMethod):
         _check_monitor(monitor)
         _check_options(q_base, lam, p_exe, rescale, ratio)
         alone = len(monitor.modalities) == 1
-        if alone:  # said before anything is hooked: a warning may be an error
+        if alone:  # before any hook, because a warning may be raised as an error
             warn_user(
                 f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: nothing is dropped."
             )
@@ -139,11 +139,11 @@ class OPM(ForwardMethod):
 
     @property
     def q(self) -> Tensor:
-        """`(M,)` the drop probabilities of the latest training forward, in the order of `monitor.modalities`."""
+        """`(M,)` drop probabilities of the latest training forward, in the order of `monitor.modalities`."""
         return self._q.clone()
 
     def update(self) -> None:
-        """Bring q up to date now, not at the next training forward. Several ranks have to call it together."""
+        """Update q from the pending scores before the next training forward; a collective of all ranks."""
         sums, self._pending = self._waiting(), None
         if self._scores is not None:
             self._scores.discard()
@@ -166,7 +166,7 @@ class OPM(ForwardMethod):
         self._follow(*sums)
 
     def on_counts(self, counts: dict[str, int]) -> None:
-        """Warn of updates whose scores could not be used."""
+        """Warn of updates with unusable scores."""
         if counts.get("unusable_scores"):
             self._warn_once(
                 "scores",
@@ -175,7 +175,7 @@ class OPM(ForwardMethod):
             )
 
     def stats(self) -> dict[str, int]:
-        """Training forwards seen, those in which something may have been dropped, updates of q, and oddities."""
+        """Return counts of training forwards, forwards with a drop, updates of q and irregularities, by name."""
         return {
             "forwards": self.forwards,
             "dropping": self._dropping,
@@ -185,10 +185,10 @@ class OPM(ForwardMethod):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on bit for bit: plain numbers and tensors.
+        """Return the state for an exact resume, of plain numbers and tensors.
 
-        The last pass's scores are this rank's own. With several ranks call `update()` on all of them first: then one
-        rank's state is everyone's.
+        Pending scores of the last pass differ between ranks. With several ranks call `update()` on all ranks first, so
+        that the state is the same on every rank.
         """
         pending = self._waiting()
         return {
@@ -202,10 +202,10 @@ class OPM(ForwardMethod):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; options are this object's own. A load that fails changes nothing.
+        """Load the state of a checkpoint, which holds no options. A load that fails changes nothing.
 
         Raises:
-            TypeError, ValueError: if the state is of other modalities, or an entry of another kind.
+            TypeError, ValueError: if the state has other modalities, or an entry has another type.
             KeyError: if an entry is missing.
         """
         super().load_state_dict(state)
@@ -219,7 +219,7 @@ class OPM(ForwardMethod):
             self._scores.discard()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse what `load_state_dict` can't take.
+        """Raise for a state that `load_state_dict` can't load.
 
         Raises:
             TypeError, ValueError, KeyError: as `load_state_dict`.
@@ -243,7 +243,7 @@ class OPM(ForwardMethod):
         check_layout(state["layout"])
 
     def remove(self) -> None:
-        """Drop nothing any more. The monitor stays. May be called twice."""
+        """Remove the OPM's hooks; the monitor stays. May be called twice."""
         super().remove()
         leave(self)
         self.monitor.hooks.logits.drop(self._on_logits)
@@ -259,7 +259,7 @@ class OPM(ForwardMethod):
         return f"OPM({options}, seed={self.seed})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks are on the model of this one's monitor; who listens, and a forward under way, are no part of a copy.
+        # A copy is inert, because hooks exist on the original monitor's model only; the current forward is not copied.
         warn_user(
             "a copy of an OPM drops nothing. To balance a copy of the model too, build a monitor and an OPM on it, and "
             "give that OPM this one's state_dict()."
@@ -269,13 +269,13 @@ class OPM(ForwardMethod):
 
     @property
     def _unimodal(self) -> UnimodalLogits:
-        assert self.monitor.unimodal is not None  # checked when this was built
+        assert self.monitor.unimodal is not None  # checked in the constructor
         return self.monitor.unimodal
 
     # -- in a forward --------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        """Put the hooks on, such that they go with this object."""
+        """Register the hooks, with removal at garbage collection of the OPM."""
         self._watch = CallWatch(self.monitor, "OPM", "nothing is dropped")
         weakref.finalize(self, self._watch.remove).atexit = False
         self._scores = self.monitor.scores(steps=False)
@@ -283,12 +283,12 @@ class OPM(ForwardMethod):
         self.monitor.hooks.logits.add(self._on_logits)
 
     def transform(self, name: str, features: Tensor, current: Pass) -> Tensor:
-        """Return the features with those of dropped samples zero."""
+        """Return the features with zeros for dropped samples."""
         drop: Drop = self.choice_in(current)
         return drop.apply(name, features)
 
     def look(self, name: str, output: Any, current: Pass) -> None:
-        """Learn how many rows and features an encoder returns."""
+        """Record the numbers of rows and features of an encoder's output."""
         drop: Drop = self.choice_in(current)
         encoder = self.monitor.encoders[name]
         views = [samples_first(encoder, output, x) for x in tensors_in(output) if is_feature(x)]
@@ -298,13 +298,13 @@ class OPM(ForwardMethod):
             self._widths[name] = feature_width(self.monitor.features.of(name, output))
 
     def _on_logits(self, current: Pass, logits: Tensor) -> None:
-        """Let the first pass with dropped samples be looked at."""
+        """Check the logits of the first pass with dropped samples."""
         drop: Drop | None = self.choice_in(current)
         if drop is not None and not self._zeros.are_taken:
             self._zeros.look(drop, current.features.values(), logits)
 
     def begin(self, current: Pass, acts: bool) -> Drop:
-        """Bring q up to date, and choose what is dropped in a training forward."""
+        """Update q, and return the `Drop` of a training forward."""
         if self._forwards_here == 0:
             refuse_company(self, "OPM")
         self._forwards_here += 1
@@ -331,24 +331,24 @@ class OPM(ForwardMethod):
         return drop
 
     def _known_repeats(self) -> dict[str, int]:
-        """Rows of each modality's encoder for a sample, from a checkpoint or as passes have shown."""
+        """Return the rows of each encoder's output for a sample, from a checkpoint and from earlier passes."""
         return {**self._repeats, **self.monitor.features.repeats}
 
     def _widths_on(self, device: torch.device) -> Tensor:
-        """`(M,)` features of each modality: a linear head's columns, else of the encoder's output; 1 if not seen."""
+        """Return `(M,)` numbers of features: columns of a linear head, else the encoder's features, else 1."""
         columns = self._unimodal.columns
         widths = [
             columns[name].stop - columns[name].start if name in columns else self._widths.get(name, 1)
             for name in self.monitor.modalities
         ]
-        if self._width_cache[:2] != (device, widths):  # a copy to the device waits for it
+        if self._width_cache[:2] != (device, widths):  # cached, as a copy to the device synchronises
             self._width_cache = device, widths, torch.tensor(widths, dtype=torch.float32, device=device)
         return self._width_cache[2]
 
     # -- q follows the scores --------------------------------------------------------------------------------------
 
     def _waiting(self) -> Tensor | None:
-        """`(2, M)` summed scores and counts of this rank that are not in q yet."""
+        """Return `(2, M)` summed scores and counts of this rank since the last update of q; None for no scores."""
         sums = None if self._scores is None else self._scores.peek()
         if sums is None:
             return self._pending
@@ -362,22 +362,22 @@ class OPM(ForwardMethod):
         usable = sums.usable.any()
         ratio = discrepancy_ratio(sums.mean_score, self.ratio, sums.present)
         q = drop_probability(ratio, self.q_base, self.lam)  # TPAMI Eq. 8
-        # Never the weakest, whatever the ratios' rounding says: no sample may lose all that it has.
+        # The weakest modality is excluded explicitly, because rounding of the ratios could make its q positive.
         weakest = torch.where(sums.present, sums.mean_score, torch.inf).min()
         q = q.masked_fill((sums.mean_score <= weakest) | ~sums.present, 0)
         self._q = torch.where(usable, q, self._q.to(q.device))
         self._updates += 1
         self.count(unusable_scores=~usable & (count > 0).any())
-        # Of the latest forward; the one under way is counted when q is up to date.
+        # Number of the latest forward, because the current forward is counted after the update.
         self.report(max(self.forwards - 1, 0), "ratio", self.monitor.modalities, ratio)
 
     def _warn_once(self, kind: str, message: str) -> None:
         _warn_once(self._warned, kind, message)
 
     def _warn_of_lost_samples(self) -> None:
-        """Warn where the last forward dropped a modality and never ran the encoder of a weaker one.
+        """Warn where the last forward dropped a modality and did not run the encoder of a weaker modality.
 
-        Whether an encoder will run can't be known before, so the samples that had only the dropped one have lost it.
+        Which encoders run is unknown before the forward, so that samples with only the dropped modality lost all.
         """
         drop, earlier = self._latest, self._latest_pass
         if drop is None or earlier is None or earlier.broke_off or drop.present:

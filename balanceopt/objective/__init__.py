@@ -1,4 +1,4 @@
-"""Uni-modal losses beside the joint one: each encoder is asked for the class by itself."""
+"""Uni-modal losses in addition to the joint loss, one for each encoder."""
 
 from balanceopt.objective._objective import UnimodalObjective
 

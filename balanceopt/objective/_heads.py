@@ -1,4 +1,4 @@
-"""What a modality answers by itself: a linear head on its features, and the loss of its logits."""
+"""Uni-modal heads: linear heads on each modality's features, and losses of the uni-modal logits."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class OwnHead(nn.LazyLinear):
-    """A linear layer that takes its width from the first features, with nn.Linear's distribution of initial weights.
+    """Linear layer with the width of the first features, and the initial distribution of nn.Linear.
 
-    The weights are a function of the seed: the same on every rank, and the global random stream is left alone.
+    The weights are a function of the seed: the same on every rank, without numbers of the global random stream.
     """
 
     def __init__(self, out_features: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Answer with `out_features` logits."""
+        """Build a layer with `out_features` logits and lazy parameters."""
         super().__init__(out_features, device=device, dtype=dtype)
         self.seed = seed
 
     def reset_parameters(self) -> None:
-        """Draw both weight and bias from U(-1/sqrt(width), 1/sqrt(width))."""
+        """Draw weight and bias from U(-1/sqrt(width), 1/sqrt(width))."""
         if self.has_uninitialized_params() or self.in_features == 0:
             return
         generator = torch.Generator("cpu").manual_seed(self.seed)
@@ -48,15 +48,15 @@ class OwnHead(nn.LazyLinear):
 
 
 def build(head: nn.Linear, width: int) -> None:
-    """Build an `OwnHead` for features of this width, unless it is built or a checkpoint has brought its weights."""
+    """Initialise a lazy `OwnHead` for features of `width`; weights loaded from a checkpoint stay."""
     if isinstance(head, OwnHead):
         device, dtype = head.weight.device, head.weight.dtype
         width = width if head.has_uninitialized_params() else head.weight.shape[1]
-        # Outside autocast, whose cache would give the first batch a weight without a graph.
+        # Autocast is disabled, because its cache would hold a weight without a graph for the first batch.
         plain = torch.amp.is_autocast_available(device.type)
         with torch.no_grad(), torch.autocast(device.type, enabled=False) if plain else nullcontext():
             head(torch.empty(0, width, device=device, dtype=dtype))
-        head.in_features = width  # torch before 2.8 leaves it at 0 where a checkpoint has brought the weights
+        head.in_features = width  # torch before 2.8 leaves this at 0 for weights loaded from a checkpoint
 
 
 def _versions_of(params: Iterable[nn.Parameter]) -> int:
@@ -64,15 +64,15 @@ def _versions_of(params: Iterable[nn.Parameter]) -> int:
 
 
 class Heads:
-    """Each modality's head: its own, or its part of the shared one.
+    """Heads of the modalities: separate heads, or each modality's part of the shared head.
 
     Attributes:
-        own: the own heads, in the order of the monitor's modalities; none where the shared head is used.
-        average: of the own heads' gradients over ranks.
+        own: separate heads, in the order of the monitor's modalities; empty where the shared head is used.
+        average: average of the separate heads' gradients over ranks.
     """
 
     def __init__(self, monitor: ModalityMonitor, own: nn.ModuleList, out_features: int, pool: Pool) -> None:
-        """Use the heads in `own`; an empty list for the shared head."""
+        """Use the separate heads in `own`, or the shared head for an empty list."""
         self.monitor = monitor
         self.own = own
         self.out_features = out_features
@@ -83,27 +83,27 @@ class Heads:
 
     @property
     def shared(self) -> bool:
-        """Whether it is the shared head that answers."""
+        """Whether the shared head makes the uni-modal logits."""
         return len(self.own) == 0
 
     def of(self, name: str) -> nn.Linear:
-        """A modality's own head."""
+        """Return the separate head of the modality `name`."""
         head = self.own[self.monitor.modalities.index(name)]
         assert isinstance(head, nn.Linear)
         return head
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """The parameters that make a modality's logits of its features, those that are trained."""
+        """Return the trainable parameters between a modality's features and uni-modal logits."""
         head = self.monitor.head
         modules: Iterable[nn.Module] = head.values() if isinstance(head, Mapping) else [head] if head else []
         modules = modules if self.shared else [self.of(name)]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def warn_if_untrained(self) -> None:
-        """Say once that no optimizer holds the own heads: a step moved the encoders, and not the heads.
+        """Warn once of separate heads that no optimizer holds: a step changed the encoders, and not the heads.
 
-        To be called when a loss of the heads was made: the step for the one before is over. A step in place counts up
-        the version of what it moves.
+        Called after each loss of the heads, when the previous loss's step is over. Changes in place raise the version
+        counters of the parameters.
         """
         if self._settled or torch.compiler.is_compiling():
             return
@@ -123,25 +123,25 @@ class Heads:
     def logits(
         self, name: str, features: Tensor, samples: int | None = None, present: Tensor | None = None
     ) -> Tensor:
-        """The logits of a modality's features, attached to the graphs of both.
+        """Return the uni-modal logits of a modality's features, attached to the graphs of features and head.
 
         Args:
-            name: the modality.
-            features: `(B, ...)`, or several rows for each sample (frames).
-            samples: B, where it is known.
-            present: bool `(B,)`, the samples that have the modality, where the user told.
+            name: name of the modality.
+            features: `(B, ...)` features, or several rows for each sample (frames).
+            samples: number of samples B; None if unknown.
+            present: bool `(B,)`, samples that have the modality; None if not given by the user.
 
         Returns:
-            `(B, C)`; of the samples that have the modality alone, where its encoder ran on these.
+            `(B, C)` logits; rows only of samples with the modality where the encoder ran only on these.
 
         Raises:
-            ValueError: if the features have another width than the head was built for, or the shared head another
-                number of outputs than `out_features`.
+            ValueError: if the features do not have the width of the head, or the shared head does not have
+                `out_features` outputs.
         """
         project = self.monitor.features.projections.get(name)
         samples = samples_in(name, features, samples, present, frames=project is not None)
         if self.shared:
-            assert self.monitor.unimodal is not None  # checked when the objective was built
+            assert self.monitor.unimodal is not None  # checked in the objective's constructor
             logits = self.monitor.unimodal.live(name, features, samples)
             if logits.shape[-1] != self.out_features:
                 raise ValueError(
@@ -165,9 +165,9 @@ class Heads:
 
 
 class GradientAverage:
-    """Average gradients over ranks once, at the end of a backward, as DistributedDataParallel does for its own.
+    """Average gradients over ranks once, at the end of a backward, as in DistributedDataParallel.
 
-    Gradients that were averaged before, of earlier micro-batches, are equal on all ranks and stay as they are.
+    Averaged gradients of earlier micro-batches are equal on all ranks, so that averaging leaves them unchanged.
     """
 
     def __init__(self, heads: nn.ModuleList, group: Group) -> None:
@@ -178,7 +178,7 @@ class GradientAverage:
         self._all_built = False
 
     def after_this_backward(self) -> None:
-        """Average when the backward that is running ends; every rank has to ask."""
+        """Schedule the average for the end of the current backward; a collective of all ranks."""
         number = backward_number()
         if active_group(self.group) is not None and number != self._backward:
             self._backward = number
@@ -200,7 +200,7 @@ class GradientAverage:
         flat = torch.cat([*(part.flatten().float() for part in parts), held.float()])
         dist.all_reduce(flat, group=ranks)
         sums = flat.split([*(p.numel() for p in built), len(built)])
-        # Reading waits for the device; where this rank has all gradients there is nothing to read.
+        # Read only where this rank lacks a gradient, because reading synchronises the device.
         complete = all(p.grad is not None for p in built)
         anywhere = [1.0] * len(built) if complete else sums[-1].tolist()
         for parameter, total, count in zip(built, sums, anywhere, strict=False):
@@ -212,7 +212,7 @@ class GradientAverage:
                     parameter.grad.copy_(mean)
 
     def _build_together(self, ranks: dist.ProcessGroup) -> None:
-        """Build the heads that any rank has built: this one's batches may have lacked the modality so far."""
+        """Build the heads that any rank has built, as batches of this rank may have lacked the modality."""
         heads = [head for head in self.heads if isinstance(head, nn.Linear)]
         built = [0 if is_lazy(head.weight) else head.weight.shape[1] for head in heads]
         widths = torch.tensor(built, dtype=torch.int64, device=heads[0].weight.device)
@@ -224,17 +224,17 @@ class GradientAverage:
 
 
 def as_target(labels: Tensor, logits: Tensor, name: str, ignore_index: int) -> Tensor:
-    """Class indices `(B,)`, or class probabilities `(B, C)`, on the logits' device.
+    """Return class indices `(B,)`, or class probabilities `(B, C)`, on the logits' device.
 
     Raises:
-        ValueError: if they are not one for each row of the logits, or (where looking does not wait for a device) lie
-            outside [0, C), or are no probabilities.
+        ValueError: if there is not one label for each row of the logits, or (checked without device synchronisation)
+            labels lie outside [0, C) or are no probabilities.
     """
     target = labels.to(logits.device)
     classes = logits.shape[-1]
     target = target.flatten() if target.dim() == 2 and target.shape[1] == 1 else target
     if classes == 1 and target.dim() == 1:
-        if target.is_floating_point():  # of BCEWithLogitsLoss, hard or soft
+        if target.is_floating_point():  # targets of BCEWithLogitsLoss, hard or soft
             pairs = torch.stack([1 - target, target], 1)
             target = torch.where(target.unsqueeze(1) == ignore_index, 0, pairs)
         target = target.long() if target.dtype == torch.bool else target
@@ -255,7 +255,7 @@ def as_target(labels: Tensor, logits: Tensor, name: str, ignore_index: int) -> T
 
 
 def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Mean over the rows whose label counts; 0 where none does."""
+    """Return the mean cross-entropy over rows with a valid label; 0 without any."""
     soft = target.is_floating_point()
     total = row_cross_entropy(logits, target, ignore_index).sum()
     count = target.sum(1) > 0 if soft else target != ignore_index
@@ -263,7 +263,7 @@ def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Ten
 
 
 def row_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """`(B,)`, in float32 or wider; 0 where the label does not count."""
+    """Return the `(B,)` cross-entropies of the rows, in float32 or wider; 0 for rows without a valid label."""
     if target.is_floating_point():
         logits = widened(two_classes(logits))
         return F.cross_entropy(logits, target.to(logits.dtype), reduction="none")
@@ -271,12 +271,12 @@ def row_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tens
 
 
 def widened(x: Tensor) -> Tensor:
-    """Convert to float32, unless it is wider."""
+    """Convert a tensor to float32, unless the dtype is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def loss_of(loss: Loss, logits: Tensor, labels: Any) -> Tensor:
-    """The user's loss of uni-modal logits; a module's hooks wait for the loop's own calls, and are passed by."""
+    """Return the user's loss of uni-modal logits, without a module's hooks, which should see the loop's calls only."""
     value = loss.forward(logits, labels) if isinstance(loss, nn.Module) else loss(logits, labels)
     check_kind("what `loss` returns", value, Tensor, "a tensor, the loss of the logits")
     return value

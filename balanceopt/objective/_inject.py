@@ -1,4 +1,4 @@
-"""Add the gradient of uni-modal losses while the joint loss's backward passes through the encoders' outputs."""
+"""Injection: add gradients of uni-modal losses at the encoders' outputs during the joint loss's backward."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from balanceopt.monitor import (
 from balanceopt.objective._heads import Heads, Loss, loss_of, row_cross_entropy
 
 _NOTHING_ADDED = "no uni-modal gradient is added"
-# Backwards without a gradient at the joint logits before it is said.
+# Number of backwards without a gradient at the joint logits before a warning.
 _IDLE_BACKWARDS = 10
-# From a modality's name and logits to its loss, and what the loss is differentiated with.
+# Function of a modality's name and uni-modal logits that returns the loss and the gradient at the loss.
 Weigh = Callable[[str, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(eq=False)
 class _Seen:
-    """What a forward has shown.
+    """State of one forward, recorded for the backward.
 
     Attributes:
         outputs: each encoder's latest output, detached.
-        extras: by modality, what to add to the gradient of each floating tensor of that output.
-        autocast: makes the autocast context that the forward ran in.
-        logits: the joint logits `(N, C)`.
-        backward: number of the backward that made the extras.
+        extras: uni-modal gradient of each floating tensor of an encoder's output, by modality.
+        autocast: function that returns the autocast context of the forward.
+        logits: joint logits `(N, C)`.
+        backward: number of the backward that made `extras`.
     """
 
     outputs: dict[str, Any] = field(default_factory=dict)
@@ -63,24 +63,24 @@ class _Seen:
 class Injection:
     """Hooks on clean encoder outputs, and on the shared head's parameters, that add uni-modal gradients.
 
-    The gradient at the joint logits (or at the loss) comes first in every backward. It gives labels and scale; all
-    uni-modal gradients are made at once, and each is added where the joint one passes.
+    The gradient at the joint logits (or at the loss) is the first in every backward. It gives labels and scale; all
+    uni-modal gradients are computed then, and each is added to the joint gradient of the same tensor.
 
     Attributes:
-        handles: of the hooks that the monitor does not know of.
+        handles: handles of the hooks outside the monitor.
     """
 
     def __init__(
         self, monitor: ModalityMonitor, heads: Heads, weight: Mapping[str, float], loss: Loss | None
     ) -> None:
-        """Add the gradients of `heads`, by `weight`; no hook is on before `hook`.
+        """Prepare to add the gradients of `heads` times `weight`; `hook` registers the hooks.
 
         Raises:
-            ValueError: if nothing would give labels and scale.
+            ValueError: if neither joint logits nor a loss module could give labels and scale.
             NotImplementedError: for a sharded shared head.
         """
         self.monitor, self.heads, self.weight, self.loss = monitor, heads, weight, loss
-        self._key = object()  # of this one's notes on a pass, which does not keep it alive
+        self._key = object()  # key of `Pass.notes`, which must hold no reference to the injection
         self.handles: list[RemovableHandle | CallWatch] = []
         self._head_gradients: dict[nn.Parameter, Tensor] = {}
         self._acted = False
@@ -104,7 +104,7 @@ class Injection:
             )
 
     def hook(self) -> None:
-        """Put the hooks on."""
+        """Register the hooks."""
         if not any(self.weight.values()):
             return
         enter(self)
@@ -114,19 +114,19 @@ class Injection:
             self.handles.append(self.loss.register_forward_hook(WeakHook(self._on_loss), with_kwargs=True))
             return
         self.monitor.hooks.gradients.add(self._on_gradient)
-        # Late fusion: each head gets the gradient of the joint logits, and any of them may be the first.
+        # In late fusion every head is hooked, because the gradient may reach any of the heads first.
         heads = self.monitor.head.values() if isinstance(self.monitor.head, Mapping) else ()
         self.handles += [head.register_forward_hook(WeakHook(self._on_late_head)) for head in heads]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         leave(self)
         self.monitor.hooks.outputs.drop(self._on_output)
         self.monitor.hooks.gradients.drop(self._on_gradient)
         remove_handles(self.handles)
 
     def _on_output(self, name: str, output: Any, current: Pass | None) -> None:
-        """An encoder has run: keep its output, and wait for the gradient that comes back to it."""
+        """Record an encoder's output, and hook the gradients of its tensors."""
         if current is None or not self.weight[name]:
             return
         if not self._acted:
@@ -134,7 +134,7 @@ class Injection:
             self._acted = True
         seen: _Seen = current.notes.setdefault(self._key, _Seen())
         if not in_backward():
-            # A copy: what comes after the encoder may work in place.
+            # A copy, because modules after the encoder may change the output in place.
             seen.outputs[name] = map_tensors(lambda x: x.detach().clone(), output)
             seen.extras[name] = []
             device = next(x for x in tensors_in(output) if is_differentiable(x)).device.type
@@ -146,9 +146,7 @@ class Injection:
                     hook = partial(WeakHook(self._add_to_head), parameter)
                     self.handles.append(parameter.register_hook(hook))
         for index, tensor in enumerate(x for x in tensors_in(output) if is_differentiable(x)):
-            if (
-                tensor.requires_grad
-            ):  # an encoder that is called again gets a list of its own, which stays empty
+            if tensor.requires_grad:  # a repeated call gets a new list, which stays empty
                 add = WeakHook(self._add, seen, seen.extras.setdefault(name, []), index)
                 tensor.register_hook(add)
 
@@ -165,7 +163,7 @@ class Injection:
             self._on_gradient(current, as_rows(gradient.detach()))
 
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
-        """The gradient reached the joint logits."""
+        """Make the uni-modal gradients by the gradient at the joint logits."""
         seen: _Seen | None = current.notes.get(self._key)
         if seen is None or seen.backward == backward_number():
             return
@@ -182,7 +180,7 @@ class Injection:
         self._make(seen, current, len(labels), partial(self._weigh_rows, labels, scale, current))
 
     def _on_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The loop called its loss."""
+        """Hook the gradient at the loss, where the loop calls the loss on the joint logits."""
         current = self.monitor.latest
         if current is None or not (isinstance(output, Tensor) and output.requires_grad):
             return
@@ -197,7 +195,7 @@ class Injection:
             )
 
     def _make(self, seen: _Seen, current: Pass, samples: int | None, weigh: Weigh) -> None:
-        """Make all uni-modal gradients of a pass: kept for the encoders' outputs, added for the own heads."""
+        """Compute all uni-modal gradients of a pass; store those of encoder outputs, add those of heads."""
         self._idle_backwards = None
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -226,7 +224,7 @@ class Injection:
     def _give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         if not self.heads.shared:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        else:  # its joint gradient comes by: added there, before ranks sum it
+        else:  # added to the joint gradient by a hook, before the sum over ranks
             earlier = self._head_gradients.get(parameter)
             self._head_gradients[parameter] = gradient if earlier is None else earlier + gradient
 
@@ -235,7 +233,7 @@ class Injection:
         return None if extra is None else gradient + extra
 
     def _add(self, seen: _Seen, extras: list[Tensor | None], index: int, gradient: Tensor) -> Tensor | None:
-        """Add the uni-modal gradient to the joint one at a tensor of an encoder's output."""
+        """Return the sum of uni-modal and joint gradient at a tensor of an encoder's output; None for no change."""
         if not extras:
             if self._idle_backwards is not None:
                 self._warn_of_idle_backward()
@@ -244,7 +242,7 @@ class Injection:
         return None if extra is None else gradient + extra.to(gradient.dtype)
 
     def _warn_of_idle_backward(self) -> None:
-        """Note a backward that reached an encoder and not the logits, as where the head's hook does not fire."""
+        """Count a backward that reached an encoder and not the joint logits; warn after several."""
         assert self._idle_backwards is not None
         self._idle_backwards.add(backward_number())
         if len(self._idle_backwards) == _IDLE_BACKWARDS:
@@ -259,10 +257,10 @@ class Injection:
     ) -> tuple[Tensor, Tensor]:
         present = current.present.get(name)
         partial_rows = present is not None and len(logits) != len(labels)
-        if present is not None:  # a mean over the samples that have the modality
+        if present is not None:  # the mean is over the samples with the modality
             part = torch.where(present.to(scale.device), scale, 0)
             scale = part * (scale.sum() / part.sum().clamp(min=torch.finfo(part.dtype).tiny))
-            if partial_rows:  # its encoder ran on these alone
+            if partial_rows:  # the encoder ran only on these samples
                 rows = present.to(scale.device).nonzero()[:, 0]
                 labels, scale = labels[rows], scale[rows]
         return row_cross_entropy(logits, labels, INVALID), self.weight[name] * scale
@@ -281,7 +279,7 @@ class Injection:
         return loss_of(self.loss, logits, target), self.weight[name] * gradient
 
     def _labels(self, current: Pass, logits: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Class indices `(B,)` with -100 for rows that don't count, and which of them are in doubt."""
+        """Return class indices `(B,)`, -100 for rows without a valid label, and bool `(B,)`, doubtful rows."""
         rows, classes = logits.shape
         labels = current.labels
         if labels is None:
@@ -294,7 +292,7 @@ class Injection:
             unknown = (read.labels == INVALID) & torch.isfinite(gradient).all(1) & (gradient != 0).any(1)
             doubtful = read.ambiguous | unknown
             if current.logits is not None and current.logits.shape[-1] == 1:
-                # Two classes fit any gradient, one factor a row: what tells a regression is that factors differ.
+                # With two classes any gradient has a label and a factor; only differing factors show a regression.
                 doubtful |= off_residual(gradient[:, 1:], logits[:, 1:], read.labels)
             return read.labels, doubtful
         if labels.numel() != rows:
@@ -309,14 +307,14 @@ class Injection:
 
 
 def remove_handles(handles: list[RemovableHandle | CallWatch]) -> None:
-    """Take hooks off by their handles."""
+    """Remove hooks by `handles`, and clear the list."""
     for handle in handles:
         handle.remove()
     handles.clear()
 
 
 def _leaf(leaves: list[Tensor], x: Tensor) -> Tensor:
-    """A leaf in the place of a floating tensor, noted in `leaves`."""
+    """Return a new leaf for a floating tensor, and append the leaf to `leaves`; other tensors are returned as such."""
     if not is_differentiable(x):
         return x
     leaves.append(x.detach().requires_grad_())
@@ -324,7 +322,7 @@ def _leaf(leaves: list[Tensor], x: Tensor) -> Tensor:
 
 
 def _is_joint(logits: Any, current: Pass) -> bool:
-    """Whether a loss is called on the pass's joint logits, as far as these are known."""
+    """Whether `logits` are the pass's joint logits; any tensor counts where the joint logits are unknown."""
     if not isinstance(logits, Tensor) or current.logits is None:
         return isinstance(logits, Tensor)
     same = logits.detach().to(current.logits.dtype)

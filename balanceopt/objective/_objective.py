@@ -41,32 +41,32 @@ from balanceopt.objective._inject import Injection, remove_handles
 
 
 class UnimodalObjective(nn.Module):
-    r"""Ask each encoder for the class by itself, too.
+    r"""Uni-modal losses: train each encoder to predict the label alone, in addition to the joint loss.
 
     $$L = L_{\text{joint}} + \sum_m w^m L(h^m(z^m), y)$$
 
     with the encoders' clean features z of the latest forward (before any drop) and a linear head h for each modality:
-    its own, trained with the rest, or the part of the shared head that belongs to it. In the loop:
-    `loss = loss + objective(labels)`. With `inject=True` nothing is called: the same gradients are added while backward
-    passes through the encoders' outputs. Keep a reference to it: one that is garbage-collected takes its hooks off.
+    a separate one, trained with the model, or the modality's part of the shared head. In the loop:
+    `loss = loss + objective(labels)`. With `inject=True` there is no call: the same gradients are added at the
+    encoders' outputs during backward. Keep a reference to the objective: garbage collection removes its hooks.
 
     Args:
         monitor: a `ModalityMonitor` on the model.
-        out_features: C of the own heads' logits; 1 for a single logit of two classes.
-        heads: `"own"`: give `objective.parameters()` to the optimizer too; the first features give their width.
-            `"shared"`: the shared head's uni-modal logits, `W^m z^m + b / M` or a late fusion's own head.
-        weight: of these losses, or a mapping from modality to it.
+        out_features: number of logits C; 1 for a single logit of two classes.
+        heads: `"own"` for separate heads, with the width of the first features: give `objective.parameters()` to the
+            optimizer too. `"shared"` for the shared head's uni-modal logits, `W^m z^m + b / M`, or late fusion's heads.
+        weight: weight of the uni-modal losses, >= 0, or a mapping from modality to weight.
         inject: add the gradients during backward. Labels and scale come from the gradient at the joint logits (exact
-            for plain cross-entropy, whatever the loss scale or accumulation), or from `loss`.
-        loss: function of (logits, labels); None for cross-entropy, averaged over the samples that count. With `inject`
-            the very loss module that the loop calls on the joint logits.
-        pool: makes `(B, D)` of features with more dimensions; `"auto"` is as the head gets them.
-        seed: of the own heads' initial weights; None for `torch.initial_seed()` of the first rank, read now.
+            for plain cross-entropy, with any loss scale or accumulation), or from `loss`.
+        loss: function of (logits, labels); None for cross-entropy, averaged over the samples with a valid label. With
+            `inject` the loss module that the loop calls on the joint logits.
+        pool: reduction of features with more dimensions to `(B, D)`; `"auto"` for that of the head's input.
+        seed: seed of the separate heads' initial weights; None for `torch.initial_seed()` of the first rank, read now.
 
     Raises:
-        ValueError: for an option outside its range, or one that does not go with the monitor.
+        ValueError: for an option outside its range, or one that is incompatible with the monitor.
         TypeError: if `monitor` is no `ModalityMonitor`.
-        NotImplementedError: for `inject` with the shared head where it is sharded.
+        NotImplementedError: for `inject` with a sharded shared head.
 
     Example:
         >>> import balanceopt as bo
@@ -104,7 +104,7 @@ class UnimodalObjective(nn.Module):
         check_seed(seed)
         self.heads: HeadKind = heads
         self.weight = weights
-        # Not as attributes of a module: the user's loss and model are no parts of this one.
+        # Set past nn.Module.__setattr__, because the user's loss and model must not become submodules.
         self.__dict__.update(monitor=monitor, loss=loss)
         self.own_heads = nn.ModuleList(_made_heads(monitor, out_features, seed) if heads == "own" else [])
         self._heads = Heads(monitor, self.own_heads, out_features, pool)
@@ -125,18 +125,18 @@ class UnimodalObjective(nn.Module):
 
     @property
     def out_features(self) -> int:
-        """C of the heads' logits."""
+        """Number of logits C of the heads."""
         return self._heads.out_features
 
     def forward(self, labels: Tensor) -> Tensor:
-        """The weighted sum of the modalities' losses, a scalar.
+        """Return the weighted sum of the modalities' losses, a scalar.
 
         Args:
-            labels: `(B,)` class indices, or what `loss` takes.
+            labels: `(B,)` class indices, or the targets of `loss`.
 
         Raises:
             RuntimeError: before any forward of the model, or with `inject=True`, which adds the gradient already.
-            ValueError: if labels are not one for each sample, or lie outside [0, out_features).
+            ValueError: if there is not one label for each sample, or labels lie outside [0, out_features).
             TypeError: if labels are no numbers, or `loss` returns no tensor.
         """
         if self.inject:
@@ -164,11 +164,11 @@ class UnimodalObjective(nn.Module):
         return total
 
     def head_of(self, name: str) -> nn.Linear:
-        """A modality's own head."""
+        """Return the separate head of the modality `name`."""
         return self._heads.of(name)
 
     def remove(self) -> None:
-        """Take every hook off. May be called twice."""
+        """Remove every hook. May be called twice."""
         self.monitor.hooks.outputs.drop(self._live.on_output)
         self._live.forget()
         if self._live.watch is not None:
@@ -179,15 +179,15 @@ class UnimodalObjective(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load the own heads' weights; a load that fails changes nothing.
+        """Load the separate heads' weights. A load that fails changes nothing.
 
         Args:
-            state_dict: from `state_dict()`.
-            strict: refuse entries that are missing or unknown.
-            assign: as in `nn.Module`.
+            state_dict: result of `state_dict()`.
+            strict: raise for missing or unknown entries.
+            assign: assign the tensors instead of copying, as in `nn.Module`.
 
         Raises:
-            TypeError: if it is no mapping to tensors.
+            TypeError: if `state_dict` is no mapping to tensors.
             KeyError: if entries are missing or unknown.
             ValueError: for weights of another shape.
         """
@@ -203,7 +203,7 @@ class UnimodalObjective(nn.Module):
             check_kind(f"the state's {name!r}", value, Tensor, "a tensor")
             if not is_lazy(current):
                 shape = tuple(current.shape)
-            elif name.endswith("weight"):  # not built yet: of any width
+            elif name.endswith("weight"):  # a lazy weight fits any width
                 shape = (self.out_features, value.shape[-1] if value.dim() else 0)
             else:
                 shape = (self.out_features,)
@@ -214,7 +214,7 @@ class UnimodalObjective(nn.Module):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """Return the options for `repr`."""
         return f"heads={self.heads!r}, weight={self.weight}, inject={self.inject}"
 
     def __enter__(self) -> UnimodalObjective:
@@ -226,7 +226,7 @@ class UnimodalObjective(nn.Module):
         self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The hooks are on the model of this one's monitor, and what they remember of it is no part of a copy.
+        # A copy is inert, because hooks exist on the original monitor's model only.
         return {**self.__dict__, "_live": LiveFeatures(self.monitor), "_injection": None}
 
     def _loss(self, name: str, features: Tensor, labels: Tensor, present: Tensor | None) -> Tensor:
@@ -244,7 +244,7 @@ class UnimodalObjective(nn.Module):
         return loss_of(self.loss, logits, labels.to(logits.device))
 
     def _touched(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Zero, with a gradient for the heads that this rank's batch left out: ranks average the same heads."""
+        """Return 0 with a gradient for heads unused in this rank's batch, so that ranks average the same heads."""
         names = [n for n in self.monitor.modalities if n not in features or not self.weight[n]]
         unused = [p for name in names for p in self._heads.of(name).parameters()]
         built = [p.sum() for p in unused if not nn.parameter.is_lazy(p)]
@@ -252,19 +252,19 @@ class UnimodalObjective(nn.Module):
 
 
 class LiveFeatures:
-    """Each modality's clean features, of the latest forward with gradients and of the latest one without."""
+    """Clean features by modality, of the latest forward with gradients and of the latest without."""
 
     def __init__(self, monitor: ModalityMonitor) -> None:
-        """Take what `on_output` is shown of the passes of `monitor`."""
+        """Start without features; `on_output` is to be a hook of `monitor`."""
         self.monitor = monitor
         self.watch: CallWatch | None = None
         self.forget()
 
     def of_latest(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Features by modality, and which samples have the modality, where the user told.
+        """Return features by modality, and bool `(B,)` flags of samples with each modality, where given.
 
         Raises:
-            RuntimeError: if there was no forward, or gradients can't go back through the features.
+            RuntimeError: if there was no forward, or the features carry no gradient to a trained encoder.
         """
         outputs = self._with if torch.is_grad_enabled() else self._without
         features = {name: held() for name, held in outputs.items()}
@@ -285,16 +285,16 @@ class LiveFeatures:
         return features, dict(present)
 
     def forget(self) -> None:
-        """Let go of all features."""
+        """Release all features."""
         self._with: dict[str, Callable[[], Tensor]] = {}
         self._without: dict[str, Callable[[], Tensor]] = {}
         self._pass: Pass | None = None
 
     def on_output(self, name: str, output: Any, current: Pass | None) -> None:
-        """Keep the features of an encoder's output."""
+        """Record the features of an encoder's output."""
         if in_backward():
             return
-        # A copy: what comes after the encoder may work in place.
+        # A copy, because modules after the encoder may change the output in place.
         held = self.monitor.features.held(name, output, Tensor.clone)
         if current is None and not torch.is_grad_enabled():
             if name in self._without:
@@ -317,7 +317,7 @@ def _made_heads(monitor: ModalityMonitor, out_features: int, seed: int | None) -
 def _checked(
     monitor: ModalityMonitor, out_features: int, heads: str, weight: float | Mapping[str, float]
 ) -> dict[str, float]:
-    """Each modality's weight, if all arguments fit."""
+    """Check the arguments; return the weights by modality."""
     check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
     check_count("out_features", out_features, at_least=1)
     check_choice("heads", heads, get_args(HeadKind))

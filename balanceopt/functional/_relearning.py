@@ -13,7 +13,7 @@ from balanceopt._options import check_kind, check_number, check_tensor, is_numbe
 from balanceopt._torch import foreach_copy_, foreach_lerp_
 from balanceopt.functional._dtypes import narrowed, wide
 
-# A larger dense table of clusters by classes would need too much memory.
+# Upper limit of the cells of purity's dense table of clusters by classes, which bounds the memory.
 TABLE_CELLS = 2**22
 
 

@@ -1,4 +1,4 @@
-"""Diagnosing & Re-learning: from encoders' features to how far each encoder goes back."""
+"""Diagnosing & Re-learning: re-initialisation of encoders by the purity gap of their features."""
 
 from balanceopt.relearn._base import EpochMethod
 from balanceopt.relearn._diagnosis import Diagnosis, diagnose

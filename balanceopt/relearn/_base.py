@@ -1,4 +1,4 @@
-"""EpochMethod: methods that act between epochs."""
+"""Base class of methods that act between epochs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class EpochMethod(Method, ABC):
 
     Args:
         monitor: a `ModalityMonitor` on the model; `head=None` is enough.
-        start: first epoch after which the method acts, counted from 0.
-        end: last one, inclusive; None for no end.
+        start: first epoch after which the method acts, at least 0.
+        end: last epoch after which the method acts, inclusive; None for no end.
 
     Attributes:
-        last_epoch: epochs that have ended.
-        attempt: of the step under way. Where the step does not end well, what `run` has noted in it goes back:
-            `self.attempt.note(function)`, before each change.
+        last_epoch: number of epochs that have ended.
+        attempt: undo steps of the running `step`, called after an exception. `run` records a function before
+            each change: `self.attempt.note(function)`.
 
     Raises:
-        TypeError: if `monitor` is no `ModalityMonitor`.
-        ValueError: for a window that is none.
+        TypeError: if `monitor` is not a `ModalityMonitor`.
+        ValueError: if `start` or `end` is invalid.
 
     Reference:
         docs/adding.md.
@@ -45,17 +45,17 @@ class EpochMethod(Method, ABC):
 
     @abstractmethod
     def run(self, epoch: int) -> Any:
-        """Act after an epoch, counted from 0; what is returned is what `step` returns."""
+        """Act after an epoch, counted from 0, and return the result of `step`."""
 
     def step(self, *args: Any, **given: Any) -> Any:
-        """Count an epoch that has ended; act where it lies in the window.
+        """Count an epoch that has ended, and act if the epoch lies in the window.
 
         Args:
-            *args: further arguments of `run`, where it has any.
-            **given: the same, by name.
+            *args: further positional arguments of `run`.
+            **given: further keyword arguments of `run`.
 
         Returns:
-            What `run` returns; None outside the window and after `remove()`.
+            The result of `run`; None outside the window and after `remove()`.
         """
         epoch = self.last_epoch
         self.set_epoch(epoch)
@@ -67,23 +67,23 @@ class EpochMethod(Method, ABC):
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on bit for bit: plain numbers and tensors."""
+        """Return the state that resumes a run bit for bit, as plain numbers and tensors."""
         return {"last_epoch": self.last_epoch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. A load that fails changes nothing.
+        """Restore the state of a checkpoint; a load that fails changes nothing.
 
         Args:
             state: from `state_dict()`.
 
         Raises:
-            TypeError, KeyError, ValueError: if it is none of this method.
+            TypeError, KeyError, ValueError: if `state` is not a state of this method.
         """
         self.check_state(state)
         self.last_epoch = int(state["last_epoch"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse what `load_state_dict` can't take.
+        """Check a state before `load_state_dict` changes anything.
 
         Raises:
             TypeError, KeyError, ValueError: as `load_state_dict`.

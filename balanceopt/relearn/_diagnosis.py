@@ -1,4 +1,4 @@
-"""A diagnosis: how well each modality's features separate the classes, on training and on validation samples."""
+"""Diagnosis of how well each modality's features separate the classes, on training and validation samples."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ Gap = Literal["absolute", "one-sided"]
 Features = tuple[Mapping[str, Tensor], Tensor]
 Source = Iterable[Any] | Features
 
-# Of the larger split at most so many parts of the smaller one's size are clustered.
+# Upper limit of the clustered parts of the larger split, which bounds the time of a diagnosis.
 _PARTS = 5
 
-# Labels are shuffled so often; of the sorted gaps the one at this index is a bound of those of noise.
+# Number of shuffles of the labels, and the index of the sorted gaps that bounds 95 % of the gaps of noise.
 _SHUFFLES, _WITHIN = 40, 37
 
 _COLUMNS = ("modality", "train purity", "val purity", "gap", "strength", "samples (train + val)")
@@ -54,27 +54,27 @@ _COLUMNS = ("modality", "train purity", "val purity", "gap", "strength", "sample
 
 @dataclass(frozen=True)
 class Diagnosis:
-    r"""How far each modality's encoder has learned its training samples beyond what carries over to others.
+    r"""Purities, purity gap and re-initialisation strength of each modality's encoder.
 
-    The features of training and of validation samples are clustered apart, into as many clusters as classes. Their
-    purities \(P_D\) and \(P_V\) give the gap and the strength of re-initialisation,
+    The features of training and validation samples are clustered separately, into as many clusters as classes. Their
+    purities \(P_D\) and \(P_V\) give the purity gap and the re-initialisation strength,
 
     $$g = |P_D - P_V|, \qquad \alpha = \tanh(\lambda g)$$
 
-    An encoder with a large gap has fitted what does not carry over (the modality that training leaned on); one whose
-    purities are both low has learned little, or has little to say. A gap within the one of noise says nothing.
+    An encoder with a large gap has overfitted its training samples (the dominant modality); an encoder whose purities
+    are both low has learned little, or its modality says little. A gap no larger than that of noise means nothing.
 
     Attributes:
-        train_purity: by modality, in (0, 1]; nan where skipped.
-        val_purity: the same of the validation samples.
-        gap: by modality, in [0, 1); nan where skipped. A one-sided gap is 0 where the validation samples are purer.
-        strength: by modality, in [0, 1); 0 where skipped.
-        train_count: samples clustered at a time, over all ranks.
-        val_count: the same of the validation samples.
-        num_clusters: as many as there are different labels.
-        skipped: why, for modalities without a diagnosis.
-        epoch: when it was made, for one that a scheduler made.
-        noise_gap: by modality, the mean gap of features that say nothing of the class, in clusters of these sizes.
+        train_purity: purity of the training samples by modality, in (0, 1]; nan where skipped.
+        val_purity: purity of the validation samples by modality, in (0, 1]; nan where skipped.
+        gap: purity gap by modality, in [0, 1); nan where skipped. A one-sided gap is 0 where validation is purer.
+        strength: re-initialisation strength by modality, in [0, 1); 0 where skipped.
+        train_count: training samples of one clustering by modality, over all ranks.
+        val_count: validation samples of one clustering by modality, over all ranks.
+        num_clusters: number of clusters, equal to the number of classes.
+        skipped: the reason, for each modality without a diagnosis.
+        epoch: epoch of a scheduler's diagnosis, counted from 1; None for others.
+        noise_gap: mean gap by modality of features that are independent of the class, in clusters of equal sizes.
 
     Example:
         >>> print(Diagnosis({"a": 0.9}, {"a": 0.8}, {"a": 0.1}, {"a": 0.29}, {"a": 90}, {"a": 9}, num_clusters=3))
@@ -98,12 +98,12 @@ class Diagnosis:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Names, in the order of the encoders."""
+        """Names of the modalities, in the order of the encoders."""
         return tuple(self.gap)
 
     @property
     def largest_gap(self) -> str | None:
-        """The modality whose encoder is furthest ahead of what carries over; None where no gap is above 0."""
+        """The modality with the largest purity gap; None where no gap is above 0."""
         names = [name for name in self.gap if self.gap[name] > 0]
         return max(names, key=lambda name: self.gap[name]) if names else None
 
@@ -152,34 +152,33 @@ def diagnose(
     $$g^m = |P_D^m - P_V^m|$$
 
     with the purities P of k-means clusters, as many as classes. Nothing is changed: a loader is run through the model
-    in eval mode, and modes, buffers and random streams are as before.
+    in eval mode, and modes, buffers and random streams are restored.
 
     Args:
         train: a loader, or `({modality: features (N, D)}, labels (N,))`.
-        val: the same of held-out samples.
-        monitor: watches the model; needed for loaders. `head=None` is enough.
-        lam: of the strength that re-learning would use.
+        val: held-out samples, in either form.
+        monitor: a `ModalityMonitor` on the model, required for loaders; `head=None` is enough.
+        lam: factor of the re-initialisation strength, >= 0.
         normalize: `"minmax"` or `"none"`.
         forward: function of (model, batch) that runs the model and returns the labels, for other batches.
-        classes: function from a batch's labels to class indices `(B,)`, of which as many different ones make as many
-            clusters; None for labels that are class indices.
-        max_samples: most samples a modality to keep of each split, over all ranks.
-        equal_counts: cut the larger split into random parts of the smaller one's size, five at most, and take the mean
-            of their purities: of fewer samples it is higher. False clusters all samples, as published.
+        classes: function from a batch's labels to class indices `(B,)`, whose number of distinct values is the number
+            of clusters; None for labels that are class indices.
+        max_samples: upper limit of each modality's samples in each split, over all ranks.
+        equal_counts: cut the larger split into random parts of the smaller split's size, at most five, and average
+            their purities, because fewer samples give a higher purity. False clusters all samples, as published.
         gap: `"absolute"`, as published; `"one-sided"` for $\max(0, P_D^m - P_V^m)$.
-        pool: makes vectors of features with more dimensions.
-        n_init: starts of k-means, the best of which counts.
-        seed: of k-means; None for `torch.initial_seed()` of the first rank.
-        group: whose ranks hold a part of the samples each; the monitor's where one is given.
-        progress: show a progress bar (tqdm).
+        pool: pooling rule for features of more than two dimensions.
+        n_init: number of k-means starts, >= 1; the best one counts.
+        seed: seed of k-means and of the choice of samples; None for `torch.initial_seed()` of the first rank.
+        group: process group whose ranks hold parts of the samples; the monitor's group where one is given.
+        progress: show a progress bar (tqdm); None for passes over ten seconds on a terminal where tqdm is installed.
 
     Returns:
-        A `Diagnosis`; `print` it for a table.
+        A `Diagnosis`; `print` shows a table.
 
     Raises:
-        ValueError: if there are no samples, of one class, or with labels that are not integers; for an option outside
-            its range.
-        TypeError: for loaders without a monitor, and for what is none.
+        ValueError: for no samples, a single class, labels that are not integers, or an option outside its range.
+        TypeError: for loaders without a monitor, and for data that is neither a loader nor features.
         KeyError: for features of a modality that the monitor does not have.
 
     Example:
@@ -221,19 +220,19 @@ def diagnose(
 
 @dataclass(frozen=True)
 class Options:
-    """The way to a diagnosis.
+    """Checked options of a diagnosis.
 
     Args:
-        lam: of the strength tanh(lam * gap).
-        normalize: `"minmax"` or `"none"`, before clustering.
-        n_init: starts of k-means, the best of which counts.
-        classes: makes class indices `(B,)` of a batch's labels; None for labels that are class indices.
-        max_samples: most samples of each modality to keep, of training and of validation, over all ranks.
-        equal_counts: cut the larger split into random parts of the smaller one's size.
+        lam: factor of the strength tanh(lam * gap), >= 0.
+        normalize: `"minmax"` or `"none"`, the scaling before clustering.
+        n_init: number of k-means starts, >= 1; the best one counts.
+        classes: function from a batch's labels to class indices `(B,)`; None for labels that are class indices.
+        max_samples: upper limit of each modality's samples in each split, over all ranks.
+        equal_counts: whether to cut the larger split into random parts of the smaller split's size.
         gap: `"absolute"` or `"one-sided"`.
-        pool: makes `(B, D)` of features with more dimensions.
-        seed: of k-means and of any choice of samples.
-        group: whose ranks hold a part of the samples each.
+        pool: pooling rule for features of more than two dimensions.
+        seed: seed of k-means and of the choice of samples.
+        group: process group whose ranks hold parts of the samples.
     """
 
     lam: float
@@ -259,7 +258,7 @@ class Options:
 
     @property
     def limit(self) -> int:
-        """Most samples of a modality on this rank."""
+        """Upper limit of a modality's samples on this rank."""
         ranks = active_group(self.group)
         return self.max_samples if ranks is None else -(-self.max_samples // dist.get_world_size(ranks))
 
@@ -273,15 +272,15 @@ def options(seed: int | None, group: Group, **given: Any) -> Options:
 
 
 def is_given(source: Any) -> TypeGuard[Features]:
-    """Whether these are features by modality with labels, not a loader."""
+    """Whether a source is features by modality with labels, not a loader."""
     return isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping)
 
 
 def check_loader(role: str, loader: object) -> None:
-    """Refuse what yields no batches.
+    """Check that a loader can yield batches.
 
     Raises:
-        TypeError: saying what was expected.
+        TypeError: if `loader` is not iterable, or a class, string or tensor.
     """
     iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
     if not iterable or isinstance(loader, (type, str, Tensor)):
@@ -299,12 +298,12 @@ def collect_samples(
     forward: Forward | None,
     progress: bool | None,
 ) -> dict[str, Samples]:
-    """Collect each modality's samples from a pass over a loader, or from features given.
+    """Collect each modality's samples from a pass over a loader, or from given features.
 
     Raises:
-        TypeError: for a loader without a monitor, and for what is none.
+        TypeError: for a loader without a monitor, and for a source that is neither a loader nor features.
         KeyError: for features of a modality that the monitor does not have.
-        ValueError: for features that are no real numbers.
+        ValueError: for features that are not real numbers.
     """
     collector_of = partial(Collector, limit=chosen.limit, seed=chosen.seed, classes=chosen.classes)
     if is_given(source):
@@ -343,7 +342,7 @@ def collect_samples(
 
 
 def _numbers(role: str, features: Any) -> Tensor:
-    """Features that were given, integers as numbers."""
+    """Check given features and convert integers to float32."""
     z = to_tensor(role, features, "a tensor (N, D)")
     if z.is_complex() or z.dim() == 0:
         raise ValueError(
@@ -354,7 +353,7 @@ def _numbers(role: str, features: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What a diagnosis says of one modality, and the gap below which 95 of 100 diagnoses of noise stay."""
+    """The diagnosis of one modality, with `noise_bound`, the bound of 95 % of the gaps of noise."""
 
     train_purity: float
     val_purity: float
@@ -368,7 +367,7 @@ class _Comparison:
 
 @dataclass(frozen=True)
 class _Held:
-    """What one rank holds of one modality."""
+    """Sizes and dtypes of one rank's samples of one modality."""
 
     train: int = 0
     val: int = 0
@@ -380,7 +379,7 @@ class _Held:
 def diagnose_samples(
     modalities: Sequence[str], train: Mapping[str, Samples], val: Mapping[str, Samples], chosen: Options
 ) -> Diagnosis:
-    """Cluster and compare each modality's samples; the same result on all ranks.
+    """Diagnose each modality from collected samples, with the same result on all ranks.
 
     Raises:
         ValueError: if there are no training or no validation samples, or only one class.
@@ -399,7 +398,7 @@ def diagnose_samples(
         if name not in skipped:
             parts = (train.get(name), val.get(name))
             both = [_of_all_ranks(parts, side, held[name], chosen.group) for side in (0, 1)]
-            # Bounded features, clustered once: the other ranks wait for the answer.
+            # The first rank alone clusters the features, whose size is bounded, so that all ranks get one result.
             if first:
                 compared[name] = _compare(both, clusters, chosen)
     compared = of_first_rank(compared, chosen.group)
@@ -410,7 +409,7 @@ def diagnose_samples(
 def _survey(
     modalities: Sequence[str], train: Mapping[str, Samples], val: Mapping[str, Samples], group: Group
 ) -> tuple[dict[str, list[_Held]], set[int]]:
-    """What each rank holds of each modality, and the classes that all hold together."""
+    """Gather each rank's sizes and dtypes of each modality, and the classes of all ranks."""
     here = {name: _held(train.get(name), val.get(name)) for name in modalities}
     labels = {int(c) for part in (train, val) for s in part.values() for c in s.labels.unique()}
     everyone: list[Any] = [(here, labels)]
@@ -460,7 +459,7 @@ def _why_skipped(held: Sequence[_Held], counts: tuple[int, int], clusters: int) 
 def _of_all_ranks(
     parts: tuple[Samples | None, Samples | None], side: int, held: Sequence[_Held], group: Group
 ) -> Samples:
-    """The training (side 0) or validation samples of all ranks, in float32 or wider; this rank's may be missing."""
+    """Gather the training (side 0) or validation (side 1) samples of all ranks, in float32 or wider."""
     own = parts[side]
     if own is None:
         device = next((s.features.device for s in parts if s is not None), torch.device("cpu"))
@@ -469,7 +468,7 @@ def _of_all_ranks(
             torch.empty(0, width, dtype=torch.float32, device=device),
             torch.empty(0, dtype=torch.int64, device="cpu"),
         )
-    # Half precision would be too coarse for the scaling too.
+    # Scaling and clustering in half precision would be too coarse.
     features = own.features.to(torch.float64 if any(h.double for h in held) else torch.float32)
     rows = [h.val if side else h.train for h in held]
     labels = own.labels.to(features.device)
@@ -477,7 +476,7 @@ def _of_all_ranks(
 
 
 def _compare(both: Sequence[Samples], clusters: int, chosen: Options) -> _Comparison:
-    """Cluster one modality's training and validation samples, and see what clusters of these sizes give by chance."""
+    """Compare the purities of one modality's training and validation samples, and compute the gaps of noise."""
     sizes = [len(samples) for samples in both]
     if chosen.equal_counts:
         number = min(_PARTS, max(sizes) // min(sizes))
@@ -488,7 +487,7 @@ def _compare(both: Sequence[Samples], clusters: int, chosen: Options) -> _Compar
     train, val = map(_purity, clustered)
     gap = _gap(train, val, chosen.gap)
     strength = float(reinit_strength(torch.tensor(gap, dtype=torch.float64, device="cpu"), chosen.lam))
-    # Labels in another order say of noise what it is: nothing.
+    # Shuffled labels are independent of the features, as those of noise are.
     generator = torch.Generator().manual_seed(chosen.seed)
     shuffled = (map(partial(_purity, shuffled=generator), clustered) for _ in range(_SHUFFLES))
     noise = sorted(_gap(by_chance, other, chosen.gap) for by_chance, other in shuffled)
@@ -497,16 +496,16 @@ def _compare(both: Sequence[Samples], clusters: int, chosen: Options) -> _Compar
 
 
 def _cluster(samples: Samples, number: int, clusters: int, chosen: Options) -> tuple[Tensor, Tensor]:
-    """The cluster of each sample, and its label."""
+    """Cluster samples; return the index of each sample's cluster, and the labels."""
     features = minmax_scale(samples.features) if chosen.normalize == "minmax" else samples.features
-    # The same start for every modality and split: equal features then have no gap.
+    # Every modality and split has the same seed, so that equal features have no gap.
     generator = torch.Generator().manual_seed(chosen.seed + number)
     result = kmeans(features, clusters, generator=generator, n_init=chosen.n_init)
     return result.assignments, samples.labels
 
 
 def _purity(parts: Sequence[tuple[Tensor, Tensor]], shuffled: torch.Generator | None = None) -> float:
-    """The mean purity of parts of one size, with their labels in another order where a generator is given."""
+    """Compute the mean purity of parts of equal size, with shuffled labels where a generator is given."""
     size = len(parts[0][1])
     order = None if shuffled is None else torch.randperm(size, generator=shuffled, device="cpu")
     shares = (
@@ -527,7 +526,7 @@ def _diagnosis(
     skipped: dict[str, str],
     clusters: int,
 ) -> Diagnosis:
-    """The table of all modalities; those that were skipped have their samples counted as they came."""
+    """Build the diagnosis of all modalities; a skipped modality has the counts of all collected samples."""
     nothing = math.nan, math.nan, math.nan, 0.0, math.nan, math.nan
     rows = [compared.get(name) or _Comparison(*nothing, *counts[name]) for name in modalities]
 
@@ -540,7 +539,7 @@ def _diagnosis(
 
 
 def _warn_of_noise(compared: Mapping[str, _Comparison]) -> None:
-    """Say which gaps mere noise would give as well."""
+    """Warn of gaps that noise would give as well."""
     within = [
         f"{name!r} {row.gap:.3f}, where noise gives {row.noise_gap:.3f} in the mean and up to {row.noise_bound:.3f}"
         for name, row in compared.items()

@@ -1,4 +1,4 @@
-"""Features with their labels: from a pass over a loader that leaves no trace, or given; in bounded memory."""
+"""Collection of features and labels in bounded memory, by a pass over a loader that restores all state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Classes = Callable[[Any], Any]
 AsVectors = Callable[[str, Tensor, int], Tensor]
 
 _LABEL_KEYS = ("labels", "label")
-# Seconds after which a pass is long enough for a progress bar.
+# A progress bar appears after this many seconds, because short passes need none.
 _LONG = 10.0
 
 
@@ -46,7 +46,7 @@ class Samples:
     """One modality's samples.
 
     Attributes:
-        features: `(N, D)`.
+        features: `(N, D)`, one row for each sample.
         labels: `(N,)` int64, on the CPU.
     """
 
@@ -57,7 +57,7 @@ class Samples:
         return len(self.labels)
 
     def parts(self, size: int, number: int, seed: int) -> list[Samples]:
-        """Return that many random parts of a size, apart from each other; where that is all samples, all each time."""
+        """Return `number` disjoint random parts of `size` samples; all samples each time where there are just `size`."""
         if len(self) == size:
             return [self] * number
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu")
@@ -66,10 +66,10 @@ class Samples:
 
 
 class Reservoir:
-    """Samples of one modality, at most `limit` of them and an eighth more while they come in."""
+    """A buffer of one modality's samples, pruned to `limit` and an eighth larger between prunings."""
 
     def __init__(self, limit: int) -> None:
-        """Hold at most `limit` samples."""
+        """Start with an empty buffer for `limit` samples."""
         self.limit = limit
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -80,7 +80,7 @@ class Reservoir:
         return self._count
 
     def add(self, features: Tensor, labels: Tensor, keys: Tensor) -> None:
-        """Take `(B, D)` features with their labels and random keys `(B,)`."""
+        """Add features `(B, D)` with labels and random keys `(B,)`."""
         if self._features and features.shape[1] != self._features[0].shape[1]:
             raise ValueError(
                 f"features should have the same width in every batch. Found {self._features[0].shape[1]} and "
@@ -94,7 +94,7 @@ class Reservoir:
             self._prune()
 
     def samples(self) -> Samples:
-        """Return the samples held."""
+        """Return the buffer's samples, at most `limit`."""
         if len(self) > self.limit:
             self._prune()
         return Samples(torch.cat(self._features), torch.cat(self._labels))
@@ -107,16 +107,15 @@ class Reservoir:
 
 
 def balanced(labels: Tensor, keys: Tensor, limit: int) -> Tensor:
-    """Indices, in order, of at most `limit` samples: as equal a number of each class as there are.
+    """Choose at most `limit` samples with class counts as equal as possible; return sorted indices.
 
-    Within a class those of the smallest keys stay, so what is dropped from a part of the samples would be dropped from
-    all of them too.
+    Within a class the samples of the smallest keys stay, so a sample dropped early would be dropped at the end too.
     """
     order = torch.argsort(keys, stable=True)
     by_class = order[torch.argsort(labels[order], stable=True)]
     counts = torch.unique_consecutive(labels[by_class], return_counts=True)[1]
     first = counts.cumsum(0) - counts
-    # The rank among the samples of its class. The lowest ranks stay, keys breaking ties.
+    # A sample's rank within its class. The lowest ranks stay, and keys break ties.
     rank = torch.empty_like(order)
     rank[by_class] = torch.arange(len(order), dtype=torch.int64, device="cpu") - first.repeat_interleave(
         counts
@@ -125,17 +124,17 @@ def balanced(labels: Tensor, keys: Tensor, limit: int) -> Tensor:
 
 
 class Collector:
-    """Take the features of batches, by modality.
+    """A collector of the features of batches, by modality.
 
     Args:
-        modalities: names.
-        as_vectors: makes `(B, D)` of a modality's features.
-        limit: most samples to keep of each modality.
-        seed: of the choice among more.
-        ignore_index: label of samples to leave out.
-        where: where the samples come from, for messages.
-        classes: makes class indices `(B,)` of a batch's labels; None for labels that are class indices.
-        has_frames: whether it is known that a modality's features may be several rows for each sample.
+        modalities: names of the modalities.
+        as_vectors: function of (modality, features, B) that returns vectors `(B, D)`.
+        limit: upper limit of each modality's samples, >= 1.
+        seed: seed of the choice among more samples.
+        ignore_index: label of samples to skip.
+        where: source of the samples, for messages.
+        classes: function from a batch's labels to class indices `(B,)`; None for labels that are class indices.
+        has_frames: function from a modality to whether its features may have several rows for each sample.
     """
 
     def __init__(
@@ -159,11 +158,11 @@ class Collector:
         self._reservoirs = {name: Reservoir(limit) for name in modalities}
 
     def add(self, features: Mapping[str, Tensor], labels: Any) -> None:
-        """Take one batch; a modality that it lacks is left out.
+        """Add one batch; modalities absent from `features` are skipped.
 
         Raises:
             ValueError: if labels are not integers, or not one for each row of features.
-            TypeError: if labels are no numbers.
+            TypeError: if labels are not numbers.
         """
         indices = self._class_indices(labels)
         keys = torch.rand(len(indices), generator=self._generator, dtype=torch.float64, device="cpu")
@@ -180,11 +179,11 @@ class Collector:
                 self._reservoirs[name].add(vectors, indices[counted], keys[counted])
 
     def samples(self) -> dict[str, Samples]:
-        """Return each modality's samples; modalities without any are left out."""
+        """Return each modality's samples, without modalities that have none."""
         return {name: held.samples() for name, held in self._reservoirs.items() if len(held)}
 
     def _class_indices(self, labels: Any) -> Tensor:
-        """`(B,)` int64 on the CPU."""
+        """Convert a batch's labels to class indices `(B,)`, int64 on the CPU."""
         given = labels if self._classes is None else self._classes(labels)
         values = to_tensor(f"labels {self.where}", given, "integers (N,), a class index each").detach()
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
@@ -214,7 +213,7 @@ def collect(
     forward: Forward | None,
     progress: bool | None,
 ) -> None:
-    """Run the model over a loader in eval mode, leaving no trace, and let `collector` take the encoders' features.
+    """Run the model over a loader in eval mode, add the encoders' features to `collector`, and restore all state.
 
     Raises:
         RuntimeError: if the monitor's hooks were removed.
@@ -235,12 +234,12 @@ def collect(
 
 
 def _latest_features(undo: Undo, monitor: ModalityMonitor) -> dict[str, Callable[[], Tensor]]:
-    """Return a dict that keeps each modality's features of the latest call of its encoder, until `undo`."""
+    """Return a dict that is updated with the features of each encoder's latest call, until `undo` restores."""
     latest: dict[str, Callable[[], Tensor]] = {}
 
     def tap(name: str, output: Any, current: Pass | None) -> None:
         if not in_backward():
-            # A copy: what comes after the encoder may work in place.
+            # Copied, because later modules may change the features in place.
             latest[name] = monitor.features.held(name, output, lambda x: x.detach().clone())
 
     undo.note(partial(monitor.hooks.outputs.drop, tap))
@@ -249,10 +248,10 @@ def _latest_features(undo: Undo, monitor: ModalityMonitor) -> dict[str, Callable
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
-    """Run one batch through the model; return its labels.
+    """Run one batch through the model and return the batch's labels.
 
     Raises:
-        TypeError: for a batch of a form that is not known.
+        TypeError: for a batch of an unknown form.
     """
     if forward is not None:
         answer = forward(model, batch)
@@ -271,7 +270,7 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
 
 
 def _labels_of(batch: Any) -> Any:
-    """The last of a tuple or list, or the value of a mapping's key "labels" or "label"."""
+    """Return a batch's labels: the last item of a tuple or list, or the value at "labels" or "label"."""
     if isinstance(batch, Mapping):
         for key in _LABEL_KEYS:
             if key in batch:
@@ -298,7 +297,7 @@ def _call_with_mapping(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def _refuse_arguments(model: nn.Module, values: Sequence[Any], keys: Sequence[str] = ()) -> None:
-    """Raise where a model's forward needs others than a batch's inputs."""
+    """Raise where a batch's inputs do not fit the signature of the model's forward."""
     try:
         inspect.signature(model.forward).bind(*values)
     except TypeError as error:
@@ -314,7 +313,7 @@ def _refuse_arguments(model: nn.Module, values: Sequence[Any], keys: Sequence[st
 def _with_bar(
     loader: Iterable[Any], what: str, progress: bool | None, monitor: ModalityMonitor
 ) -> Iterator[Any]:
-    """The loader's batches, with a progress bar where the pass is long."""
+    """Yield the loader's batches, with a progress bar where the pass is long."""
     bar = _bar(progress, monitor)
     if bar is None:
         yield from loader
@@ -323,7 +322,7 @@ def _with_bar(
 
 
 def _bar(progress: bool | None, monitor: ModalityMonitor) -> Any:
-    """The tqdm class, or None for no progress bar."""
+    """Return the tqdm class; None for no progress bar."""
     ranks = active_group(monitor.group)
     if progress is False or (ranks is not None and dist.get_rank(ranks) > 0):
         return None
@@ -338,19 +337,19 @@ def _bar(progress: bool | None, monitor: ModalityMonitor) -> Any:
     return tqdm if progress or sys.stderr.isatty() else None
 
 
-# -- no trace --------------------------------------------------------------------------------------------------------
+# -- state to restore ------------------------------------------------------------------------------------------------
 
 
 def leave_undisturbed(undo: Undo, model: nn.Module, loader: Any) -> None:
-    """Put the model into eval mode, record no gradients, and note in `undo` the way back to how all was.
+    """Switch the model to eval mode without gradients, and record in `undo` how to restore all state.
 
-    That is each module's own mode, attributes and buffers, the global random streams, and the generators of the loader
-    and its samplers. Modules are set one by one, so that a frozen BatchNorm stays frozen.
+    The state is each module's mode, attributes and buffers, the global random streams, and the generators of the loader
+    and its samplers. Modes are restored module by module, so that a frozen BatchNorm stays frozen.
     """
     modules = list(model.modules())
     undo.note(partial(_reshard, modules))
     for buffer in model.buffers():
-        if not is_lazy(buffer):  # the very buffers, not twins: compiled code may know them by their addresses
+        if not is_lazy(buffer):  # restored in place, because compiled code may hold a buffer's address
             undo.note(partial(_restore_buffer, buffer, buffer.clone()))
     for generator in _generators(loader):
         undo.note(partial(generator.set_state, generator.get_state()))
@@ -361,7 +360,7 @@ def leave_undisturbed(undo: Undo, model: nn.Module, loader: Any) -> None:
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators that iterating a DataLoader draws from."""
+    """Return the generators that iterating a DataLoader draws from."""
     sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     inner = (getattr(batch_sampler, "sampler", None), getattr(sampler, "sampler", None))
     found = [getattr(holder, "generator", None) for holder in (loader, sampler, batch_sampler, *inner)]
@@ -369,15 +368,15 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 def _restore_buffer(buffer: Tensor, before: Tensor) -> None:
-    if not torch.equal(buffer, before):  # else untouched: a graph may wait for it
+    if not torch.equal(buffer, before):  # a needless write would break a graph that saved the buffer
         buffer.detach().copy_(before)
 
 
 def _reshard(modules: Iterable[nn.Module]) -> None:
-    """Shard FSDP2's root again: it stays whole after a forward without backward."""
+    """Reshard FSDP2's root module, which stays unsharded after a forward without backward."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    from torch.distributed.fsdp import FSDPModule  # not at import: it takes long, and few need it
+    from torch.distributed.fsdp import FSDPModule  # imported here, because the import is slow
 
     for module in modules:
         if isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""The weights that encoders go back to: copied before training, saved with the state; and the way back to them."""
+"""Initial weights of the encoders, copied before training, and re-initialisation towards them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from balanceopt.monitor import ModalityMonitor
 OptimizerState = Literal["keep", "reset"]
 
 
-# What optimizers call a copy of the weights in their state: Lookahead's and Ranger's slow ones (torch_optimizer,
-# pytorch_optimizer, timm, the author's), Schedule-Free's z, ASGD's average, the single-precision ones of half weights.
+# Names of weight copies in optimizers' states, which have to move too: slow weights of Lookahead and Ranger
+# (torch_optimizer, pytorch_optimizer, timm, the author's), Schedule-Free's z, ASGD's average, float32 master weights.
 _COPIES = frozenset(
     {"slow_param", "slow_params", "slow_buffer", "slow_weights", "lookahead_slow_buff", "cached_params"}
     | {"z", "ax", "master_param", "master_params"}
@@ -31,20 +31,20 @@ _COPIES = frozenset(
 
 
 class InitialWeights:
-    """A copy of the parameters that belong to one encoder alone, each known by itself and not by its name.
+    """Copies of the parameters that belong to one encoder alone, keyed by parameter identity.
 
-    Parameters that are frozen, or not built yet (lazy modules), are copied when a forward finds them trainable and
-    built: before any step could have changed them. Those that come into the model later have no initial value.
+    A parameter that is frozen or not built yet (lazy modules) is copied at the first forward that finds it trainable
+    and built, before any step can have changed it. Parameters added to the model later have no initial value.
 
     Args:
-        monitor: knows the encoders.
-        device: where copies are kept; None for each parameter's own device.
+        monitor: the monitor with the model's encoders.
+        device: device of the copies; None for each parameter's device.
     """
 
     def __init__(self, monitor: ModalityMonitor, device: torch.device | str | None) -> None:
         self.monitor = monitor
         self.device = None if device is None else _checked_device(device)
-        # None of a parameter that is still to be copied.
+        # None marks a parameter that is still to be copied.
         self._values: MutableMapping[Tensor, Tensor | None] = WeakTensorKeyDictionary()
         for parameter in self._by_dotted_name().values():
             self._values[parameter] = None
@@ -58,25 +58,25 @@ class InitialWeights:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the copies."""
+        """Memory of the copies in bytes."""
         return sum(v.numel() * v.element_size() for v in self._values.values() if v is not None)
 
     def parameters(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Each modality's own parameters by dotted name, as they are now."""
+        """Return each modality's current parameters by dotted name."""
         names = {id(p): _clean(n) for n, p in reversed(list(self.monitor.model.named_parameters()))}
         return {m: {names[id(p)]: p for p in params} for m, params in self.monitor.parameters.items()}
 
     def take(self) -> None:
-        """Copy the parameters that have become built and trainable."""
+        """Copy the waiting parameters that have become built and trainable."""
         for parameter, value in list(self._values.items()):
             if value is None and parameter.requires_grad and not is_lazy(parameter):
                 self._values[parameter] = self.copy_of(local_part(parameter.detach()), parameter)
 
     def give(self, state: Mapping[str, Any]) -> None:
-        """Replace the copies by the user's values: a model's state dict, or one of each encoder by modality.
+        """Replace the copies by the user's values: the model's state dict, or each encoder's by modality.
 
         Raises:
-            ValueError: if a trainable parameter is missing in it, or has another shape.
+            ValueError: if a trainable parameter is missing in `state`, or has another shape.
         """
         given = self._by_name(state)
         current = self._by_dotted_name()
@@ -88,17 +88,17 @@ class InitialWeights:
         self._set({name: value for name, value in given.items() if name in current}, current)
 
     def state(self) -> dict[str, Tensor | None]:
-        """Return the copies by name, for a checkpoint: sharded where the parameters are; None where there is none."""
+        """Return the copies by name for a checkpoint, sharded like the parameters; None where there is no copy."""
         values = {name: (p, self._values.get(p)) for name, p in self._by_dotted_name().items()}
         later = {name: None for name, (p, _) in values.items() if p not in self._values}
         return later | {name: sharded_like(v, p) for name, (p, v) in values.items() if v is not None}
 
     def check(self, state: Mapping[str, Tensor | None]) -> None:
-        """Refuse a checkpoint of another model.
+        """Check that a checkpoint's initial weights belong to this model.
 
         Raises:
             ValueError: if names or shapes differ.
-            TypeError: if it is no mapping to tensors.
+            TypeError: if `state` is not a mapping to tensors.
         """
         check_kind("the state's initial weights", state, Mapping, "a mapping from name to tensor")
         current = self._by_dotted_name()
@@ -112,12 +112,12 @@ class InitialWeights:
         _check_shapes(state, current)
 
     def load(self, state: Mapping[str, Tensor | None]) -> None:
-        """Replace the copies by those of a checkpoint."""
+        """Replace the copies by a checkpoint's initial weights."""
         self.check(state)
         self._set(state, self._by_dotted_name())
 
     def starts(self, current: Mapping[str, nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
-        """Each trainable parameter with this rank's part of its initial value."""
+        """Pair each trainable parameter with this rank's part of the parameter's initial value."""
         built = {name: p for name, p in current.items() if p.requires_grad and not is_lazy(p)}
         values = {name: self._values.get(p) for name, p in built.items()}
         unknown = [name for name, value in values.items() if value is None]
@@ -129,7 +129,7 @@ class InitialWeights:
         return [(built[n], local_like(v, built[n])) for n, v in values.items() if v is not None]
 
     def _by_dotted_name(self) -> dict[str, nn.Parameter]:
-        """The parameters of all modalities."""
+        """Return the parameters of all modalities by dotted name."""
         return {name: p for params in self.parameters().values() for name, p in params.items()}
 
     def _set(self, state: Mapping[str, Tensor | None], current: Mapping[str, Tensor]) -> None:
@@ -145,11 +145,11 @@ class InitialWeights:
                 self._values[current[name]] = value
 
     def copy_of(self, value: Tensor, like: Tensor) -> Tensor:
-        """Copy a value to where initial weights are kept; `like` is the parameter that it belongs to."""
+        """Copy a value to the device of the initial weights; `like` is the value's parameter."""
         return value.detach().to(like.device if self.device is None else self.device, copy=True)
 
     def _by_name(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """By dotted name in the model, from either form."""
+        """Convert the user's values, in either form, to a mapping by dotted name in the model."""
         by_modality = set(state) <= set(self.monitor.modalities)
         if not by_modality or not all(isinstance(values, Mapping) for values in state.values()):
             return {_clean(name): value for name, value in state.items()}
@@ -181,12 +181,12 @@ def reinitialise(
     optimizer: torch.optim.Optimizer,
     optimizer_state: OptimizerState,
 ) -> None:
-    """Move each modality's encoder towards its initial weights by its own strength, in place; note the way back.
+    """Move each modality's encoder towards the initial weights by the modality's strength, in place.
 
-    Copies of a weight in the state of the optimizer, or of one inside it, move with it: the next step may go on from
-    them. For the way back there is a copy of all that moves beside the initial weights.
+    Weight copies in the state of the optimizer, or of an inner one, move too, because the next step may start from
+    them. `undo` gets the steps that restore all, with copies of all moved tensors on the initial weights' device.
     """
-    holders = {id(o.state): o for o in optimizers_in(optimizer)}.values()  # a wrapper's state is its base's
+    holders = {id(o.state): o for o in optimizers_in(optimizer)}.values()  # a wrapper shares its base's state
     moves: dict[int, tuple[Tensor, Tensor, float]] = {}
     forgotten: list[tuple[torch.optim.Optimizer, Tensor]] = []
     for modality, params in initial.parameters().items():
@@ -213,9 +213,9 @@ def _put_back(targets: list[Tensor], values: list[Tensor]) -> None:
 
 
 def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-    """Make an optimizer's state of a parameter what it is before the first step."""
+    """Reset an optimizer's state of a parameter to the state before the first step."""
     own = optimizer.state[parameter]
-    if isinstance(optimizer, torch.optim.Adagrad):  # makes its state when it is built, and not again
+    if isinstance(optimizer, torch.optim.Adagrad):  # Adagrad makes its state in the constructor only
         first = optimizer.defaults["initial_accumulator_value"]
         own.update(step=torch.zeros_like(own["step"]), sum=torch.full_like(own["sum"], first))
     else:
@@ -246,4 +246,4 @@ def _check_shapes(state: Mapping[str, Tensor | None], current: Mapping[str, Tens
 def _clean(name: str) -> str:
     for part in WRAPPER_NAMES:
         name = name.replace(part, "")
-    return name.removeprefix("module.")  # DistributedDataParallel
+    return name.removeprefix("module.")  # DistributedDataParallel adds this prefix

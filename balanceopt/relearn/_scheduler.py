@@ -1,4 +1,4 @@
-"""ReLearnScheduler: diagnose every few epochs, and take overfitted encoders part of the way back."""
+"""Scheduler that diagnoses every few epochs and re-initialises overfitted encoders in part."""
 
 from __future__ import annotations
 
@@ -36,57 +36,57 @@ from balanceopt.relearn._diagnosis import (
 from balanceopt.relearn._features import Classes, Forward, Samples
 from balanceopt.relearn._initial import InitialWeights, OptimizerState, reinitialise
 
-# What a Recorder gets, attribute by attribute of a Diagnosis.
+# Attributes of a Diagnosis that listeners get, because each has a value for every modality.
 _RECORDED = ("train_purity", "val_purity", "gap", "strength")
 
 
 class ReLearnScheduler(EpochMethod):
     r"""Diagnosing & Re-learning, stepped once an epoch like a learning-rate scheduler.
 
-    At every `every`-th `step()` the encoders' features of the training and of the validation samples are clustered; the
-    gap between the purities says how far an encoder has fitted what does not carry over, and that far it goes back:
+    Every `every`-th `step()` clusters the encoders' features of the training and validation samples. The gap between
+    the purities measures how far an encoder has overfitted, and sets its re-initialisation strength:
 
     $$\theta^m \leftarrow (1 - \alpha^m) \theta^m + \alpha^m \theta^m_{\text{init}}, \qquad
     \alpha^m = \tanh(\lambda |P_D^m - P_V^m|)$$
 
-    Accuracy falls at once and is back some epochs later, so with `epochs` none comes in the last `every` ones.
+    Accuracy drops at once and recovers some epochs later, so with `epochs` set no diagnosis falls in the last `every`.
 
-    Any number of modalities, any fusion; only the encoders' own trainable parameters change, in place. Either the whole
-    step is done or, after an exception, nothing has changed.
+    Any number of modalities and any fusion; only trainable parameters that belong to one encoder alone change, in
+    place. After an exception in `step()` nothing has changed.
 
     Args:
-        optimizer: that trains the model; wrapped or not.
+        optimizer: the model's optimizer, wrapped or not.
         monitor: a `ModalityMonitor` on the model; `head=None` is enough.
         train_loader: batches `(*inputs, labels)`, or mappings with "labels" or "label"; None for both loaders where
             features are given to each `step`.
-        val_loader: the same of held-out samples, none of them trained on.
-        every: epochs (calls of `step`) between diagnoses.
-        epochs: of the whole run; where fewer than `every` are left nothing fires. None, with a warning, fires also
-            after the last epoch.
-        first: epochs before the first diagnosis; None for `every`. Published code has `every=20, first=21`.
-        lam: of the strength; larger goes further back, 0 never.
-        max_relearns: how often at most; None for no limit.
-        classes: function from a batch's labels to class indices `(B,)`, of which as many different ones make as many
-            clusters; None for labels that are class indices.
-        normalize: `"minmax"` scales each feature to (-1, 1) before clustering, as published code does; `"none"`.
+        val_loader: batches of held-out samples, none of them trained on, in the same form.
+        every: interval between diagnoses in epochs (calls of `step`), >= 1.
+        epochs: number of epochs of the run; no diagnosis comes where fewer than `every` are left. None, with a
+            warning, diagnoses also after the last epoch.
+        first: epochs before the first diagnosis, >= 1; None for `every`. Published code has `every=20, first=21`.
+        lam: factor of the strength, >= 0; 0 never re-initialises.
+        max_relearns: upper limit of re-initialisations, >= 0; None for no limit.
+        classes: function from a batch's labels to class indices `(B,)`, whose number of distinct values is the number
+            of clusters; None for labels that are class indices.
+        normalize: `"minmax"` scales each feature to [-1, 1] before clustering, as published code does; `"none"`.
         forward: function of (model, batch) that runs the model and returns the labels, for other batches.
-        optimizer_state: `"keep"`, or `"reset"` to forget the momentum of the encoders that go back.
-        initial: state dict of the model, or of each encoder by modality, to go back to; None for the weights as they
-            are now (of lazy and frozen parameters: when they are first built and trainable in a forward).
-        snapshot_device: where initial weights are kept; None for each parameter's own device.
-        max_samples: most samples a modality to keep of each split, over all ranks: classes as equal as can be.
-        equal_counts: cut the larger split into random parts of the smaller one's size, five at most, and take the mean
-            of their purities; False clusters all samples, as published.
+        optimizer_state: `"keep"`, or `"reset"` to delete the momentum of re-initialised encoders.
+        initial: initial weights, as a state dict of the model, or of each encoder by modality; None for the current
+            weights (of lazy and frozen parameters: at the first forward that finds them built and trainable).
+        snapshot_device: device of the initial weights; None for each parameter's device.
+        max_samples: upper limit of each modality's samples in each split, over all ranks, with classes balanced.
+        equal_counts: cut the larger split into random parts of the smaller split's size, at most five, and average
+            their purities; False clusters all samples, as published.
         gap: `"absolute"`, as published; `"one-sided"` for $\max(0, P_D^m - P_V^m)$.
-        pool: `"auto"` (as the head gets them), `"mean"`, `"max"`, `"flatten"` or a function, to make vectors of
-            features with more dimensions.
-        n_init: starts of k-means, the best of which counts.
-        seed: of k-means and of the choice of samples; None for `torch.initial_seed()` of the first rank, read now.
+        pool: pooling rule for features of more than two dimensions: `"auto"` (the model's own before the head, where
+            known), `"mean"`, `"max"`, `"flatten"` or a function.
+        n_init: number of k-means starts, >= 1; the best one counts.
+        seed: seed of k-means and of the choice of samples; None for the first rank's `torch.initial_seed()`, read now.
         progress: show a progress bar (tqdm); None for passes over ten seconds on a terminal where tqdm is installed.
 
     Raises:
-        ValueError: for an option outside its range, or loaders that are missing.
-        TypeError: if `optimizer`, `monitor`, a loader, `forward` or `initial` is something else.
+        ValueError: for an option outside its range, or a missing loader.
+        TypeError: if `optimizer`, `monitor`, a loader, `forward` or `initial` has another type.
 
     Example:
         >>> import balanceopt as bo
@@ -169,21 +169,21 @@ class ReLearnScheduler(EpochMethod):
         if self._initial.waiting:
             monitor.hooks.outputs.add(self._copy_late)
 
-    # -- what the user calls -------------------------------------------------------------------------------------
+    # -- public methods ------------------------------------------------------------------------------------------
 
     def step(self, *, train: Features | None = None, val: Features | None = None) -> Diagnosis | None:
-        """Count an epoch; on every `every`-th one that leaves time to recover diagnose and re-initialise.
+        """Count an epoch; diagnose and re-initialise every `every`-th time that leaves `every` epochs to recover.
 
         Args:
-            train: features by modality and labels, to use instead of the loaders.
-            val: the same of the validation samples.
+            train: features by modality and labels of the training samples; None for the loader.
+            val: features by modality and labels of the validation samples; None for the loader.
 
         Returns:
-            The diagnosis, on the epochs on which it fires; else None.
+            The diagnosis; None on epochs without one.
 
         Raises:
-            ValueError: if there is no data to diagnose, of one class, or with labels that are not integers.
-            TypeError, KeyError: if the data is of another kind.
+            ValueError: for no samples, a single class, or labels that are not integers.
+            TypeError, KeyError: if the data has another form.
         """
         diagnosis: Diagnosis | None = super().step(train=train, val=val)
         for quantity in _RECORDED if diagnosis is not None else ():
@@ -195,7 +195,7 @@ class ReLearnScheduler(EpochMethod):
     def run(
         self, epoch: int, *, train: Features | None = None, val: Features | None = None
     ) -> Diagnosis | None:
-        """Diagnose and re-initialise, if it is time to."""
+        """Diagnose and re-initialise after an epoch on which a diagnosis is due."""
         if not self._due:
             return None
         diagnosis = replace(self.diagnose(train, val), epoch=epoch + 1)
@@ -205,11 +205,11 @@ class ReLearnScheduler(EpochMethod):
         return diagnosis
 
     def diagnose(self, train: Source | None = None, val: Source | None = None) -> Diagnosis:
-        """The same diagnosis, without any change.
+        """Diagnose the modalities with the scheduler's options, without re-initialisation.
 
         Args:
-            train: a loader, or features by modality and labels; None for the scheduler's own.
-            val: the same of the validation samples.
+            train: a loader, or features by modality and labels; None for the scheduler's training loader.
+            val: a loader, or features by modality and labels; None for the scheduler's validation loader.
 
         Raises:
             ValueError, TypeError, KeyError: as `step`.
@@ -222,7 +222,7 @@ class ReLearnScheduler(EpochMethod):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Count of epochs and of re-initialisations, the seed, and the initial weights by dotted name."""
+        """Return the counts of epochs and re-initialisations, the seed, and the initial weights by dotted name."""
         return {
             **super().state_dict(),
             "relearns": self.relearns,
@@ -231,15 +231,14 @@ class ReLearnScheduler(EpochMethod):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Restore the state of a checkpoint; a load that fails changes nothing.
 
         Args:
             state: from `state_dict()`.
 
         Raises:
-            ValueError: if its initial weights are not those of this model, or a counter is no whole number; nothing is
-                changed then.
-            TypeError, KeyError: if it is no state of a scheduler; nothing is changed then.
+            ValueError: if the initial weights belong to another model, or a counter is not a whole number.
+            TypeError, KeyError: if `state` is not a scheduler's state.
         """
         super().load_state_dict(state)
         self._initial.load(state["initial"])
@@ -247,7 +246,7 @@ class ReLearnScheduler(EpochMethod):
         self._options = replace(self._options, seed=int(state["seed"]))
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse what `load_state_dict` can't take.
+        """Check a state before `load_state_dict` changes anything.
 
         Raises:
             ValueError, TypeError, KeyError: as `load_state_dict`.
@@ -259,18 +258,18 @@ class ReLearnScheduler(EpochMethod):
         self._initial.check(state["initial"])
 
     def remove(self) -> None:
-        """Act no more, and stop listening to the monitor. May be called twice."""
+        """Stop the scheduler from acting and remove its hook on the monitor; a second call is a no-op."""
         super().remove()
         self.monitor.hooks.outputs.drop(self._copy_late)
 
     @property
     def lam(self) -> float:
-        """Of the strength."""
+        """Factor of the re-initialisation strength."""
         return self._options.lam
 
     @property
     def snapshot_bytes(self) -> int:
-        """Memory that the initial weights take on this rank."""
+        """Memory of this rank's initial weights in bytes."""
         return self._initial.nbytes
 
     def __repr__(self) -> str:
@@ -281,11 +280,11 @@ class ReLearnScheduler(EpochMethod):
             f"last_epoch={self.last_epoch}, relearns={self.relearns}, snapshot={self.snapshot_bytes} bytes)"
         )
 
-    # -- parts ---------------------------------------------------------------------------------------------------
+    # -- private helpers -----------------------------------------------------------------------------------------
 
     @property
     def _due(self) -> bool:
-        """Whether the next step fires."""
+        """Whether the next step diagnoses."""
         left = self.max_relearns is None or self.relearns < self.max_relearns
         epoch = self.last_epoch + 1
         in_time = self.epochs is None or epoch + self.every <= self.epochs
@@ -302,7 +301,7 @@ class ReLearnScheduler(EpochMethod):
         return collect_samples(data, split, self.monitor, self._options, self.forward, self.progress)
 
     def _copy_late(self, name: str, output: Any, current: Any) -> None:
-        """Copy parameters that this forward finds built and trainable for the first time."""
+        """Copy parameters that a forward finds built and trainable for the first time."""
         self._initial.take()
         if not self._initial.waiting:
             self.monitor.hooks.outputs.drop(self._copy_late)
@@ -314,7 +313,7 @@ def _check_arguments(
     max_relearns: int | None,
     optimizer_state: OptimizerState,
 ) -> None:
-    """Refuse arguments of another type, and options outside their range."""
+    """Check the types of arguments and the ranges of options."""
     check_kind("`optimizer`", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
     check_count("max_relearns", max_relearns, or_none=True)
@@ -322,7 +321,7 @@ def _check_arguments(
 
 
 def _warn_of_schedule(every: int, epochs: int | None, first: int) -> None:
-    """Say where encoders may go back with no training after it, and where they never do."""
+    """Warn of a schedule that re-initialises after the last epoch, or never."""
     if epochs is None:
         warn_user(
             f"without `epochs=` encoders go back after every {every} epochs, also after the last one, and no training "
@@ -336,7 +335,7 @@ def _warn_of_schedule(every: int, epochs: int | None, first: int) -> None:
 
 
 def _check_loaders(train: Any, val: Any) -> None:
-    """Refuse one loader without the other, and features in the place of a loader."""
+    """Check that both loaders are given or neither, and that neither is a pair of features and labels."""
     for loader, name in ((train, "train_loader"), (val, "val_loader")):
         if loader is None and (train is not None or val is not None):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Callbacks for training frameworks, each in a module of its own that imports its framework.
+"""Callbacks for training frameworks, in one module for each framework.
 
 `balanceopt.integrations.lightning.BalanceCallback`, `balanceopt.integrations.transformers.BalanceCallback`. Fabric and
-Accelerate leave the loop to you and take a `ModulatedOptimizer` as it is: docs/integrations.md.
+Accelerate leave the training loop to the user and take a `ModulatedOptimizer` without a callback: docs/integrations.md.
 """
 
 __all__: list[str] = []

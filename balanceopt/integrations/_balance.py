@@ -1,4 +1,4 @@
-"""What the frameworks' callbacks have in common: a monitor and hooks that last as long as one training run."""
+"""Common base of the frameworks' callbacks: a monitor and hooks for the time of a training run."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ Methods = Modulation | Sequence[Modulation] | None
 
 
 class Balance:
-    """Build the monitor when a run starts, attach to its optimizers, take everything off when it ends.
+    """The base of a framework's callback: balances the modalities of a run and removes all hooks at the end.
 
-    The callbacks are this, and a framework's callback whose hooks call it. It can be recorded: `Recorder(callback)`.
+    A framework's callback inherits from this class and calls it in the framework's hooks. `Recorder(callback)` records
+    all quantities of a run.
 
     Args:
-        encoders: modules or dotted names by modality; a function from the model to them; or a monitor, which stays.
-        head: as `ModalityMonitor` takes it, or a function from the model to that.
-        modulation: the method, or several to act in order; `()` for none.
-        prediction: makes a `OPM` from the monitor.
-        relearn: makes a `ReLearnScheduler` from the optimizer and the monitor.
-        seed: of all randomness, as in `attach`.
-        strict: of the monitor and of `attach`; None for each one's own default.
-        options: further ones of the monitor.
+        encoders: modules or dotted names by modality; a function from the model to such a mapping; or a monitor, which
+            the callback does not remove.
+        head: the `head` of `ModalityMonitor`, or a function from the model to such a head.
+        modulation: the method, or several to act in order; `()` for none, None for `OGM()`.
+        prediction: function from the monitor to an `OPM`; None for none.
+        relearn: function from the optimizer and the monitor to a `ReLearnScheduler`; None for none.
+        seed: seed of all randomness, as in `attach`.
+        strict: `strict` of the monitor and of `attach`; None for the default of each.
+        options: further options of the monitor.
 
     Raises:
-        ValueError: if a monitor is given together with what it was built from; for a bad `seed` or `strict`.
-        TypeError: if an argument is of another kind, or an option none of the monitor's.
+        ValueError: if a monitor is given together with a head or options; for an invalid `seed` or `strict`.
+        TypeError: if an argument has another type, or an option is unknown to the monitor.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Balance:
 
     @property
     def monitor(self) -> ModalityMonitor:
-        """The run's monitor; after the run its `stats()` can still be read.
+        """The monitor of the current or latest run; `stats()` works after the run too.
 
         Raises:
             RuntimeError: before the first run.
@@ -113,16 +115,16 @@ class Balance:
 
     @property
     def modulator(self) -> Any:
-        """The run's `OPM`, if `prediction` makes one."""
+        """The run's `OPM`; None without `prediction`."""
         return self._beside.modulator
 
     @property
     def scheduler(self) -> Any:
-        """The run's `ReLearnScheduler`, if `relearn` makes one."""
+        """The run's `ReLearnScheduler`; None without `relearn`."""
         return self._beside.scheduler
 
     def remove(self) -> None:
-        """Take every hook off, as the end of training does. What a checkpoint needs stays in the param groups."""
+        """Remove every hook, as at the end of training; the state for checkpoints stays in the param groups."""
         self._beside.remove()
         for handle in self.handles:
             handle.remove(keep_state=True)
@@ -131,7 +133,7 @@ class Balance:
         self._optimizers = []
 
     def stats(self) -> dict[str, int]:
-        """Steps modulated, left to the base optimizer, and oddities met, over all optimizers; of the latest run."""
+        """Return the latest run's counts of modulated, plain and unusual steps, summed over all optimizers."""
         total: dict[str, int] = {}
         for handle in self.handles:
             for name, count in handle.stats().items():
@@ -146,9 +148,9 @@ class Balance:
         *,
         resumed: bool = False,
     ) -> None:
-        """Begin a run, `resumed` from a checkpoint that is loaded already.
+        """Start a run, `resumed` where a checkpoint is loaded already.
 
-        What is watched is the part of `model` that `watched(model, encoders and heads)` says.
+        The monitor hooks the part of `model` that `watched(model, encoders and heads)` returns.
         """
         if self._owns_monitor:
             self._monitor = self._build(model, watched)
@@ -170,13 +172,13 @@ class Balance:
         return ModalityMonitor(watched(model, parts), encoders, head, **options)
 
     def _trained(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-        """Those that train an encoder; all where none does, since frozen encoders may join one later."""
+        """Return the optimizers that train an encoder; all where none does, as frozen encoders may join one later."""
         own = {id(p) for parameters in self.monitor.parameters.values() for p in parameters}
         found = [o for o in optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
         return found or list(optimizers)
 
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Attach to those that train an encoder; nothing to do where they are the same as before."""
+        """Attach the modulation to the optimizers that train an encoder; a no-op for unchanged optimizers."""
         same = len(optimizers) == len(self._optimizers) and all(map(is_, optimizers, self._optimizers))
         if same:
             return
@@ -186,14 +188,14 @@ class Balance:
         chosen = self._trained(optimizers)
         if self.modulation != ():
             for place, optimizer in enumerate(chosen):
-                # Parameters count from 0 in each optimizer: with one seed they would get the same noise.
+                # Parameters are numbered from 0 in each optimizer, so with one seed all would get the same noise.
                 seed = self.seed
                 if place:
                     seed = place + (torch.initial_seed() if seed is None else seed)
                 if SEED in optimizer.param_groups[0]:
-                    seed = None  # a checkpoint's seed holds: a run that is resumed goes on as it was
+                    seed = None  # a resumed run continues with the checkpoint's seed
                 strict = {} if self.strict is None else {"strict": self.strict}
-                # One method acts in one optimizer.
+                # A method has state for one optimizer, so each further optimizer gets a copy.
                 modulation = copy.deepcopy(self.modulation) if place else self.modulation
                 handle = attach(optimizer, self.monitor, modulation, seed=seed, **strict)
                 handle.listeners.append(self._hear)
@@ -212,10 +214,10 @@ class Balance:
 
 
 def smallest_holder(model: nn.Module, parts: Sequence[nn.Module], bare: Sequence[object]) -> nn.Module:
-    """The smallest module that holds all `parts` and has a forward of its own: none of `bare`; else `model`."""
+    """Return the smallest module that holds all `parts` and whose forward is not in `bare`; else `model`."""
     wanted = {id(part) for part in parts}
     found = model
-    for module in model.modules():  # outer ones come first
+    for module in model.modules():  # outer modules come first, so the last match is the smallest
         has_forward = getattr(type(module), "forward", None) not in bare
         if has_forward and wanted <= {id(inner) for inner in module.modules()}:
             found = module
@@ -223,12 +225,12 @@ def smallest_holder(model: nn.Module, parts: Sequence[nn.Module], bare: Sequence
 
 
 def _asked(value: Any, model: nn.Module) -> Any:
-    """What a function of the model returns; anything else as it is."""
+    """Call a function with the model and return the result; return any other value unchanged."""
     return value(model) if callable(value) and not isinstance(value, nn.Module) else value
 
 
 def _found(given: Any, model: nn.Module, role: str) -> Any:
-    """The same with modules in place of their dotted names, which count from `model`."""
+    """Replace dotted names of modules in `model` by the modules, in a single value or a mapping."""
     if isinstance(given, Mapping):
         return {name: find_module(model, part, f"{role}[{name!r}]") for name, part in given.items()}
     return find_module(model, given, f"`{role}`") if isinstance(given, (str, nn.Module)) else given

@@ -1,4 +1,4 @@
-"""OPM and re-learning beside a modulation, under a framework that builds the optimizer and writes the checkpoints."""
+"""OPM and re-learning under a framework that builds the optimizer and writes the checkpoints."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from balanceopt.relearn import ReLearnScheduler
 Prediction = Callable[[ModalityMonitor], OPM]
 ReLearn = Callable[[torch.optim.Optimizer, ModalityMonitor], ReLearnScheduler]
 
-# An optimizer's groups are all that every framework's checkpoints carry.
+# The state is in an optimizer's param groups, the only part that every framework's checkpoints carry.
 KEY = "balanceopt_beside"
 
 
 class Beside:
-    """Build both when a run starts; let the optimizer's checkpoints carry their state.
+    """OPM and re-learning for the time of a run, with their state in the optimizer's checkpoints.
 
     Args:
-        prediction: makes the modulator from the monitor.
-        relearn: makes the scheduler from the optimizer and the monitor.
+        prediction: function from the monitor to an `OPM`; None for none.
+        relearn: function from the optimizer and the monitor to a `ReLearnScheduler`; None for none.
     """
 
     def __init__(self, prediction: Prediction | None, relearn: ReLearn | None) -> None:
@@ -42,7 +42,7 @@ class Beside:
     def start(
         self, monitor: ModalityMonitor, optimizer: torch.optim.Optimizer, listener: Listener, *, resumed: bool
     ) -> None:
-        """Build what was asked for, from the state that a checkpoint put into the optimizer, if there is one."""
+        """Build the modulator and the scheduler, and restore their state from a checkpoint in the optimizer."""
         self._ahead = None
         self.modulator = self._prediction(monitor) if self._prediction else None
         self.scheduler = self._relearn(optimizer, monitor) if self._relearn else None
@@ -54,7 +54,7 @@ class Beside:
             self.load(optimizer)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let this optimizer's checkpoints carry the state."""
+        """Save the state in the checkpoints of `optimizer` from now on."""
         self._let_go()
         if self.modulator is None and self.scheduler is None:
             return
@@ -68,18 +68,18 @@ class Beside:
             self.scheduler.optimizer = optimizer
 
     def begin_epoch(self, epoch: int) -> None:
-        """Re-learn after the epochs that are over, each once: also where a checkpoint was resumed in between."""
+        """Set the epoch, and step the scheduler once for each epoch that has ended, also after a resume."""
         if self.modulator is not None:
             self.modulator.set_epoch(epoch)
         if self.scheduler is None:
             return
-        if self._ahead is None:  # a second run of the same optimizer counts its epochs from 0 again
+        if self._ahead is None:  # a second run of the same optimizer counts epochs from 0 again
             self._ahead = max(0, self.scheduler.last_epoch - epoch)
         while self.scheduler.last_epoch < epoch + self._ahead:
             self.scheduler.step()
 
     def remove(self) -> None:
-        """Take everything off; the state stays in the optimizer's groups for a checkpoint written later."""
+        """Remove all hooks; the state stays in the optimizer's param groups for later checkpoints."""
         if self._hooks and self._optimizer is not None:
             self._optimizer.param_groups[0][KEY] = self._state()
         self._let_go()
@@ -88,7 +88,7 @@ class Beside:
                 built.remove()
 
     def load(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take over what a checkpoint put into the groups."""
+        """Restore the state that a checkpoint put into the optimizer's param groups."""
         state = optimizer.param_groups[0].pop(KEY, {})
         self._check_state(state)
         for name, built in self._pairs():
@@ -98,7 +98,7 @@ class Beside:
                 warn_user(f"the checkpoint holds no state of `{name}`: {type(built).__name__} starts anew.")
 
     def _check(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """Refuse a state that could be loaded in part only, before the optimizer has loaded its own."""
+        """Check a checkpoint's state before the optimizer loads anything, so that no load stops halfway."""
         groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
         if isinstance(groups, (list, tuple)) and groups and isinstance(groups[0], Mapping):
             self._check_state(groups[0].get(KEY, {}))
@@ -116,7 +116,7 @@ class Beside:
         return {name: built.state_dict() for name, built in self._pairs()}
 
     def _pairs(self) -> Iterator[tuple[str, OPM | ReLearnScheduler]]:
-        """What was built, by the name of the argument that makes it."""
+        """Yield the modulator and the scheduler, where built, by the names of their arguments."""
         if self.modulator is not None:
             yield "prediction", self.modulator
         if self.scheduler is not None:

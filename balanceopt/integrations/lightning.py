@@ -1,4 +1,4 @@
-"""A Lightning callback that needs nothing else: `Trainer(callbacks=[BalanceCallback(encoders, head)])`."""
+"""Lightning callback for balanced training: `Trainer(callbacks=[BalanceCallback(encoders, head)])`."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ __all__ = ["BalanceCallback"]
 
 
 class BalanceCallback(Balance, Callback):
-    """Balance modalities in a `Trainer.fit`; the LightningModule stays as it is.
+    """Balance modalities in a `Trainer.fit` without a change to the LightningModule.
 
-    From the start of the fit to its end, or to an exception, a monitor watches the smallest part of the LightningModule
-    that holds the encoders and the head, and the modulation is attached to every optimizer that trains an encoder. It
-    acts once an optimizer step, after gradient clipping, in automatic and in manual optimization. The step counter
-    and the seed are in the optimizers' param groups, and so in every `.ckpt`.
+    From the start of the fit to its end, or to an exception, a monitor hooks the smallest part of the LightningModule
+    that holds the encoders and the head, and the modulation is attached to every optimizer that trains an encoder. The
+    modulation acts once an optimizer step, after gradient clipping, in automatic and in manual optimization. The step
+    counter and the seed are in the optimizers' param groups, and so in every `.ckpt`.
 
     Args:
-        encoders: each modality's encoder: a module of the LightningModule or its dotted name (`"net.audio"`); a
-            function from the LightningModule to such a mapping; or a `ModalityMonitor` that you built yourself.
-        head: what makes the logits, as `ModalityMonitor` takes it, or a function from the LightningModule to it.
-        modulation: the method, `OGM()` by default, several to act in order, or `()` for none.
-        prediction: OPM too: a function from the monitor to a `OPM`, or that class itself.
-        relearn: re-learning too: a function from optimizer and monitor to a `ReLearnScheduler`, which is stepped
-            between epochs.
-        seed: of the modulation's randomness; None for `torch.initial_seed()`, which `seed_everything` sets.
+        encoders: each modality's encoder, as a module of the LightningModule or its dotted name (`"net.audio"`); a
+            function from the LightningModule to such a mapping; or a `ModalityMonitor`.
+        head: the `head` of `ModalityMonitor`, or a function from the LightningModule to such a head.
+        modulation: the method, several to act in order, `()` for none, or None for `OGM()`.
+        prediction: function from the monitor to an `OPM`, such as that class; None for none.
+        relearn: function from the optimizer and the monitor to a `ReLearnScheduler`, which is stepped between epochs;
+            None for none.
+        seed: seed of the modulation; None for `torch.initial_seed()`, which `seed_everything` sets.
         strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
             labels and to raise after ten steps in a row without scores.
-        labels: as `ModalityMonitor` takes it, the dotted name of the LightningModule's loss module, or a function from
-            the batch to its labels.
-        **monitor_options: further ones of `ModalityMonitor`, such as `train_only=False`.
+        labels: the `labels` of `ModalityMonitor`, the dotted name of the LightningModule's loss module, or a function
+            from the batch to its labels.
+        **monitor_options: further options of `ModalityMonitor`, such as `train_only=False`.
 
     Raises:
         ValueError, KeyError, NotImplementedError: when the fit starts, as `ModalityMonitor` and `attach`.
@@ -86,41 +86,41 @@ class BalanceCallback(Balance, Callback):
         self._observed: object = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin: the optimizers are there, a checkpoint's state is about to be loaded into them."""
-        self.remove()  # what an interrupted run left
+        """Build the monitor and attach the modulation, before a checkpoint's state is loaded into the optimizers."""
+        self.remove()  # an interrupted run may have left hooks
         refuse_model(trainer.strategy.model)
         bare = (nn.Module.forward, LightningModule.forward)
         optimizers = trainer.strategy.optimizers
         self._start(pl_module, lambda model, parts: smallest_holder(model, parts, bare), optimizers)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Re-learn if it is time; tell the methods which epoch begins."""
+        """Step re-learning and set the methods' epoch."""
         self._begin_epoch(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Take the labels from the batch; follow optimizers that were replaced."""
+        """Read the batch's labels, and attach the modulation to optimizers that were replaced."""
         self._attach(trainer.strategy.optimizers)
         if self._labels_of is not None:
             self._labels = self._labels_of(batch)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """Give the batch's labels to the pass that made this loss."""
+        """Pass the batch's labels to the monitor for the forward that made this loss."""
         if self._labels is None:
             return
         latest = self.monitor.latest
-        if latest is not None and latest is not self._observed:  # a second backward of one pass brings none
+        if latest is not None and latest is not self._observed:  # a pass takes labels once
             self._observed = latest
             self.monitor.observe(self._labels)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take everything off."""
+        """Remove every hook after an exception."""
         self.remove()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take everything off."""
+        """Remove every hook at the end of a fit."""
         self.remove()
 
     def remove(self) -> None:
-        """Take every hook off, as the end of the fit does. What a checkpoint needs stays in the param groups."""
+        """Remove every hook, as at the end of the fit; the state for checkpoints stays in the param groups."""
         super().remove()
         self._labels = self._observed = None

@@ -1,4 +1,4 @@
-"""A Transformers callback that needs nothing else: `Trainer(..., callbacks=[BalanceCallback(encoders, head)])`."""
+"""Transformers callback for balanced training: `Trainer(..., callbacks=[BalanceCallback(encoders, head)])`."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ __all__ = ["BalanceCallback"]
 
 
 class BalanceCallback(Balance, TrainerCallback):
-    """Balance modalities in a `Trainer.train`, with the Trainer's own optimizer or yours.
+    """Balance modalities in a `Trainer.train`, with the Trainer's default optimizer or a user's.
 
-    From the start of training to its end a monitor watches the model, and the modulation is attached to the
-    optimizer inside Accelerate's wrapper. It acts once an optimizer step, after gradient clipping. Parameters
-    belong to the encoder that holds them, whatever groups the optimizer has. The step counter and the seed are in
-    its param groups, and so in every checkpoint's `optimizer.pt`.
+    From the start of training to its end a monitor hooks the model, and the modulation is attached to the
+    optimizer inside Accelerate's wrapper. The modulation acts once an optimizer step, after gradient clipping.
+    Parameters belong to the encoder that holds them, whatever groups the optimizer has. The step counter and the seed
+    are in the optimizer's param groups, and so in every checkpoint's `optimizer.pt`.
 
-    The Trainer tells callbacks nothing of an exception: after one call `remove()`, or train again.
+    The Trainer does not notify callbacks of an exception: call `remove()` after one, or train again.
 
     Args:
-        encoders: each modality's encoder: a module of the model or its dotted name; a function from the model to such a
-            mapping; or a `ModalityMonitor` that you built yourself.
-        head: what makes the logits, as `ModalityMonitor` takes it, or a function from the model to it.
-        modulation: the method, `OGM()` by default, several to act in order, or `()` for none. The default optimizer is
-            AdamW, under which `OGM(apply_to="update")` does more.
-        prediction: OPM too: a function from the monitor to a `OPM`, or that class itself.
-        relearn: re-learning too: a function from optimizer and monitor to a `ReLearnScheduler`, which is stepped
-            between epochs.
-        seed: of the modulation's randomness; None for `torch.initial_seed()`, which `TrainingArguments(seed=)` sets.
+        encoders: each modality's encoder, as a module of the model or its dotted name; a function from the model to
+            such a mapping; or a `ModalityMonitor`.
+        head: the `head` of `ModalityMonitor`, or a function from the model to such a head.
+        modulation: the method, several to act in order, `()` for none, or None for `OGM()`. The Trainer's default
+            optimizer is AdamW, under which `OGM(apply_to="update")` does more.
+        prediction: function from the monitor to an `OPM`, such as that class; None for none.
+        relearn: function from the optimizer and the monitor to a `ReLearnScheduler`, which is stepped between epochs;
+            None for none.
+        seed: seed of the modulation; None for `torch.initial_seed()`, which `TrainingArguments(seed=)` sets.
         strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
             labels and to raise after ten steps in a row without scores.
-        **monitor_options: further ones of `ModalityMonitor`; `labels` may be the dotted name of a loss module.
+        **monitor_options: further options of `ModalityMonitor`; `labels` may be the dotted name of a loss module.
 
     Raises:
         ValueError, KeyError, NotImplementedError: when training starts, as `ModalityMonitor` and `attach`.
@@ -81,8 +81,8 @@ class BalanceCallback(Balance, TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin: model and optimizer are prepared, a checkpoint's state is loaded into them."""
-        self.remove()  # what an interrupted run left
+        """Build the monitor and attach the modulation, after a checkpoint's state is loaded."""
+        self.remove()  # an interrupted run may have left hooks
         if args.n_gpu > 1:
             raise NotImplementedError(
                 "DataParallel is not supported: its replicas' hooks run in threads. Start one process for each GPU "
@@ -95,20 +95,20 @@ class BalanceCallback(Balance, TrainerCallback):
         self._start(kwargs["model"], lambda model, parts: model, [optimizer], resumed=resumed)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Re-learn if it is time; tell the methods which epoch begins."""
+        """Step re-learning and set the methods' epoch."""
         self._begin_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget scores that no step used: the gradients of a step that the scaler skipped are thrown away."""
+        """Reset the monitor, because scores of a step that the scaler skipped have no gradients any more."""
         self.monitor.reset()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take everything off."""
+        """Remove every hook at the end of training."""
         self.remove()
 
 
 def _base_of(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside Accelerate's wrapper.
+    """Return the optimizer inside Accelerate's wrapper.
 
     Raises:
         NotImplementedError: for DeepSpeed, and for optimizers that step inside backward.

@@ -57,7 +57,7 @@ class Samples:
         return len(self.labels)
 
     def parts(self, size: int, number: int, seed: int) -> list[Samples]:
-        """Return `number` disjoint random parts of `size` samples; all samples each time where there are just `size`."""
+        """Return `number` disjoint random parts of `size` samples; all samples each time where `len` is `size`."""
         if len(self) == size:
             return [self] * number
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu")

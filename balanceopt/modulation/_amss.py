@@ -109,7 +109,7 @@ class AMSS(Modulation):
 
     @torch.no_grad()
     def modulate(self, step: StepContext) -> None:
-        """Draw the step's masks and multiply the gradients by them."""
+        """Draw the step's masks and multiply the gradients by the masks."""
         masks = self._masks_of(step)
         ratio, usable = self.ratios(step)
         host_value = on_host(usable)

@@ -101,7 +101,7 @@ class Masks:
         self._alike = _alike(self.parts)
 
     def apply_(self, ratio: Tensor, active: Tensor, scale: MaskScale, seed: int, step: int) -> Tensor:
-        """Draw the step's masks and multiply the gradients by them.
+        """Draw the step's masks and multiply the gradients by the masks.
 
         Args:
             ratio: `(M,)` keep ratios.

@@ -78,7 +78,7 @@ def stds(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return bool `(n,)`, whether all elements of each tensor are finite, by whether their sum is."""
+    """Return bool `(n,)`, whether the sum of each tensor, and so every element, is finite."""
     parts = [local_part(t.coalesce().values() if t.is_sparse else t) for t in tensors]
     sums = [part.sum(dtype=_wide_dtype(part)).view(1) for part in parts]
     return torch.isfinite(torch.cat(summed_over_shards(tensors, sums)))

@@ -1,4 +1,4 @@
-"""Optimizers that balance modalities: wrappers of a base optimizer, and its form as step hooks."""
+"""Optimizers that balance modalities: wrappers of a base optimizer, and step hooks on one."""
 
 from balanceopt.optim._attach import AttachedModulation, attach
 from balanceopt.optim._checks import check_modulations

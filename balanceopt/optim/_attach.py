@@ -47,7 +47,7 @@ class AttachedModulation:
         """Remove all hooks from the optimizer and return the optimizer. May be called twice.
 
         Args:
-            keep_state: leave the step counter, the seed and the epoch in its `param_groups`, so that a checkpoint
+            keep_state: leave the step counter, the seed and the epoch in the `param_groups`, so that a checkpoint
                 written later still resumes.
         """
         for handle in self._handles:

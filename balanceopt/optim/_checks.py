@@ -24,7 +24,7 @@ _ENGINE_OF: WeakKeyDictionary[torch.optim.Optimizer, ref[Any]] = WeakKeyDictiona
 
 
 def claim(engine: object, optimizer: torch.optim.Optimizer, modulations: Iterable[Modulation]) -> None:
-    """Record `engine` as the one that modulates the steps of an optimizer by `modulations`."""
+    """Record `engine` as the engine of an optimizer and of `modulations`."""
     _ENGINE_OF[optimizer] = ref(engine)
     for modulation in modulations:
         modulation.engine = ref(engine)
@@ -118,7 +118,7 @@ def _no_memory_of_its_own(slot: Slot, found: str) -> ValueError:
 
 
 def warn_of_known_defects(optimizer: torch.optim.Optimizer) -> None:
-    """Warn of known defects of third-party optimizers, whose own errors are misleading."""
+    """Warn of defects of third-party optimizers whose error messages are misleading."""
     kind = type(optimizer)
     if kind.__name__ != "Adafactor" or not kind.__module__.startswith("torch_optimizer."):
         return

@@ -16,3 +16,16 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
         frame = frame.f_back
         level += 1
     warnings.warn(message, category, stacklevel=level)
+
+
+class WarnOnce:
+    """Warnings of one object at the user's line of code, at most one of each kind."""
+
+    def __init__(self) -> None:
+        self._kinds: set[str] = set()
+
+    def __call__(self, kind: str, message: str) -> None:
+        """Warn with `message`, unless a warning of this `kind` was given before."""
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            warn_user(message)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt._deferred import DeferredCounts, on_host
-from balanceopt._warnings import warn_user
+from balanceopt._warnings import WarnOnce
 from balanceopt.functional import INVALID, recover_labels
 from balanceopt.monitor._forward import Observed, Pass
 from balanceopt.monitor._outputs import first_tensor
@@ -191,7 +191,7 @@ class Recovery:
         self._counts = DeferredCounts(("rows", "ambiguous", "told", "foreign"), self._judge)
         self._classes = 2
         self._single = False
-        self._warned: set[str] = set()
+        self._warn = WarnOnce()
 
     def labels(self, gradients: Sequence[Tensor], logits: Tensor) -> Tensor:
         """Recover labels `(N,)`, each from the first backward that shows the row's label; -100 if no backward does.
@@ -255,11 +255,6 @@ class Recovery:
             if self.strict:
                 raise RuntimeError(message)
             self._warn("told", message)
-
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warn_user(message)
 
 
 def _off_softmax(g: Tensor, logits: Tensor, labels: Tensor, ambiguous: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts
-from balanceopt._warnings import warn_user
+from balanceopt._warnings import WarnOnce
 from balanceopt.monitor import ModalityMonitor, Scores
 
 # Number of steps in a row without usable scores that raises an error.
@@ -31,12 +31,15 @@ class Health:
     Args:
         monitor: the monitor, which explains missing scores.
         strict: raise after ten steps in a row with no scores, unusable scores, or equal ones.
+
+    Attributes:
+        warn: warns once of each kind of irregularity.
     """
 
     def __init__(self, monitor: ModalityMonitor, *, strict: bool) -> None:
         self._monitor = monitor
         self._strict = strict
-        self._warned: set[str] = set()
+        self.warn = WarnOnce()
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
         self._silent = 0
         self._counts = DeferredCounts((_SCORED, _TELLING, _EQUAL_STEPS, *_ODDITIES))
@@ -50,12 +53,6 @@ class Health:
         self._silent = 0
         self._before = self._seen
         self._telling = False
-
-    def warn(self, kind: str, message: str) -> None:
-        """Warn with `message`, once for each `kind`."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warn_user(message)
 
     def outside_window(self) -> None:
         """Count a step in which no method acts."""

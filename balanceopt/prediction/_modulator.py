@@ -14,7 +14,7 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_count, check_entries, check_kind, check_number, shown
-from balanceopt._warnings import warn_user
+from balanceopt._warnings import WarnOnce, warn_user
 from balanceopt.distributed import active_group, rank_in, sum_over_ranks
 from balanceopt.functional import RatioReduction, discrepancy_ratio, drop_probability
 from balanceopt.monitor import (
@@ -127,7 +127,7 @@ class OPM(ForwardMethod):
         self._latest_pass: Pass | None = None
         self._zeros = Zeros()
         self._forwards_here = 0
-        self._warned: set[str] = set()
+        self._warn = WarnOnce()
         self._scores: ScoreBuffer | None = None
         self._watch: CallWatch | None = None
         if alone:
@@ -157,7 +157,7 @@ class OPM(ForwardMethod):
             self._silent += 1
             if self._silent >= _SILENT_UPDATES:
                 causes = f"Likely causes: {self.monitor.silence()}."
-                self._warn_once(
+                self._warn(
                     "silence",
                     f"no scores in {_SILENT_UPDATES} training forwards in a row: {_STAYS}. {causes}",
                 )
@@ -168,7 +168,7 @@ class OPM(ForwardMethod):
     def on_counts(self, counts: dict[str, int]) -> None:
         """Warn of updates with unusable scores."""
         if counts.get("unusable_scores"):
-            self._warn_once(
+            self._warn(
                 "scores",
                 f"scores are not finite, all zero, or of fewer than two modalities: {_STAYS}. stats() counts such "
                 "updates.",
@@ -371,9 +371,6 @@ class OPM(ForwardMethod):
         # Number of the latest forward, because the current forward is counted after the update.
         self.report(max(self.forwards - 1, 0), "ratio", self.monitor.modalities, ratio)
 
-    def _warn_once(self, kind: str, message: str) -> None:
-        _warn_once(self._warned, kind, message)
-
     def _warn_of_lost_samples(self) -> None:
         """Warn where the last forward dropped a modality and did not run the encoder of a weaker modality.
 
@@ -386,18 +383,12 @@ class OPM(ForwardMethod):
             return
         if all(drop.applies_to(name) for name in drop.rows):
             missing = next(name for name in drop.modalities if name not in drop.rows)
-            self._warn_once(
+            self._warn(
                 "lost",
                 f"the encoder of {missing!r} was not called in a forward in which features of {list(drop.rows)} were "
                 "dropped: samples may have lost all that they had. Say before the forward which samples have which "
                 "modality: monitor.observe(labels, present={modality: bool (B,)}).",
             )
-
-
-def _warn_once(warned: set[str], kind: str, message: str) -> None:
-    if kind not in warned:
-        warned.add(kind)
-        warn_user(message)
 
 
 def _check_monitor(monitor: ModalityMonitor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,7 @@ class Scores:
         """Flags `(M,)` of the modalities with at least one sample."""
         return self.count > 0
 
-    @property
+    @cached_property
     def usable(self) -> Tensor:
         """Flags `(M,)` of the modalities that can be compared: at least two present, scores finite and not all 0."""
         comparable = (self.present.sum() > 1) & torch.isfinite(self.score).all() & (self.score > 0).any()

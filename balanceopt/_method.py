@@ -81,15 +81,9 @@ class Method:
 
     # -- counters and reports ------------------------------------------------------------------------------------
 
-    def on_counts(self, counts: dict[str, int]) -> None:
-        """Warn or raise on the counts so far; called once the host can read them without synchronising."""
-
     def count(self, **counts: Tensor) -> None:
         """Add 0-d tensors by name to the counters of unusual events that `stats()` returns."""
         self._counts.add(**counts)
-        values = self._counts.arrived()
-        if values is not None:
-            self.on_counts(values)
 
     def stats(self) -> dict[str, int]:
         """Return the counters of unusual events by name, with a device synchronisation."""

@@ -165,15 +165,6 @@ class OPM(ForwardMethod):
         self._silent = 0
         self._follow(*sums)
 
-    def on_counts(self, counts: dict[str, int]) -> None:
-        """Warn of updates with unusable scores."""
-        if counts.get("unusable_scores"):
-            self._warn(
-                "scores",
-                f"scores are not finite, all zero, or of fewer than two modalities: {_STAYS}. stats() counts such "
-                "updates.",
-            )
-
     def stats(self) -> dict[str, int]:
         """Return counts of training forwards, forwards with a drop, updates of q and irregularities, by name."""
         return {
@@ -368,6 +359,13 @@ class OPM(ForwardMethod):
         self._q = torch.where(usable, q, self._q.to(q.device))
         self._updates += 1
         self.count(unusable_scores=~usable & (count > 0).any())
+        counts = self._counts.arrived()
+        if counts is not None and counts["unusable_scores"]:
+            self._warn(
+                "scores",
+                f"scores are not finite, all zero, or of fewer than two modalities: {_STAYS}. stats() counts such "
+                "updates.",
+            )
         # Number of the latest forward, because the current forward is counted after the update.
         self.report(max(self.forwards - 1, 0), "ratio", self.monitor.modalities, ratio)
 

@@ -101,10 +101,7 @@ class OGM(GradientScaling):
         if not self.noise or self.noise_scale == 0:
             super().modulate(step)
             return
-        slots = {
-            name: [slot for slot in step.slots.get(name, ()) if slot.parameter.dim() >= self.min_ndim]
-            for name in step.modalities
-        }
+        slots = {name: self.scaled_slots(step, name) for name in step.modalities}
         _refuse_sparse(slots)
         k = self.usable_coefficients(step)
         if self.apply_to == "update":

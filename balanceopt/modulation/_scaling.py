@@ -12,7 +12,7 @@ from balanceopt._deferred import on_host
 from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_count
 from balanceopt._warnings import warn_user
-from balanceopt.modulation._base import Modulation, OptimizerHintWarning, StepContext
+from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, StepContext
 from balanceopt.modulation._bases import cancels_constant_factor
 from balanceopt.modulation._gradients import scale_grads_
 
@@ -98,11 +98,15 @@ class GradientScaling(Modulation):
         step.report("coefficient", k)
         return k
 
+    def scaled_slots(self, step: StepContext, name: str) -> list[Slot]:
+        """Return the slots of modality `name` whose parameters have at least `min_ndim` dimensions."""
+        return [slot for slot in step.slots.get(name, ()) if slot.parameter.dim() >= self.min_ndim]
+
     def scale(self, step: StepContext, k: Tensor) -> None:
         """Scale the gradients, or the update, of each modality's parameters by the coefficients `k` `(M,)`."""
         host_value = on_host(k)
         for index, name in enumerate(step.modalities):
-            slots = [slot for slot in step.slots.get(name, ()) if slot.parameter.dim() >= self.min_ndim]
+            slots = self.scaled_slots(step, name)
             if not slots or (host_value is not None and host_value[index] == 1):
                 continue
             if self.apply_to == "update":

@@ -50,10 +50,6 @@ class Targets:
         counts = torch.zeros(self.num_classes, dtype=torch.float32, device=self.index.device)
         return counts.index_add_(0, self.index, self.valid.to(counts.dtype))
 
-    def restricted_to(self, rows: Tensor) -> Targets:
-        """Return labels whose valid rows are limited to `rows`, bool `(B,)`."""
-        return Targets(self.valid & rows, self.index, self.probabilities, self.num_classes)
-
 
 def as_targets(labels: Tensor, num_classes: int, ignore_index: int = -100) -> Targets:
     """Check labels `(B,)` (class indices) or `(B, C)` (class probabilities).

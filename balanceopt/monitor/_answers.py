@@ -107,8 +107,4 @@ def _is_of_all(x: Tensor, current: Pass) -> bool:
     ends = {**{edge: name for edge, (name, _) in current.bases.items()}, **ends}
     if not x.requires_grad or not ends:
         return False
-    return {ends[edge] for edge in _through(x, ends)} == set(ends.values())
-
-
-def _through(x: Tensor, ends: Mapping[Any, str]) -> list[Any]:
-    return reach([edge_of(x)], ends)
+    return {ends[edge] for edge in reach([edge_of(x)], ends)} == set(ends.values())

@@ -59,7 +59,6 @@ class Engine:
         self.optimizer = optimizer
         self.monitor = monitor
         self.modulations = chosen
-        self.strict = strict
         self.listeners: list[Listener] = []
         self._owners = Owners(optimizer, monitor)
         self._owners.refresh()
@@ -160,8 +159,9 @@ class Engine:
         self._owners.restore_tags()
         self._counters.load()
         self._states.load()
+        _, _, epoch = self._counters.read()
         for modulation in self.modulations:
-            modulation.epoch = self._counters.read()[2]
+            modulation.epoch = epoch
         self._owners.refresh()
         self.discard()
         self._health.restart()

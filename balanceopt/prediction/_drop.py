@@ -229,7 +229,8 @@ class Zeros:
     def __init__(self) -> None:
         """Start with zero features unchecked."""
         self.are_taken = False
-        self._counts: DeferredCounts | None = None
+        self._is_first = True
+        self._counts = DeferredCounts(("dropped", "broken"), self._judge)
 
     def look(self, drop: Drop, features: Iterable[Tensor], logits: Tensor) -> None:
         """Check the logits `(N, C)` of a pass with clean `features`.
@@ -244,11 +245,9 @@ class Zeros:
         clean = torch.stack([one.to(rows.device) for one in finite]).all()
         lost = logits.isnan().any(1).to(rows.device)
         dropped, broken = clean & rows.any(), clean & (lost & rows).any() & ~(lost & ~rows).any()
-        if self._counts is not None:
-            self._counts.add(dropped=dropped, broken=broken)
-        else:
-            self._counts = DeferredCounts(("dropped", "broken"), self._judge)
-            self._counts.add(dropped=dropped, broken=broken)
+        is_first, self._is_first = self._is_first, False
+        self._counts.add(dropped=dropped, broken=broken)
+        if is_first:
             self._judge(self._counts.read())
 
     def _judge(self, counts: dict[str, int]) -> None:

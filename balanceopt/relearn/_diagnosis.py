@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from balanceopt._options import (
-    check_choice,
-    check_count,
-    check_flag,
-    check_function,
-    check_kind,
-    check_number,
-    check_seed,
-    names_of,
-    shown,
-    to_tensor,
-)
-from balanceopt._pooling import Pool, check_pool, pool_features
+from balanceopt._options import check_flag, check_function, check_kind
+from balanceopt._pooling import Pool
 from balanceopt._warnings import warn_user
-from balanceopt.distributed import (
-    Group,
-    active_group,
-    check_group,
-    concatenate_over_ranks,
-    of_first_rank,
-    shared_seed,
-)
+from balanceopt.distributed import Group, active_group, concatenate_over_ranks, of_first_rank
 from balanceopt.functional import kmeans, minmax_scale, purity, reinit_strength
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.relearn._features import Classes, Collector, Forward, Samples, collect
-
-Normalize = Literal["minmax", "none"]
-Gap = Literal["absolute", "one-sided"]
-Features = tuple[Mapping[str, Tensor], Tensor]
-Source = Iterable[Any] | Features
+from balanceopt.relearn._features import Classes, Forward, Samples
+from balanceopt.relearn._options import Gap, Normalize, Options, options
+from balanceopt.relearn._sources import Source, collect_samples, is_given
 
 # Upper limit of the clustered parts of the larger split, which bounds the time of a diagnosis.
 _PARTS = 5
@@ -216,139 +195,6 @@ def diagnose(
     names = dict.fromkeys(name for source in (train, val) if is_given(source) for name in source[0])
     modalities = tuple(names) if monitor is None else monitor.modalities
     return diagnose_samples(modalities, samples[0], samples[1], chosen)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Checked options of a diagnosis.
-
-    Args:
-        lam: factor of the strength tanh(lam * gap), >= 0.
-        normalize: `"minmax"` or `"none"`, the scaling before clustering.
-        n_init: number of k-means starts, >= 1; the best one counts.
-        classes: function from a batch's labels to class indices `(B,)`; None for labels that are class indices.
-        max_samples: upper limit of each modality's samples in each split, over all ranks.
-        equal_counts: whether to cut the larger split into random parts of the smaller split's size.
-        gap: `"absolute"` or `"one-sided"`.
-        pool: pooling rule for features of more than two dimensions.
-        seed: seed of k-means and of the choice of samples.
-        group: process group whose ranks hold parts of the samples.
-    """
-
-    lam: float
-    normalize: Normalize
-    n_init: int
-    classes: Classes | None
-    max_samples: int
-    equal_counts: bool
-    gap: Gap
-    pool: Pool
-    seed: int
-    group: Group
-
-    def __post_init__(self) -> None:
-        check_number("lam", self.lam, at_least=0)
-        check_choice("normalize", self.normalize, get_args(Normalize))
-        check_count("n_init", self.n_init, at_least=1)
-        check_function("classes", self.classes, "a batch's labels that returns class indices")
-        check_count("max_samples", self.max_samples, at_least=1)
-        check_flag("equal_counts", self.equal_counts)
-        check_choice("gap", self.gap, get_args(Gap))
-        check_pool(self.pool)
-
-    @property
-    def limit(self) -> int:
-        """Upper limit of a modality's samples on this rank."""
-        ranks = active_group(self.group)
-        return self.max_samples if ranks is None else -(-self.max_samples // dist.get_world_size(ranks))
-
-
-def options(seed: int | None, group: Group, **given: Any) -> Options:
-    """Make `Options` with a seed that all ranks share."""
-    check_group(group)
-    check_seed(seed)
-    chosen = shared_seed(group) if seed is None else int(seed) % 2**63
-    return Options(seed=chosen, group=group, **given)
-
-
-def is_given(source: Any) -> TypeGuard[Features]:
-    """Whether a source is features by modality with labels, not a loader."""
-    return isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping)
-
-
-def check_loader(role: str, loader: object) -> None:
-    """Check that a loader can yield batches.
-
-    Raises:
-        TypeError: if `loader` is not iterable, or a class, string or tensor.
-    """
-    iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
-    if not iterable or isinstance(loader, (type, str, Tensor)):
-        raise TypeError(
-            f"{role} should be a loader that yields batches: (*inputs, labels), or mappings with 'labels'. "
-            f"Found {shown(loader)}."
-        )
-
-
-def collect_samples(
-    source: Source,
-    split: str,
-    monitor: ModalityMonitor | None,
-    chosen: Options,
-    forward: Forward | None,
-    progress: bool | None,
-) -> dict[str, Samples]:
-    """Collect each modality's samples from a pass over a loader, or from given features.
-
-    Raises:
-        TypeError: for a loader without a monitor, and for a source that is neither a loader nor features.
-        KeyError: for features of a modality that the monitor does not have.
-        ValueError: for features that are not real numbers.
-    """
-    collector_of = partial(Collector, limit=chosen.limit, seed=chosen.seed, classes=chosen.classes)
-    if is_given(source):
-        features, labels = source
-        modalities = tuple(features) if monitor is None else monitor.modalities
-        unknown = features.keys() - set(modalities)
-        if unknown:
-            raise KeyError(
-                f"{split} features should be given by modality {modalities}. Found {names_of(unknown)}."
-            )
-        tensors = {name: _numbers(f"the {split} features of {name!r}", z) for name, z in features.items()}
-        collector = collector_of(
-            modalities,
-            lambda _, z, samples: pool_features(z, chosen.pool, samples=samples),
-            ignore_index=-100,
-            where=f"given with the {split} features",
-        )
-        collector.add(tensors, labels)
-        return collector.samples()
-    if monitor is None:
-        raise TypeError(
-            f"the {split} data should be (features by modality, labels) where no monitor is given. Found "
-            f"{shown(source)}: pass `monitor=` to take the features from a pass over a loader."
-        )
-    check_loader(f"the {split} data", source)
-    projections = monitor.features.projections
-    collector = collector_of(
-        monitor.modalities,
-        lambda name, z, samples: pool_features(z, chosen.pool, projections.get(name), samples),
-        ignore_index=monitor.labels.ignore_index,
-        where=f"from the {split} loader",
-        has_frames=lambda name: projections.get(name) is not None,
-    )
-    collect(monitor, source, collector, split, forward, progress)
-    return collector.samples()
-
-
-def _numbers(role: str, features: Any) -> Tensor:
-    """Check given features and convert integers to float32."""
-    z = to_tensor(role, features, "a tensor (N, D)")
-    if z.is_complex() or z.dim() == 0:
-        raise ValueError(
-            f"{role} should be real numbers (N, D). Found shape {tuple(z.shape)}, dtype {z.dtype}."
-        )
-    return z if z.is_floating_point() else z.float()
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,11 @@ from balanceopt._pooling import Pool
 from balanceopt._warnings import warn_user
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.relearn._base import EpochMethod
-from balanceopt.relearn._diagnosis import (
-    Diagnosis,
-    Features,
-    Gap,
-    Normalize,
-    Source,
-    check_loader,
-    collect_samples,
-    diagnose_samples,
-    is_given,
-    options,
-)
+from balanceopt.relearn._diagnosis import Diagnosis, diagnose_samples
 from balanceopt.relearn._features import Classes, Forward, Samples
 from balanceopt.relearn._initial import InitialWeights, OptimizerState, reinitialise
+from balanceopt.relearn._options import Gap, Normalize, options
+from balanceopt.relearn._sources import Features, Source, check_loader, collect_samples, is_given
 
 # Attributes of a Diagnosis that listeners get, because each has a value for every modality.
 _RECORDED = ("train_purity", "val_purity", "gap", "strength")

@@ -15,8 +15,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import balanceopt as bo
 from balanceopt._undo import Undo
-from balanceopt.relearn._diagnosis import collect_samples, options
 from balanceopt.relearn._features import leave_undisturbed
+from balanceopt.relearn._options import options
+from balanceopt.relearn._sources import collect_samples
 from tests.models import (
     BatchDict,
     Concat,

@@ -257,6 +257,10 @@ AROUND = {
 }
 
 
+# Options of a scheduler that re-initialises strongly after every epoch.
+EACH_EPOCH: dict[str, Any] = {"every": 1, "epochs": 9, "lam": 20.0, "equal_counts": False}
+
+
 class TestOptimizersInside:
     @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
     @pytest.mark.parametrize("name", AROUND)
@@ -266,14 +270,7 @@ class TestOptimizersInside:
         base: Any = AROUND[name](model.parameters())
         optimizer: Any = bo.ModulatedOptimizer(base, monitor, seed=0) if wrapped else base
         inner: Any = getattr(base, "_base_optimizer", getattr(base, "optimizer", None))
-        options: dict[str, Any] = {
-            "every": 1,
-            "epochs": 9,
-            "lam": 20.0,
-            "optimizer_state": "reset",
-            "equal_counts": False,
-        }
-        scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), **options)
+        scheduler = bo.ReLearnScheduler(optimizer, monitor, *loaders(), **EACH_EPOCH, optimizer_state="reset")
         train_epoch(model, optimizer, scheduler.train_loader)
         found: Any = scheduler.step()
         back = {m for m, alpha in found.strength.items() if alpha > 0}
@@ -297,14 +294,9 @@ class TestOptimizersInside:
         # With a learning rate of 0 the weights stay where re-learning has put them, copies or not.
         model = Concat()
         optimizer: Any = make(model.parameters())
-        options: dict[str, Any] = {
-            "every": 1,
-            "epochs": 9,
-            "lam": 20.0,
-            "optimizer_state": option,
-            "equal_counts": False,
-        }
-        scheduler = bo.ReLearnScheduler(optimizer, watch(model), *loaders(), **options)
+        scheduler = bo.ReLearnScheduler(
+            optimizer, watch(model), *loaders(), **EACH_EPOCH, optimizer_state=option
+        )
         move_away(model)
         for _ in range(2):
             train_epoch(model, optimizer, scheduler.train_loader)
@@ -322,14 +314,9 @@ class TestOptimizersInside:
     def test_reset_is_as_before_the_first_step(self, kind):
         model = Concat()
         optimizer: Any = kind(model.parameters(), lr=0.1)
-        options: dict[str, Any] = {
-            "every": 1,
-            "epochs": 9,
-            "lam": 20.0,
-            "optimizer_state": "reset",
-            "equal_counts": False,
-        }
-        scheduler = bo.ReLearnScheduler(optimizer, watch(model), *loaders(), **options)
+        scheduler = bo.ReLearnScheduler(
+            optimizer, watch(model), *loaders(), **EACH_EPOCH, optimizer_state="reset"
+        )
         train_epoch(model, optimizer, scheduler.train_loader)
         found: Any = scheduler.step()
         back = [

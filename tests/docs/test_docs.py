@@ -1,13 +1,15 @@
-"""Every code block of the README and the pages runs, from the files themselves.
+"""Every code block of the README, CONTRIBUTING and the pages runs, from the files themselves.
 
-Blocks of one file run in order in one namespace that `prelude.py` has filled with a model and a loader. A block under
-the line `<!-- no-run -->` is left out: only for what can't run here, such as several machines. A `diff` block is two
-programs, before (lines with `-`) and after (lines with `+`): both run, the first in a namespace of its own.
+Blocks of one file run in order in one namespace that `prelude.py` has filled with a model and a loader; after them the
+doctests, tests and contract rows that they define. A block under the line `<!-- no-run -->` is left out: only for what
+can't run here, such as several machines. A `diff` block is two programs, before (lines with `-`) and after (lines with
+`+`): both run, the first in a namespace of its own.
 """
 
 from __future__ import annotations
 
 import ast
+import doctest
 import re
 import runpy
 import textwrap
@@ -17,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.contract import test_contract as contract
+from tests.contract.bases import BASES
+from tests.contract.methods import Method
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELUDE = Path(__file__).with_name("prelude.py")
@@ -35,7 +41,7 @@ class Block:
 
 
 def pages() -> list[Path]:
-    return [page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))] if page.is_file()]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
 def blocks(text: str) -> Iterator[Block]:
@@ -89,6 +95,22 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
             before, after = sides(block.text)
             run(before, page, block.line, fresh_namespace())
             run(after, page, block.line, namespace)
+    check(namespace)
+
+
+def check(namespace: dict[str, Any]) -> None:
+    """Run the doctests, tests and contract rows among what a page has defined."""
+    for name, value in list(namespace.items()):
+        if getattr(value, "__module__", None) == "page":
+            for example in doctest.DocTestFinder().find(value, name, module=False, globs=namespace):
+                doctest.DebugRunner().run(example)
+            if name.startswith("test_"):
+                value()
+        if isinstance(value, Method):
+            for base in (base for base in BASES if base.name in ("SGD", "Adam")):
+                contract.test_steps(value, base)
+                contract.test_at_its_limit_it_is_the_base_bit_for_bit(value, base)
+                contract.test_resumes_bit_for_bit(value, base)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -5,7 +5,7 @@ from balanceopt.modulation._amss import AMSS
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, StepContext
 from balanceopt.modulation._masks import MaskScale
 from balanceopt.modulation._ogm import OGM
-from balanceopt.modulation._scaling import GradientScaling
+from balanceopt.modulation._scaling import GradientScaling, UpdateScaling
 from balanceopt.modulation._units import MaskUnits, attention_heads
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "OptimizerHintWarning",
     "Slot",
     "StepContext",
+    "UpdateScaling",
     "attention_heads",
 ]

@@ -14,8 +14,7 @@ from balanceopt._sharding import local_box
 from balanceopt.functional import adaptive_coefficient
 from balanceopt.modality import unwrap
 from balanceopt.modulation._base import StepContext
-from balanceopt.modulation._scaling import ApplyTo, GradientScaling
-from balanceopt.modulation._spread import all_finite
+from balanceopt.modulation._scaling import ApplyTo, GradientScaling, all_finite
 
 
 class AGM(GradientScaling):

@@ -13,7 +13,7 @@ from balanceopt._options import check_choice, check_count, check_number
 from balanceopt._warnings import warn_user
 from balanceopt.functional import check_clamp, keep_ratio
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, StepContext
-from balanceopt.modulation._bases import cancels_constant_factor
+from balanceopt.modulation._cancelling import cancels_constant_factor
 from balanceopt.modulation._masks import Masks, MaskScale, part_of
 from balanceopt.modulation._units import UnitRule, check_units, find_units
 

@@ -12,8 +12,7 @@ from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_number
 from balanceopt.functional import CoefficientForm, RatioReduction, discrepancy_ratio, modulation_coefficient
 from balanceopt.modulation._base import Slot, StepContext
-from balanceopt.modulation._gradients import scale_and_add_noise_
-from balanceopt.modulation._noise import Noise
+from balanceopt.modulation._noise import Noise, scale_and_add_noise_
 from balanceopt.modulation._noise_compiled import warm_up
 from balanceopt.modulation._scaling import ApplyTo, GradientScaling
 

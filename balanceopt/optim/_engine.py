@@ -16,21 +16,19 @@ from balanceopt._sharding import local_part
 from balanceopt._torch import holds_compiled_code
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import active_group, sum_over_ranks
-from balanceopt.modulation import Modulation, Slot, StepContext
+from balanceopt.modulation import Modulation, Slot, StepContext, UpdateScaling
 from balanceopt.monitor import ModalityMonitor, Scores, compiled_before
 from balanceopt.optim._checks import (
     check_arguments,
     claim,
+    refuse_groups,
     refuse_shared_gradients,
     release,
     steps_others,
     warn_of_known_defects,
 )
 from balanceopt.optim._health import Health
-from balanceopt.optim._method_states import MethodStates
-from balanceopt.optim._owners import Owners
-from balanceopt.optim._state import EPOCH, STEP, Counters, device_of
-from balanceopt.optim._update import UpdateScaling
+from balanceopt.optim._state import EPOCH, STEP, Counters, MethodStates, device_of
 
 
 class Engine:
@@ -303,3 +301,87 @@ class Engine:
         modulation.report(self._number, name, self.monitor.modalities, values)
         for listener in self.listeners:
             listener(self._number, name, self.monitor.modalities, values)
+
+
+class Owners:
+    """Modality by parameter: the tag of the parameter's group, else the encoder that holds the parameter.
+
+    Args:
+        optimizer: the base optimizer.
+        monitor: the monitor, whose encoders have the modalities' names.
+
+    Attributes:
+        held: index of each parameter of the optimizer, by id.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor) -> None:
+        self._optimizer = optimizer
+        self._monitor = monitor
+        self._tags: list[str | None] = []
+        self._slots: list[tuple[str | None, Slot]] = []
+        self._seen: list[tuple[int, list[int]]] = []
+        self.held: dict[int, int] = {}
+
+    def changed(self) -> bool:
+        """Whether groups or parameters were replaced since the last `refresh`."""
+        return self._seen != _identities(self._optimizer)
+
+    def refresh(self) -> None:
+        """Update the modality of each parameter from the groups.
+
+        Raises:
+            KeyError: for a tag that is no modality of the monitor.
+            NotImplementedError: for groups that can't be modulated.
+        """
+        groups = self._optimizer.param_groups
+        refuse_groups(groups)
+        # Tags are stored, because loading a checkpoint without tags removes them from the groups.
+        known = self._tags[: len(groups)]
+        self._tags = known + [group.get("modality") for group in groups[len(known) :]]
+        modality_of = self._modalities(groups)
+        parameters = [p for group in groups for p in group["params"]]
+        self._slots = [(modality_of.get(id(p)), Slot(index, p)) for index, p in enumerate(parameters)]
+        self.held = {id(p): index for index, p in enumerate(parameters)}
+        self._seen = _identities(self._optimizer)
+
+    def restore_tags(self) -> None:
+        """Restore this optimizer's tags, or their absence, in groups that a checkpoint changed."""
+        tagged = any(tag is not None for tag in self._tags)
+        for group, tag in zip(self._optimizer.param_groups, self._tags, strict=False):
+            if tagged:
+                group["modality"] = tag
+            else:
+                group.pop("modality", None)
+
+    def slots(self) -> tuple[dict[str, list[Slot]], list[Tensor]]:
+        """Return the parameters with a gradient by modality, and all gradients."""
+        slots: dict[str, list[Slot]] = {name: [] for name in self._monitor.modalities}
+        gradients: list[Tensor] = []
+        for modality, slot in self._slots:
+            parameter = slot.parameter
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            gradients.append(gradient)
+            if modality is not None and parameter.numel() > 0:
+                slots[modality].append(slot)
+        return slots, gradients
+
+    def _modalities(self, groups: Sequence[dict[str, Any]]) -> dict[int, str]:
+        known = self._monitor.modalities
+        found = {id(p): name for name, own in self._monitor.parameters.items() for p in own}
+        for group, tag in zip(groups, self._tags, strict=True):
+            if tag is None:
+                continue
+            if tag not in known:
+                raise KeyError(
+                    f"param groups are tagged with modality {shown(tag)}, the monitor has {list(known)}. "
+                    "Give both the same names, and None to parameters of no modality."
+                )
+            found.update({id(p): tag for p in group["params"]})
+        return found
+
+
+def _identities(optimizer: torch.optim.Optimizer) -> list[tuple[int, list[int]]]:
+    # Parameters are compared too, because Accelerate puts sharded ones into the same groups.
+    return [(id(group), [id(p) for p in group["params"]]) for group in optimizer.param_groups]

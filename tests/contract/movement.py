@@ -9,7 +9,7 @@ import torch
 
 import balanceopt as bo
 from balanceopt.modulation import StepContext
-from balanceopt.modulation._gradients import scale_grads_
+from balanceopt.modulation._scaling import scale_grads_
 from tests.contract.bases import Base
 from tests.models import watch
 from tests.training import backward, batch, groups_of, small_model

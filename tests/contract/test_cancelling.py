@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from balanceopt.modulation._bases import cancels_constant_factor
+from balanceopt.modulation._cancelling import cancels_constant_factor
 from tests.contract.bases import BASES, Base
 from tests.contract.movement import FACTOR, movement
 from tests.training import groups_of, small_model

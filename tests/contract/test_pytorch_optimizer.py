@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import balanceopt as bo
-from balanceopt.modulation._bases import cancels_constant_factor
+from balanceopt.modulation._cancelling import cancels_constant_factor
 from tests.contract.bases import Base
 from tests.contract.methods import METHODS, Method
 from tests.contract.movement import FACTOR, movement

@@ -12,8 +12,7 @@ import torch_optimizer
 from torch import Tensor, nn
 
 import balanceopt as bo
-from balanceopt.modulation import StepContext
-from balanceopt.optim import _update
+from balanceopt.modulation import StepContext, UpdateScaling, _scaling
 from tests.models import watch
 from tests.training import (
     backward,
@@ -186,7 +185,7 @@ def test_several_factors_multiply():
 def test_a_factor_that_is_not_finite_leaves_the_step_to_the_base(factor: float, monkeypatch: Any):
     for host in (True, False):
         if not host:
-            monkeypatch.setattr(_update, "on_host", lambda tensor: None)
+            monkeypatch.setattr(_scaling, "on_host", lambda tensor: None)
         model, step = stepping(sgd, Factors(factor))
         twin, plain = stepping(sgd, None)
         step(0), plain(0)
@@ -265,7 +264,7 @@ def test_groups_and_schedulers_do_not_notice():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_parameters_that_do_not_move_keep_every_bit(dtype: torch.dtype, host: bool, monkeypatch: Any):
     if not host:
-        monkeypatch.setattr(_update, "on_host", lambda tensor: None)
+        monkeypatch.setattr(_scaling, "on_host", lambda tensor: None)
     model = small_model().to(dtype)
     before = small_model().to(dtype)
     optimizer = bo.ModulatedOptimizer(sgd(groups_of(model), lr=0.0), watch(model), Factors(0.3))
@@ -294,12 +293,12 @@ def test_frozen_parameters_stay():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
 def test_the_formula(dtype: torch.dtype, host: bool, monkeypatch: Any):
     if not host:
-        monkeypatch.setattr(_update, "on_host", lambda tensor: None)
+        monkeypatch.setattr(_scaling, "on_host", lambda tensor: None)
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in [(3, 4), (5,), (), (0, 2)]]
     before = [p.detach().clone() for p in params]
     moves = [0.01 * torch.randn_like(p) for p in params]
-    scaling = _update.UpdateScaling()
+    scaling = UpdateScaling()
     scaling.begin(has_closure=False)
     factor = torch.tensor(0.3, dtype=torch.float64)
     scaling.scale(params, factor)
@@ -322,5 +321,5 @@ def test_a_coefficient_that_is_not_read_gives_the_same_steps(make: Any, monkeypa
         return model
 
     known = run()
-    monkeypatch.setattr(_update, "on_host", lambda tensor: None)
+    monkeypatch.setattr(_scaling, "on_host", lambda tensor: None)
     assert distance(known, run()) < 1e-6

@@ -9,8 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import balanceopt as bo
-from balanceopt.modulation import _amss, _gradients, _masks, _noise, _ogm
-from balanceopt.optim import _update
+from balanceopt.modulation import _amss, _masks, _noise, _ogm, _scaling
 from tests.models import FUSIONS, batch, train_step, watch
 from tests.training import sgd
 
@@ -54,7 +53,7 @@ MODULATIONS: dict[str, Any] = {
     "both": [bo.OGM(0.5), bo.AMSS(scale="unbiased")],
 }
 # Who asks whether numbers can be read in place.
-ASKING = (_amss, _gradients, _masks, _noise, _ogm, _update)
+ASKING = (_amss, _masks, _noise, _ogm, _scaling)
 
 
 @pytest.mark.parametrize("name", MODULATIONS)

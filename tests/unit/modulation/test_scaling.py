@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt.modulation import Slot
-from balanceopt.modulation._gradients import scale_and_add_noise_, scale_grads_
+from balanceopt.modulation._noise import scale_and_add_noise_
+from balanceopt.modulation._scaling import scale_grads_
 from tests.noise import gaussian_like
 from tests.training import bits
 
@@ -29,7 +30,7 @@ def slots(*grads: Tensor) -> list[Slot]:
 def _where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of the code: numbers can be read in place, or only by waiting for a device."""
     if request.param == "accelerator":
-        monkeypatch.setattr("balanceopt.modulation._gradients.on_host", lambda tensor: None)
+        monkeypatch.setattr("balanceopt.modulation._scaling.on_host", lambda tensor: None)
         monkeypatch.setattr("balanceopt.modulation._noise.on_host", lambda tensor: None)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from balanceopt.modulation._spread import stds
+from balanceopt.modulation._noise import stds
 
 
 def std(x: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,18 @@
 """Uni-modal scores of a model in training, computed by hooks."""
 
-from balanceopt.monitor._calls import COMPILED, CallWatch, compiled_before
 from balanceopt.monitor._columns import as_rows
-from balanceopt.monitor._company import enter, leave, refuse_company
 from balanceopt.monitor._features import samples_first
 from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._labels import LabelSource, off_residual, two_classes
+from balanceopt.monitor._labels import LabelSource
 from balanceopt.monitor._logits import UnimodalLogits, check_layout
 from balanceopt.monitor._module_hooks import WeakHook
 from balanceopt.monitor._monitor import ModalityMonitor, require_scores
 from balanceopt.monitor._outputs import is_differentiable, map_tensors, tensors_in
+from balanceopt.monitor._recovery import off_residual, two_classes
+from balanceopt.monitor._refusals import enter, leave, refuse_company, refuse_model
 from balanceopt.monitor._replay import State, evaluate, keep_random_states, without_gradients
 from balanceopt.monitor._scores import ScoreBuffer, Scores
-from balanceopt.monitor._supported import refuse_model
+from balanceopt.monitor._silence import COMPILED, CallWatch, compiled_before
 
 __all__ = [
     "COMPILED",

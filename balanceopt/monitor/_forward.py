@@ -1,17 +1,19 @@
-"""State of a training pass, and assignment of module calls to passes."""
+"""State of a training pass, and assignment of module calls and backwards to passes."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
-from balanceopt._torch import next_node, number_of_node, running_node, version_of
+from balanceopt._sharding import is_sharded
+from balanceopt._torch import backward_number, next_node, number_of_node, running_node, version_of, will_run
 from balanceopt._undo import Undo
 from balanceopt.monitor._module_hooks import FunctionalHooks
 from balanceopt.monitor._scores import Scores
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from balanceopt.monitor._scorer import Scorer
 
 Edge = tuple[Any, int]
+Head = nn.Module | Mapping[str, nn.Module] | None
 Observed = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -255,8 +258,75 @@ class Passes:
         self.loose = None
 
 
-def answers_of(head: nn.Module | Mapping[str, nn.Module] | None) -> int:
+def answers_of(head: Head) -> int:
     """Return the number of heads that complete a pass."""
     if head is None:
         return 0
     return len(head) if isinstance(head, Mapping) else 1
+
+
+class Traces:
+    """Ask autograd, at the gradient of the logits, whether the running backward reaches parameters."""
+
+    def __init__(self, model: nn.Module, encoders: Mapping[str, nn.Module], head: Head) -> None:
+        """Prepare to search the parameters, the likeliest first: of heads, encoders, then the rest of the model."""
+        self._model = model
+        heads = head.values() if isinstance(head, Mapping) else [head]
+        self._parts = [*(h for h in heads if h is not None), *encoders.values(), model]
+        self._latest: ref[nn.Parameter] | None = None
+        self._backward = -1
+
+    def gone(self) -> bool:
+        """Tell whether gradients of an earlier backward have been set to None since, as zero_grad does."""
+        parameter = None if self._latest is None else self._latest()
+        return parameter is not None and parameter.grad is None and self._backward != backward_number()
+
+    def left(self) -> bool:
+        """Tell whether the running backward reaches a parameter, unlike an attack's, which goes to inputs only.
+
+        `torch.autograd.grad` to parameters counts, since the loop may set `.grad` itself.
+        """
+        latest = None if self._latest is None else self._latest()
+        self._latest, self._backward = None, backward_number()
+        trainable = False
+        for parameter in self._likely(latest):
+            if not parameter.requires_grad or nn.parameter.is_lazy(parameter):
+                continue
+            if is_sharded(parameter):  # the graph's leaves are other tensors (FSDP2)
+                return True
+            trainable = True
+            reached = _reached(parameter)
+            if reached is not False:
+                self._latest = ref(parameter) if reached else None
+                return True
+        # Other tensors may replace the parameters in the graph, as under torch.func.functional_call.
+        return trainable and not self._in_graph()
+
+    def _likely(self, latest: nn.Parameter | None) -> Iterator[nn.Parameter]:
+        if latest is not None:
+            yield latest
+        for module in self._parts:
+            yield from module.parameters()
+
+    def _in_graph(self) -> bool:
+        """Tell whether any of the model's parameters is in the graph of the logits."""
+        params = {id(p) for p in self._model.parameters()}
+        nodes: list[Any] = [running_node()]
+        seen = set(nodes)
+        while nodes:
+            node = nodes.pop()
+            if id(getattr(node, "variable", None)) in params:
+                return True
+            new = {before for before, _ in getattr(node, "next_functions", ()) if before is not None} - seen
+            seen |= new
+            nodes += new
+        return False
+
+
+def _reached(parameter: nn.Parameter) -> bool | None:
+    """Tell whether the running backward adds to a parameter's `.grad`; None under `torch.autograd.grad`."""
+    node = get_gradient_edge(parameter).node
+    try:
+        return will_run(node)
+    except RuntimeError:  # the leaf is an input of torch.autograd.grad
+        return None

@@ -20,11 +20,11 @@ from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._features import edge_of
 from balanceopt.monitor._forward import Pass, Passes, answers_of
 from balanceopt.monitor._labels import refuse_loss
-from balanceopt.monitor._module_hooks import Hook, remove_hooks
+from balanceopt.monitor._module_hooks import Hook, outside_graphs, remove_hooks
 from balanceopt.monitor._outputs import first_tensor, map_tensors, tensors_in
 from balanceopt.monitor._per_head import refuse_widths
+from balanceopt.monitor._refusals import refuse_join
 from balanceopt.monitor._scorer import Scorer
-from balanceopt.monitor._supported import outside_graphs, refuse_join
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 from weakref import WeakMethod, finalize, ref
 
+import torch
 from torch import nn
 
-from balanceopt._torch import AFTER_FORWARD, BEFORE_FORWARD, SHARDING_HOOKS, version_of
+from balanceopt._torch import AFTER_FORWARD, BEFORE_FORWARD, SHARDING_HOOKS, is_traced, version_of
 from balanceopt.monitor._outputs import tensors_in
-from balanceopt.monitor._supported import outside_graphs
+
+# Shown by torch if a hook breaks the graph under fullgraph=True.
+_NO_FULL_GRAPH = "balanceopt's ModalityMonitor looks at the numbers: compile the model without fullgraph=True"
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def outside_graphs(function: Function) -> Function:
+    """Exclude a hook, which reads tensor values, from compiled graphs; a no-op hook while `is_traced`."""
+
+    @wraps(function)
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        return None if is_traced() else function(*args, **kwargs)
+
+    knows_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
+    options: dict[str, Any] = {"reason": _NO_FULL_GRAPH} if knows_reason else {}
+    disabled: Function = torch.compiler.disable(hook, **options)
+    return disabled
 
 
 class WeakHook:

@@ -25,17 +25,16 @@ from balanceopt.modality import Encoders, modality_parameters, resolve_encoders,
 from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._choice import choose_logits
 from balanceopt.monitor._features import Features, Select
-from balanceopt.monitor._forward import Pass
+from balanceopt.monitor._forward import Pass, Traces
 from balanceopt.monitor._hooks import Hooks
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._labels import LabelSource as LabelSource
 from balanceopt.monitor._logits import UserScores
 from balanceopt.monitor._module_hooks import Hook, remove_hooks
+from balanceopt.monitor._refusals import refuse_model
 from balanceopt.monitor._scorer import Scorer
 from balanceopt.monitor._scores import ScoreBuffer
 from balanceopt.monitor._silence import why_silent
-from balanceopt.monitor._supported import refuse_model
-from balanceopt.monitor._traces import Traces
 
 
 class ModalityMonitor:

@@ -14,15 +14,14 @@ from balanceopt._torch import parameters_of, version_of
 from balanceopt._undo import Undo
 from balanceopt._warnings import warn_user
 from balanceopt.functional import INVALID, Targets, as_targets, feature_entropy, row_scores
-from balanceopt.monitor._agreement import Agreement
 from balanceopt.monitor._features import Features
-from balanceopt.monitor._forward import Pass
-from balanceopt.monitor._labels import CHANGED_AFTER, Labels, Recovery, two_classes
+from balanceopt.monitor._forward import Pass, Traces
+from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._module_hooks import FunctionalHooks
+from balanceopt.monitor._recovery import CHANGED_AFTER, Agreement, Recovery, two_classes
 from balanceopt.monitor._scores import ScoreBuffer, Scores
 from balanceopt.monitor._silence import Seen
-from balanceopt.monitor._traces import Traces
 
 # Training forwards without a call of an encoder before the user is told.
 _UNCALLED = 10

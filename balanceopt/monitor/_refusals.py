@@ -1,22 +1,17 @@
-"""Checks that refuse unsupported models and contexts, and name the alternative."""
+"""Refusals of unsupported models and contexts, and of two objects that act on the same encoders."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+import gc
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import nn
 
-from balanceopt._torch import is_joining, is_traced
+from balanceopt._torch import is_joining
 from balanceopt.distributed import Group, active_group
 
-# Shown by torch if a hook breaks the graph under fullgraph=True.
-_NO_FULL_GRAPH = "balanceopt's ModalityMonitor looks at the numbers: compile the model without fullgraph=True"
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+_ACTORS: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()
 
 
 def refuse_model(model: nn.Module) -> None:
@@ -57,14 +52,40 @@ def refuse_join(group: Group) -> None:
         )
 
 
-def outside_graphs(function: Function) -> Function:
-    """Exclude a hook, which reads tensor values, from compiled graphs; a no-op hook while `is_traced`."""
+def enter(actor: Any) -> None:
+    """Register an object as acting on its monitor's encoders, until `leave` or its garbage collection."""
+    for encoder in actor.monitor.encoders.values():
+        _ACTORS.setdefault(encoder, WeakSet()).add(actor)
 
-    @wraps(function)
-    def hook(*args: Any, **kwargs: Any) -> Any:
-        return None if is_traced() else function(*args, **kwargs)
 
-    knows_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
-    options: dict[str, Any] = {"reason": _NO_FULL_GRAPH} if knows_reason else {}
-    disabled: Function = torch.compiler.disable(hook, **options)
-    return disabled
+def leave(actor: Any) -> None:
+    """Remove an object from the registry. May be called twice."""
+    for encoder in actor.monitor.encoders.values():
+        _ACTORS.get(encoder, WeakSet()).discard(actor)
+
+
+def refuse_company(actor: Any, what: str) -> None:
+    """Raise if another object of the actor's class acts on the same encoder by another monitor.
+
+    Call this at the actor's first action, not in `__init__`: a notebook cell that is run again builds the new object
+    before the old object is released.
+
+    Raises:
+        RuntimeError: if there is such an object; the message names the remedy.
+    """
+    if not _has_company(actor):
+        return
+    gc.collect()  # the other object may be garbage already
+    if _has_company(actor):
+        raise RuntimeError(
+            f"another {what}, built with another monitor, acts on the same encoders: both together would act twice. "
+            "Was the cell of a notebook run again? Call remove() on the first one."
+        )
+
+
+def _has_company(actor: Any) -> bool:
+    return any(
+        type(other) is type(actor) and other.monitor is not actor.monitor
+        for encoder in actor.monitor.encoders.values()
+        for other in _ACTORS.get(encoder, ())
+    )

@@ -3,15 +3,14 @@
 Names outside `__all__` are for the rest of the package.
 """
 
+from balanceopt.functional._clustering import KMeansResult, kmeans, minmax_scale, purity
 from balanceopt.functional._coefficients import CoefficientForm as CoefficientForm
 from balanceopt.functional._coefficients import adaptive_coefficient, drop_probability, modulation_coefficient
-from balanceopt.functional._kmeans import KMeansResult, kmeans
 from balanceopt.functional._labels import INVALID as INVALID
 from balanceopt.functional._labels import recover_labels, recover_scale
-from balanceopt.functional._logits import linear_logits
 from balanceopt.functional._masks import check_clamp as check_clamp
 from balanceopt.functional._masks import keep_ratio, kept_units, unit_importance
-from balanceopt.functional._relearning import purity, reinit_strength, soft_reinit_
+from balanceopt.functional._reinit import reinit_strength, soft_reinit_
 from balanceopt.functional._sampling import (
     inclusion_probabilities,
     inclusion_probabilities_padded,
@@ -20,11 +19,11 @@ from balanceopt.functional._sampling import (
     systematic_sample,
     systematic_sample_padded,
 )
-from balanceopt.functional._scaling import minmax_scale
 from balanceopt.functional._scores import RatioReduction as RatioReduction
 from balanceopt.functional._scores import (
     discrepancy_ratio,
     feature_entropy,
+    linear_logits,
     modal_significance,
     significance_from_sums,
     true_class_score,

@@ -21,11 +21,18 @@ from balanceopt._pooling import Pool
 from balanceopt._warnings import warn_user
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.relearn._base import EpochMethod
-from balanceopt.relearn._diagnosis import Diagnosis, diagnose_samples
-from balanceopt.relearn._features import Classes, Forward, Samples
+from balanceopt.relearn._diagnosis import Diagnosis, Gap, Normalize, diagnose_samples, options
+from balanceopt.relearn._features import (
+    Classes,
+    Features,
+    Forward,
+    Samples,
+    Source,
+    check_loader,
+    collect_samples,
+    is_given,
+)
 from balanceopt.relearn._initial import InitialWeights, OptimizerState, reinitialise
-from balanceopt.relearn._options import Gap, Normalize, options
-from balanceopt.relearn._sources import Features, Source, check_loader, collect_samples, is_given
 
 # Attributes of a Diagnosis that listeners get, because each has a value for every modality.
 _RECORDED = ("train_purity", "val_purity", "gap", "strength")

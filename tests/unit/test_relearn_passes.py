@@ -15,9 +15,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import balanceopt as bo
 from balanceopt._undo import Undo
-from balanceopt.relearn._features import leave_undisturbed
-from balanceopt.relearn._options import options
-from balanceopt.relearn._sources import collect_samples
+from balanceopt.relearn._diagnosis import options
+from balanceopt.relearn._features import collect_samples, leave_undisturbed
 from tests.models import (
     BatchDict,
     Concat,

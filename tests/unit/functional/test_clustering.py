@@ -16,9 +16,7 @@ from sklearn.datasets import load_digits
 
 from balanceopt.functional import (
     KMeansResult,
-    _kmeans,
-    _relearning,
-    _scaling,
+    _clustering,
     kmeans,
     minmax_scale,
     purity,
@@ -86,8 +84,8 @@ class TestKMeans:
     def test_many_rows_start_from_a_subset(self, monkeypatch):
         x, labels = blobs(3000, 20, width=16)
         whole = kmeans(x, 20, generator=generator(), n_init=3)
-        monkeypatch.setattr(_kmeans, "START_ROWS", 300)
-        monkeypatch.setattr(_kmeans, "START_ROWS_PER_CLUSTER", 2)
+        monkeypatch.setattr(_clustering, "START_ROWS", 300)
+        monkeypatch.setattr(_clustering, "START_ROWS_PER_CLUSTER", 2)
         subset = kmeans(x, 20, generator=generator(), n_init=3)
         assert not torch.equal(whole.assignments, subset.assignments)
         assert float(purity(whole.assignments, labels)) > 0.95
@@ -115,7 +113,7 @@ class TestKMeans:
     def test_blocks_change_nothing(self, rows, monkeypatch):
         x, _ = blobs(150, 5, spread=3.0)
         expected = kmeans(x, 5, generator=generator())
-        monkeypatch.setattr(_scaling, "BLOCK_ENTRIES_CPU", 5 * rows)
+        monkeypatch.setattr(_clustering, "BLOCK_ENTRIES_CPU", 5 * rows)
         found = kmeans(x, 5, generator=generator())
         assert torch.equal(found.assignments, expected.assignments)
         torch.testing.assert_close(found.centroids, expected.centroids)
@@ -249,8 +247,8 @@ class TestKMeans:
         for rows in (order, order[:1], order[:2], order[:3], order[:33], order.flip(0)):
             x = different.to(dtype)[rows]
             norms = torch.linalg.vector_norm(x, dim=1)
-            points = _kmeans._Points(x, norms, centroids[0].double(), 1.0, 1.0)
-            found = _kmeans._assign(points, centroids)
+            points = _clustering._Points(x, norms, centroids[0].double(), 1.0, 1.0)
+            found = _clustering._assign(points, centroids)
             nearest[rows] = torch.where(nearest[rows] < 0, found, nearest[rows])
             assert torch.equal(nearest[rows], found)
             distances = (x.double()[:, None] - centroids.double()).square().sum(2)
@@ -259,9 +257,9 @@ class TestKMeans:
 
     def test_of_centroids_at_one_place_the_first_counts(self):
         x = torch.randn(50, 7)
-        points = _kmeans._Points(x, torch.linalg.vector_norm(x, dim=1), x[0].double(), 1.0, 1.0)
+        points = _clustering._Points(x, torch.linalg.vector_norm(x, dim=1), x[0].double(), 1.0, 1.0)
         one = torch.randn(1, 7)
-        assert _kmeans._assign(points, one.expand(5, -1).contiguous()).tolist() == [0] * 50
+        assert _clustering._assign(points, one.expand(5, -1).contiguous()).tolist() == [0] * 50
 
     def test_a_tight_clump_beside_a_far_row(self):
         # Products of float32 lose all digits of the clump; differences in float64 keep them.
@@ -286,8 +284,8 @@ class TestKMeans:
     def test_sums_by_sorting_are_those_of_index_add(self):
         rows, labels = torch.randn(100, 5, dtype=torch.float64), torch.randint(1, 9, (100,))
         expected = torch.zeros(12, 5, dtype=torch.float64).index_add_(0, labels, rows)
-        torch.testing.assert_close(_kmeans._sum_by_sorting(rows, labels, 12), expected)
-        empty = _kmeans._sum_by_sorting(rows[:0], labels[:0], 3)
+        torch.testing.assert_close(_clustering._sum_by_sorting(rows, labels, 12), expected)
+        empty = _clustering._sum_by_sorting(rows[:0], labels[:0], 3)
         assert torch.equal(empty, torch.zeros(3, 5, dtype=torch.float64))
 
     @pytest.mark.parametrize(
@@ -402,7 +400,7 @@ class TestPurity:
     def test_table_and_pairs_agree(self, monkeypatch):
         assignments, labels = torch.randint(30, (500,)), torch.randint(-9, 30, (500,))
         expected = purity(assignments, labels)
-        monkeypatch.setattr(_relearning, "TABLE_CELLS", 0)
+        monkeypatch.setattr(_clustering, "TABLE_CELLS", 0)
         assert torch.equal(purity(assignments, labels), expected)
 
     @pytest.mark.parametrize(

@@ -7,8 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from balanceopt.integrations._balance import Balance, Methods, WhichEncoders, WhichHead, smallest_holder
-from balanceopt.integrations._beside import Prediction, ReLearn
+from balanceopt.integrations._callback import (
+    Balance,
+    Methods,
+    Prediction,
+    ReLearn,
+    WhichEncoders,
+    WhichHead,
+    smallest_holder,
+)
 from balanceopt.monitor import refuse_model
 
 try:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from balanceopt._warnings import warn_user
-from balanceopt.integrations._balance import Balance, Methods, WhichEncoders, WhichHead
-from balanceopt.integrations._beside import Prediction, ReLearn
+from balanceopt.integrations._callback import Balance, Methods, Prediction, ReLearn, WhichEncoders, WhichHead
 from balanceopt.optim import BARE_STATE, STEP
 
 try:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import balanceopt as bo
 from balanceopt import functional
-from balanceopt.integrations._balance import Balance
+from balanceopt.integrations._callback import Balance
 from balanceopt.plotting import plot_rows
 from tests.models import CLASSES, batch, train_step, watch
 from tests.relearning import samples

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import balanceopt as bo
-from balanceopt.integrations._beside import Beside
+from balanceopt.integrations._callback import Beside
 from tests.models import CLASSES, Concat, Gated, watch
 from tests.training import backward, batches, groups_of, sgd, small_model
 

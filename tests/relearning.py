@@ -15,6 +15,19 @@ from torch.utils.data import DataLoader, TensorDataset
 import balanceopt as bo
 from tests.models import CLASSES, INPUTS, Concat, Multimodal, watch
 
+OPTIONS: dict[str, Any] = {
+    "lam": 3.0,
+    "normalize": "minmax",
+    "forward": None,
+    "classes": None,
+    "max_samples": 1000,
+    "equal_counts": False,
+    "gap": "absolute",
+    "pool": "auto",
+    "n_init": 1,
+    "progress": None,
+}
+
 
 def samples(count: int, modalities: int = 2, *, classes: int = CLASSES, seed: int = 0) -> TensorDataset:
     """`(*inputs, labels)`: the first modality shows the class, the others hint at it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,6 @@ from balanceopt._options import (
     check_function,
     check_kind,
     check_number,
-    check_seed,
 )
 from balanceopt._pooling import Pool, check_pool
 from balanceopt._warnings import warn_user
@@ -29,6 +28,7 @@ from balanceopt.distributed import (
     check_group,
     concatenate_over_ranks,
     of_first_rank,
+    rank_in,
     shared_seed,
 )
 from balanceopt.functional import kmeans, minmax_scale, purity, reinit_strength
@@ -44,46 +44,41 @@ _PARTS = 5
 # Number of shuffles of the labels, and the index of the sorted gaps that bounds 95 % of the gaps of noise.
 _SHUFFLES, _WITHIN = 40, 37
 
+# Attributes of a Diagnosis with a value for each modality, beside the strength.
+_PURITIES = ("train_purity", "val_purity", "gap", "noise_gap")
+_COUNTS = ("train_count", "val_count")
+
 _COLUMNS = ("modality", "train purity", "val purity", "gap", "strength", "samples (train + val)")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Checked options of a diagnosis.
-
-    Args:
-        lam: factor of the strength tanh(lam * gap), >= 0.
-        normalize: `"minmax"` or `"none"`, the scaling before clustering.
-        n_init: number of k-means starts, >= 1; the best one counts.
-        classes: function from a batch's labels to class indices `(B,)`; None for labels that are class indices.
-        max_samples: upper limit of each modality's samples in each split, over all ranks.
-        equal_counts: whether to cut the larger split into random parts of the smaller split's size.
-        gap: `"absolute"` or `"one-sided"`.
-        pool: pooling rule for features of more than two dimensions.
-        seed: seed of k-means and of the choice of samples.
-        group: process group whose ranks hold parts of the samples.
-    """
+    """Checked options of a diagnosis, as `diagnose` describes them, with the seed that all ranks share."""
 
     lam: float
     normalize: Normalize
-    n_init: int
+    forward: Forward | None
     classes: Classes | None
     max_samples: int
     equal_counts: bool
     gap: Gap
     pool: Pool
+    n_init: int
+    progress: bool | None
     seed: int
     group: Group
 
     def __post_init__(self) -> None:
         check_number("lam", self.lam, at_least=0)
         check_choice("normalize", self.normalize, get_args(Normalize))
-        check_count("n_init", self.n_init, at_least=1)
+        check_function("forward", self.forward, "(model, batch)")
         check_function("classes", self.classes, "a batch's labels that returns class indices")
         check_count("max_samples", self.max_samples, at_least=1)
         check_flag("equal_counts", self.equal_counts)
         check_choice("gap", self.gap, get_args(Gap))
         check_pool(self.pool)
+        check_count("n_init", self.n_init, at_least=1)
+        check_flag("progress", self.progress, or_none=True)
 
     @property
     def limit(self) -> int:
@@ -95,9 +90,7 @@ class Options:
 def options(seed: int | None, group: Group, **given: Any) -> Options:
     """Make `Options` with a seed that all ranks share."""
     check_group(group)
-    check_seed(seed)
-    chosen = shared_seed(group) if seed is None else int(seed) % 2**63
-    return Options(seed=chosen, group=group, **given)
+    return Options(seed=shared_seed(group, seed), group=group, **given)
 
 
 @dataclass(frozen=True)
@@ -243,41 +236,27 @@ def diagnose(
     """
     if monitor is not None:
         check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
-    check_function("forward", forward, "(model, batch)")
-    check_flag("progress", progress, or_none=True)
     chosen = options(
         seed,
         group if monitor is None else monitor.group,
         lam=lam,
         normalize=normalize,
-        n_init=n_init,
+        forward=forward,
         classes=classes,
         max_samples=max_samples,
         equal_counts=equal_counts,
         gap=gap,
         pool=pool,
+        n_init=n_init,
+        progress=progress,
     )
     samples = [
-        collect_samples(source, split, monitor, chosen, forward, progress)
+        collect_samples(source, split, monitor, chosen)
         for source, split in ((train, "training"), (val, "validation"))
     ]
     names = dict.fromkeys(name for source in (train, val) if is_given(source) for name in source[0])
     modalities = tuple(names) if monitor is None else monitor.modalities
     return diagnose_samples(modalities, samples[0], samples[1], chosen)
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """The diagnosis of one modality, with `noise_bound`, the bound of 95 % of the gaps of noise."""
-
-    train_purity: float
-    val_purity: float
-    gap: float
-    strength: float
-    noise_gap: float
-    noise_bound: float
-    train_count: int
-    val_count: int
 
 
 @dataclass(frozen=True)
@@ -306,19 +285,26 @@ def diagnose_samples(
     skipped = {name: why for name in modalities if (why := _why_skipped(held[name], counts[name], clusters))}
     for name, why in skipped.items():
         warn_user(f"modality {name!r} was left out of the diagnosis: {why}.")
-    ranks = active_group(chosen.group)
-    first = ranks is None or dist.get_rank(ranks) == 0
-    compared: dict[str, _Comparison] = {}
+    compared: dict[str, dict[str, Any]] = {}
     for name in modalities:
         if name not in skipped:
             parts = (train.get(name), val.get(name))
             both = [_of_all_ranks(parts, side, held[name], chosen.group) for side in (0, 1)]
             # The first rank alone clusters the features, whose size is bounded, so that all ranks get one result.
-            if first:
+            if rank_in(chosen.group) == 0:
                 compared[name] = _compare(both, clusters, chosen)
     compared = of_first_rank(compared, chosen.group)
     _warn_of_noise(compared)
-    return _diagnosis(modalities, compared, counts, skipped, clusters)
+    nothing: dict[str, Any] = {**dict.fromkeys(_PURITIES, math.nan), "strength": 0.0}
+    # A skipped modality has the counts of all collected samples.
+    rows = {
+        name: compared.get(name) or {**nothing, **dict(zip(_COUNTS, counts[name], strict=True))}
+        for name in modalities
+    }
+    columns: dict[str, Any] = {
+        quantity: {name: row[quantity] for name, row in rows.items()} for quantity in (*nothing, *_COUNTS)
+    }
+    return Diagnosis(**columns, num_clusters=clusters, skipped=skipped)
 
 
 def _survey(
@@ -390,8 +376,11 @@ def _of_all_ranks(
     return Samples(concatenate_over_ranks(features, rows, group), concatenate_over_ranks(labels, rows, group))
 
 
-def _compare(both: Sequence[Samples], clusters: int, chosen: Options) -> _Comparison:
-    """Compare the purities of one modality's training and validation samples, and compute the gaps of noise."""
+def _compare(both: Sequence[Samples], clusters: int, chosen: Options) -> dict[str, Any]:
+    """Compare the purities of one modality's training and validation samples, and compute the gaps of noise.
+
+    Returns the modality's entries of a `Diagnosis`, and "noise_bound", which bounds 95 % of the gaps of noise.
+    """
     sizes = [len(samples) for samples in both]
     if chosen.equal_counts:
         number = min(_PARTS, max(sizes) // min(sizes))
@@ -406,8 +395,9 @@ def _compare(both: Sequence[Samples], clusters: int, chosen: Options) -> _Compar
     generator = torch.Generator().manual_seed(chosen.seed)
     shuffled = (map(partial(_purity, shuffled=generator), clustered) for _ in range(_SHUFFLES))
     noise = sorted(_gap(by_chance, other, chosen.gap) for by_chance, other in shuffled)
-    counts = (len(parts[0]) for parts in splits)
-    return _Comparison(train, val, gap, strength, sum(noise) / _SHUFFLES, noise[_WITHIN], *counts)
+    purities = zip(_PURITIES, (train, val, gap, sum(noise) / _SHUFFLES), strict=True)
+    counts = zip(_COUNTS, (len(parts[0]) for parts in splits), strict=True)
+    return {**dict(purities), **dict(counts), "strength": strength, "noise_bound": noise[_WITHIN]}
 
 
 def _cluster(samples: Samples, number: int, clusters: int, chosen: Options) -> tuple[Tensor, Tensor]:
@@ -434,31 +424,13 @@ def _gap(train: float, val: float, gap: Gap) -> float:
     return abs(train - val) if gap == "absolute" else max(0.0, train - val)
 
 
-def _diagnosis(
-    modalities: Sequence[str],
-    compared: Mapping[str, _Comparison],
-    counts: Mapping[str, tuple[int, int]],
-    skipped: dict[str, str],
-    clusters: int,
-) -> Diagnosis:
-    """Build the diagnosis of all modalities; a skipped modality has the counts of all collected samples."""
-    nothing = math.nan, math.nan, math.nan, 0.0, math.nan, math.nan
-    rows = [compared.get(name) or _Comparison(*nothing, *counts[name]) for name in modalities]
-
-    def column(quantity: str) -> dict[str, Any]:
-        return {name: getattr(row, quantity) for name, row in zip(modalities, rows, strict=True)}
-
-    quantities = (f.name for f in fields(_Comparison) if f.name != "noise_bound")
-    columns: dict[str, Any] = {quantity: column(quantity) for quantity in quantities}
-    return Diagnosis(**columns, num_clusters=clusters, skipped=skipped)
-
-
-def _warn_of_noise(compared: Mapping[str, _Comparison]) -> None:
+def _warn_of_noise(compared: Mapping[str, Mapping[str, float]]) -> None:
     """Warn of gaps that noise would give as well."""
     within = [
-        f"{name!r} {row.gap:.3f}, where noise gives {row.noise_gap:.3f} in the mean and up to {row.noise_bound:.3f}"
+        f"{name!r} {row['gap']:.3f}, where noise gives {row['noise_gap']:.3f} in the mean and up to "
+        f"{row['noise_bound']:.3f}"
         for name, row in compared.items()
-        if 0 < row.gap <= row.noise_bound
+        if 0 < row["gap"] <= row["noise_bound"]
     ]
     if within:
         warn_user(

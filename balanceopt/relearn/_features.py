@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from balanceopt._options import names_of, shown, to_tensor
-from balanceopt._pooling import pool_features, samples_in
+from balanceopt._pooling import Projection, pool_features, samples_in
 from balanceopt._torch import in_backward
 from balanceopt._undo import Undo
-from balanceopt.distributed import active_group
+from balanceopt.distributed import rank_in
 from balanceopt.monitor import (
     ModalityMonitor,
     Pass,
@@ -36,7 +36,6 @@ Features = tuple[Mapping[str, Tensor], Tensor]
 Source = Iterable[Any] | Features
 Forward = Callable[[nn.Module, Any], Any]
 Classes = Callable[[Any], Any]
-AsVectors = Callable[[str, Tensor, int], Tensor]
 
 _LABEL_KEYS = ("labels", "label")
 # A progress bar appears after this many seconds, because short passes need none.
@@ -129,38 +128,30 @@ def balanced(labels: Tensor, keys: Tensor, limit: int) -> Tensor:
 
 
 class Collector:
-    """A collector of the features of batches, by modality.
+    """A collector of the pooled features of batches, by modality.
 
     Args:
         modalities: names of the modalities.
-        as_vectors: function of (modality, features, B) that returns vectors `(B, D)`.
-        limit: upper limit of each modality's samples, >= 1.
-        seed: seed of the choice among more samples.
-        ignore_index: label of samples to skip.
+        chosen: options of the diagnosis.
         where: source of the samples, for messages.
-        classes: function from a batch's labels to class indices `(B,)`; None for labels that are class indices.
-        has_frames: function from a modality to whether its features may have several rows for each sample.
+        ignore_index: label of samples to skip.
+        projections: by modality, the model's pooling of several rows for each sample; None where unknown.
     """
 
     def __init__(
         self,
         modalities: tuple[str, ...],
-        as_vectors: AsVectors,
-        *,
-        limit: int,
-        seed: int,
-        ignore_index: int,
+        chosen: Options,
         where: str,
-        classes: Classes | None = None,
-        has_frames: Callable[[str], bool] = lambda name: False,
+        ignore_index: int = -100,
+        projections: Mapping[str, Projection | None] = MappingProxyType({}),
     ) -> None:
         self.where = where
-        self._as_vectors = as_vectors
+        self._chosen = chosen
         self._ignore_index = ignore_index
-        self._classes = classes
-        self._has_frames = has_frames
-        self._generator = torch.Generator().manual_seed(seed)
-        self._reservoirs = {name: Reservoir(limit) for name in modalities}
+        self._projections = projections
+        self._generator = torch.Generator().manual_seed(chosen.seed)
+        self._reservoirs = {name: Reservoir(chosen.limit) for name in modalities}
 
     def add(self, features: Mapping[str, Tensor], labels: Any) -> None:
         """Add one batch; modalities absent from `features` are skipped.
@@ -173,11 +164,12 @@ class Collector:
         keys = torch.rand(len(indices), generator=self._generator, dtype=torch.float64, device="cpu")
         counted = (indices != self._ignore_index).nonzero()[:, 0]
         for name, z in features.items():
+            projection = self._projections.get(name)
             try:
-                samples_in(name, z, len(indices), frames=self._has_frames(name))
+                samples_in(name, z, len(indices), frames=projection is not None)
             except ValueError as error:
                 raise ValueError(f"{error} These came {self.where}.") from None
-            vectors = self._as_vectors(name, z.detach(), len(indices))
+            vectors = pool_features(z.detach(), self._chosen.pool, projection, len(indices))
             if len(counted) < len(indices):
                 vectors = vectors[counted.to(vectors.device)]
             if len(counted):
@@ -189,7 +181,7 @@ class Collector:
 
     def _class_indices(self, labels: Any) -> Tensor:
         """Convert a batch's labels to class indices `(B,)`, int64 on the CPU."""
-        given = labels if self._classes is None else self._classes(labels)
+        given = labels if self._chosen.classes is None else self._chosen.classes(labels)
         values = to_tensor(f"labels {self.where}", given, "integers (N,), a class index each").detach()
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise ValueError(
@@ -230,12 +222,7 @@ def check_loader(role: str, loader: object) -> None:
 
 
 def collect_samples(
-    source: Source,
-    split: str,
-    monitor: ModalityMonitor | None,
-    chosen: Options,
-    forward: Forward | None,
-    progress: bool | None,
+    source: Source, split: str, monitor: ModalityMonitor | None, chosen: Options
 ) -> dict[str, Samples]:
     """Collect each modality's samples from a pass over a loader, or from given features.
 
@@ -244,7 +231,6 @@ def collect_samples(
         KeyError: for features of a modality that the monitor does not have.
         ValueError: for features that are not real numbers.
     """
-    collector_of = partial(Collector, limit=chosen.limit, seed=chosen.seed, classes=chosen.classes)
     if is_given(source):
         features, labels = source
         modalities = tuple(features) if monitor is None else monitor.modalities
@@ -254,12 +240,7 @@ def collect_samples(
                 f"{split} features should be given by modality {modalities}. Found {names_of(unknown)}."
             )
         tensors = {name: _numbers(f"the {split} features of {name!r}", z) for name, z in features.items()}
-        collector = collector_of(
-            modalities,
-            lambda _, z, samples: pool_features(z, chosen.pool, samples=samples),
-            ignore_index=-100,
-            where=f"given with the {split} features",
-        )
+        collector = Collector(modalities, chosen, f"given with the {split} features")
         collector.add(tensors, labels)
         return collector.samples()
     if monitor is None:
@@ -268,15 +249,9 @@ def collect_samples(
             f"{shown(source)}: pass `monitor=` to take the features from a pass over a loader."
         )
     check_loader(f"the {split} data", source)
-    projections = monitor.features.projections
-    collector = collector_of(
-        monitor.modalities,
-        lambda name, z, samples: pool_features(z, chosen.pool, projections.get(name), samples),
-        ignore_index=monitor.labels.ignore_index,
-        where=f"from the {split} loader",
-        has_frames=lambda name: projections.get(name) is not None,
-    )
-    collect(monitor, source, collector, split, forward, progress)
+    ignore_index, projections = monitor.labels.ignore_index, monitor.features.projections
+    collector = Collector(monitor.modalities, chosen, f"from the {split} loader", ignore_index, projections)
+    _collect(monitor, source, collector, split, chosen)
     return collector.samples()
 
 
@@ -293,13 +268,8 @@ def _numbers(role: str, features: Any) -> Tensor:
 # -- a pass over a loader --------------------------------------------------------------------------------------------
 
 
-def collect(
-    monitor: ModalityMonitor,
-    loader: Iterable[Any],
-    collector: Collector,
-    split: str,
-    forward: Forward | None,
-    progress: bool | None,
+def _collect(
+    monitor: ModalityMonitor, loader: Iterable[Any], collector: Collector, split: str, chosen: Options
 ) -> None:
     """Run the model over a loader in eval mode, add the encoders' features to `collector`, and restore all state.
 
@@ -314,9 +284,9 @@ def collect(
         leave_undisturbed(undo, monitor.model, loader)
         latest = _latest_features(undo, monitor)
         first = True
-        for batch in _with_bar(loader, f"{split} features", progress, monitor):
+        for batch in _with_bar(loader, f"{split} features", chosen.progress, monitor):
             latest.clear()
-            run = partial(run_batch, monitor.model, batch, forward)
+            run = partial(run_batch, monitor.model, batch, chosen.forward)
             labels, first = (monitor.hooks.rehearse(run) if first else run()), False
             collector.add({name: held() for name, held in latest.items()}, labels)
 
@@ -400,20 +370,10 @@ def _refuse_arguments(model: nn.Module, values: Sequence[Any], keys: Sequence[st
 
 def _with_bar(
     loader: Iterable[Any], what: str, progress: bool | None, monitor: ModalityMonitor
-) -> Iterator[Any]:
-    """Yield the loader's batches, with a progress bar where the pass is long."""
-    bar = _bar(progress, monitor)
-    if bar is None:
-        yield from loader
-    else:
-        yield from bar(loader, desc=what, delay=0 if progress else _LONG, leave=False)
-
-
-def _bar(progress: bool | None, monitor: ModalityMonitor) -> Any:
-    """Return the tqdm class; None for no progress bar."""
-    ranks = active_group(monitor.group)
-    if progress is False or (ranks is not None and dist.get_rank(ranks) > 0):
-        return None
+) -> Iterable[Any]:
+    """Return the loader, with a progress bar where the pass is long."""
+    if progress is False or rank_in(monitor.group) > 0:
+        return loader
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -421,8 +381,11 @@ def _bar(progress: bool | None, monitor: ModalityMonitor) -> Any:
             raise ImportError(
                 "a progress bar needs tqdm: pip install 'balanceopt[progress]', or progress=None"
             ) from error
-        return None
-    return tqdm if progress or sys.stderr.isatty() else None
+        return loader
+    if not (progress or sys.stderr.isatty()):
+        return loader
+    bar: Iterable[Any] = tqdm(loader, desc=what, delay=0 if progress else _LONG, leave=False)
+    return bar
 
 
 # -- state to restore ------------------------------------------------------------------------------------------------

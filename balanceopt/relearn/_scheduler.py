@@ -13,8 +13,6 @@ from balanceopt._options import (
     check_choice,
     check_count,
     check_entries,
-    check_flag,
-    check_function,
     check_kind,
 )
 from balanceopt._pooling import Pool
@@ -26,7 +24,6 @@ from balanceopt.relearn._features import (
     Classes,
     Features,
     Forward,
-    Samples,
     Source,
     check_loader,
     collect_samples,
@@ -125,14 +122,15 @@ class ReLearnScheduler(EpochMethod):
         seed: int | None = None,
         progress: bool | None = None,
     ) -> None:
-        _check_arguments(optimizer, monitor, max_relearns, optimizer_state)
+        check_kind("`optimizer`", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+        check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
+        check_count("max_relearns", max_relearns, or_none=True)
+        check_choice("optimizer_state", optimizer_state, get_args(OptimizerState))
         _check_loaders(train_loader, val_loader)
-        check_function("forward", forward, "(model, batch)")
         if initial is not None:
             check_kind(
                 "`initial`", initial, Mapping, "a state dict of the model, or of each encoder by modality"
             )
-        check_flag("progress", progress, or_none=True)
         check_count("every", every, at_least=1)
         check_count("epochs", epochs, at_least=1, or_none=True)
         check_count("first", first, at_least=1, or_none=True)
@@ -144,21 +142,21 @@ class ReLearnScheduler(EpochMethod):
         self.epochs = epochs
         self.first = every if first is None else first
         self.max_relearns = max_relearns
-        self.forward = forward
         self.optimizer_state: OptimizerState = optimizer_state
-        self.progress = progress
         self.relearns = 0
         self._options = options(
             seed,
             monitor.group,
             lam=lam,
             normalize=normalize,
-            n_init=n_init,
+            forward=forward,
             classes=classes,
             max_samples=max_samples,
             equal_counts=equal_counts,
             gap=gap,
             pool=pool,
+            n_init=n_init,
+            progress=progress,
         )
         _warn_of_schedule(every, epochs, self.first)
         self._initial = InitialWeights(monitor, snapshot_device)
@@ -212,12 +210,17 @@ class ReLearnScheduler(EpochMethod):
         Raises:
             ValueError, TypeError, KeyError: as `step`.
         """
-        return diagnose_samples(
-            self.monitor.modalities,
-            self._samples(train, "training"),
-            self._samples(val, "validation"),
-            self._options,
-        )
+        samples = []
+        sources = (("training", train, self.train_loader), ("validation", val, self.val_loader))
+        for split, source, loader in sources:
+            data = loader if source is None else source
+            if data is None:
+                raise ValueError(
+                    f"there is no {split} data: without loaders call step(train=(features, labels), "
+                    "val=(features, labels)), features by modality."
+                )
+            samples.append(collect_samples(data, split, self.monitor, self._options))
+        return diagnose_samples(self.monitor.modalities, samples[0], samples[1], self._options)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts of epochs and re-initialisations, the seed, and the initial weights by dotted name."""
@@ -288,34 +291,11 @@ class ReLearnScheduler(EpochMethod):
         in_time = self.epochs is None or epoch + self.every <= self.epochs
         return left and in_time and epoch >= self.first and (epoch - self.first) % self.every == 0
 
-    def _samples(self, source: Source | None, split: str) -> dict[str, Samples]:
-        loader = self.train_loader if split == "training" else self.val_loader
-        data = loader if source is None else source
-        if data is None:
-            raise ValueError(
-                f"there is no {split} data: without loaders call step(train=(features, labels), "
-                "val=(features, labels)), features by modality."
-            )
-        return collect_samples(data, split, self.monitor, self._options, self.forward, self.progress)
-
     def _copy_late(self, name: str, output: Any, current: Any) -> None:
         """Copy parameters that a forward finds built and trainable for the first time."""
         self._initial.take()
         if not self._initial.waiting:
             self.monitor.hooks.outputs.drop(self._copy_late)
-
-
-def _check_arguments(
-    optimizer: torch.optim.Optimizer,
-    monitor: ModalityMonitor,
-    max_relearns: int | None,
-    optimizer_state: OptimizerState,
-) -> None:
-    """Check the types of arguments and the ranges of options."""
-    check_kind("`optimizer`", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
-    check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
-    check_count("max_relearns", max_relearns, or_none=True)
-    check_choice("optimizer_state", optimizer_state, get_args(OptimizerState))
 
 
 def _warn_of_schedule(every: int, epochs: int | None, first: int) -> None:

@@ -30,23 +30,11 @@ from tests.models import (
     watch,
     with_dropout,
 )
-from tests.relearning import loaders, random_streams, samples, scheduled, train_epoch, weights
-
-SETTINGS = {
-    "lam": 3.0,
-    "normalize": "minmax",
-    "n_init": 1,
-    "classes": None,
-    "max_samples": 1000,
-    "equal_counts": False,
-    "gap": "absolute",
-    "pool": "auto",
-}
+from tests.relearning import OPTIONS, loaders, random_streams, samples, scheduled, train_epoch, weights
 
 
-def features_of(monitor, loader, *, forward=None, **given):
-    chosen = options(0, monitor.group, **{**SETTINGS, **given})
-    return collect_samples(loader, "training", monitor, chosen, forward, None)
+def features_of(monitor, loader, **given):
+    return collect_samples(loader, "training", monitor, options(0, monitor.group, **{**OPTIONS, **given}))
 
 
 def eval_features(model, loader, name):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from balanceopt.relearn._diagnosis import options
 from balanceopt.relearn._features import Collector, Reservoir, Samples, balanced
+from tests.relearning import OPTIONS
 
 
 def collected(labels, limit, *, sizes=(7, 20), width=2):
     features = torch.arange(len(labels)).float()[:, None].expand(-1, width)
-    collector = Collector(
-        ("a",), lambda _, z, samples: z, limit=limit, seed=0, ignore_index=-100, where="here"
-    )
+    collector = Collector(("a",), options(0, None, **{**OPTIONS, "max_samples": limit}), "here")
     at, i = 0, 0
     while at < len(labels):
         rows = slice(at, at + sizes[i % len(sizes)])

@@ -28,7 +28,6 @@ from balanceopt.distributed import (
     check_group,
     concatenate_over_ranks,
     of_first_rank,
-    rank_in,
     shared_seed,
 )
 from balanceopt.functional import kmeans, minmax_scale, purity, reinit_strength
@@ -285,13 +284,14 @@ def diagnose_samples(
     skipped = {name: why for name in modalities if (why := _why_skipped(held[name], counts[name], clusters))}
     for name, why in skipped.items():
         warn_user(f"modality {name!r} was left out of the diagnosis: {why}.")
+    ranks = active_group(chosen.group)
     compared: dict[str, dict[str, Any]] = {}
     for name in modalities:
         if name not in skipped:
             parts = (train.get(name), val.get(name))
             both = [_of_all_ranks(parts, side, held[name], chosen.group) for side in (0, 1)]
             # The first rank alone clusters the features, whose size is bounded, so that all ranks get one result.
-            if rank_in(chosen.group) == 0:
+            if ranks is None or dist.get_rank(ranks) == 0:
                 compared[name] = _compare(both, clusters, chosen)
     compared = of_first_rank(compared, chosen.group)
     _warn_of_noise(compared)

@@ -109,6 +109,10 @@ class Method:
         Raises:
             TypeError, KeyError, ValueError: if `state` is not a state of this method.
         """
+        self.check_state(state)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise where `load_state_dict` would, before anything changes."""
         check_entries(f"the state of {type(self).__name__}", state, ())
 
     # -- removal -------------------------------------------------------------------------------------------------

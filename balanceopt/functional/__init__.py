@@ -6,6 +6,7 @@ Names outside `__all__` are for the rest of the package.
 from balanceopt.functional._clustering import KMeansResult, kmeans, minmax_scale, purity
 from balanceopt.functional._coefficients import CoefficientForm as CoefficientForm
 from balanceopt.functional._coefficients import adaptive_coefficient, drop_probability, modulation_coefficient
+from balanceopt.functional._dtypes import wide as wide
 from balanceopt.functional._labels import INVALID as INVALID
 from balanceopt.functional._labels import recover_labels, recover_scale
 from balanceopt.functional._masks import check_clamp as check_clamp

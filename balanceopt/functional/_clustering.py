@@ -18,6 +18,7 @@ from torch import Tensor
 
 from balanceopt._options import check_count, check_generator, check_number, check_tensor
 from balanceopt.functional._dtypes import wide
+from balanceopt.functional._sampling import uniforms_like
 
 # Entries of the largest temporary, a block's features or distances: on a CPU the block fits into the cache, on a device
 # it takes a small part of the memory.
@@ -203,9 +204,9 @@ def _plus_plus_start(rows: Tensor, clusters: int, generator: torch.Generator | N
     """Choose initial centroids by greedy k-means++, each the best of 2 + log K candidates drawn by squared distance."""
     enough = max(START_ROWS, START_ROWS_PER_CLUSTER * clusters)
     if len(rows) > 2 * enough:
-        order = _uniform((len(rows),), generator, rows.device).argsort(stable=True)
+        order = uniforms_like(rows, (len(rows),), generator).argsort(stable=True)
         rows = rows[order[:enough].sort().values]
-    draws = _uniform((clusters, 2 + int(math.log(clusters))), generator, rows.device)
+    draws = uniforms_like(rows, (clusters, 2 + int(math.log(clusters))), generator)
     whole = _whole_numbers(rows)
     norms = whole.square().sum(1)
     index = torch.empty(clusters, dtype=torch.int64, device=rows.device)
@@ -220,11 +221,6 @@ def _plus_plus_start(rows: Tensor, clusters: int, generator: torch.Generator | N
         best = distances.long().sum(1).argmin()
         nearest, index[number] = distances[best], candidates[best]
     return rows[index]
-
-
-def _uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    source = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, dtype=torch.float64, device=source).to(device)
 
 
 def _whole_numbers(rows: Tensor) -> Tensor:
@@ -436,16 +432,12 @@ def purity(assignments: Tensor, labels: Tensor) -> Tensor:
     if cluster_count * class_count <= TABLE_CELLS:
         cells = (clusters - first_cluster) * class_count + (classes - first_class)
         table = torch.bincount(cells, minlength=cluster_count * class_count)
-        return _share(table.view(cluster_count, class_count).amax(1).sum(), total)
-    # The table would be too large, so only the pairs that occur are counted.
-    clusters = torch.unique(clusters, return_inverse=True)[1]
-    pairs, counts = torch.unique(torch.stack([clusters, classes]), dim=1, return_counts=True)
-    largest = torch.zeros_like(counts).scatter_reduce_(0, pairs[0], counts, "amax")
-    return _share(largest.sum(), total)
-
-
-def _share(count: Tensor, total: int) -> Tensor:
-    return count.float() / total  # a quotient of integers would have the user's default dtype
+        largest = table.view(cluster_count, class_count).amax(1)
+    else:  # the table would be too large, so only the pairs that occur are counted
+        clusters = torch.unique(clusters, return_inverse=True)[1]
+        pairs, counts = torch.unique(torch.stack([clusters, classes]), dim=1, return_counts=True)
+        largest = torch.zeros_like(counts).scatter_reduce_(0, pairs[0], counts, "amax")
+    return largest.sum().float() / total  # a quotient of integers would have the user's default dtype
 
 
 def _value_range(values: Tensor) -> tuple[int, int]:

@@ -8,6 +8,7 @@ function calls the second with one row, so both give the same masks from the sam
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,11 +29,11 @@ def _check_non_negative(name: str, values: Tensor) -> None:
         raise ValueError(f"`{name}` should be finite and non-negative. Found {values}.")
 
 
-def _uniforms(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Draw `count` float64 numbers in [0, 1) on the generator's device and move them to `device`."""
+def uniforms_like(values: Tensor, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    """Draw float64 numbers in [0, 1) on the generator's device, and move them to the device of `values`."""
     check_generator(generator)
-    source = device if generator is None else generator.device
-    return torch.rand(count, generator=generator, dtype=torch.float64, device=source).to(device)
+    source = values.device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device=source).to(values.device)
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def sample_units(importance: Tensor, k: int, generator: torch.Generator | None =
     _check_non_negative("importance", importance)
     check_count("k", k)
     n, device = importance.numel(), importance.device
-    uniforms = _uniforms(n, device, generator)
+    uniforms = uniforms_like(importance, (n,), generator)
     size = torch.full((1,), n, dtype=torch.int64, device=device)
     count = torch.full((1,), min(k, n), dtype=torch.int64, device=device)
     return sample_units_padded(importance[None], size, count, uniforms[None])[0]
@@ -236,7 +237,7 @@ def systematic_sample(probabilities: Tensor, generator: torch.Generator | None =
         Madow, On the theory of systematic sampling II, 1949, on a random order of the units.
     """
     _check_non_negative("probabilities", probabilities)
-    draws = _uniforms(probabilities.numel() + 1, probabilities.device, generator)
+    draws = uniforms_like(probabilities, (probabilities.numel() + 1,), generator)
     return systematic_sample_padded(probabilities[None], draws[:1], draws[None, 1:])[0]
 
 

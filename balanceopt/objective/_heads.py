@@ -17,7 +17,7 @@ from balanceopt._pooling import Pool, pool_features, samples_in
 from balanceopt._torch import after_backward, backward_number, version_of
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import Group, active_group
-from balanceopt.functional import as_targets
+from balanceopt.functional import as_targets, wide
 from balanceopt.monitor import ModalityMonitor, two_classes
 
 HeadKind = Literal["own", "shared"]
@@ -264,15 +264,10 @@ def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Ten
 
 def row_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Return the `(B,)` cross-entropies of the rows, in float32 or wider; 0 for rows without a valid label."""
+    logits = wide(two_classes(logits))
     if target.is_floating_point():
-        logits = widened(two_classes(logits))
         return F.cross_entropy(logits, target.to(logits.dtype), reduction="none")
-    return F.cross_entropy(widened(two_classes(logits)), target, reduction="none", ignore_index=ignore_index)
-
-
-def widened(x: Tensor) -> Tensor:
-    """Convert a tensor to float32, unless the dtype is float64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
 
 
 def loss_of(loss: Loss, logits: Tensor, labels: Any) -> Tensor:

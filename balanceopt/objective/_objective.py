@@ -26,6 +26,7 @@ from balanceopt._options import (
 from balanceopt._pooling import Pool, check_pool
 from balanceopt._torch import holds_compiled_code, in_backward
 from balanceopt.distributed import active_group, shared_seed
+from balanceopt.functional import wide
 from balanceopt.monitor import COMPILED, CallWatch, ModalityMonitor, Pass, require_scores
 from balanceopt.objective._heads import (
     HeadKind,
@@ -35,7 +36,6 @@ from balanceopt.objective._heads import (
     as_target,
     loss_of,
     mean_cross_entropy,
-    widened,
 )
 from balanceopt.objective._inject import Injection, remove_handles
 
@@ -156,7 +156,7 @@ class UnimodalObjective(nn.Module):
         ]
         if torch.is_grad_enabled():
             self._heads.warn_if_untrained()
-        total = torch.stack([widened(loss) for loss in losses]).sum()
+        total = torch.stack([wide(loss) for loss in losses]).sum()
         if self.own_heads and active_group(self.monitor.group) is not None and total.requires_grad:
             total = total + self._touched(features)
             average = self._heads.average

@@ -130,11 +130,7 @@ class ForwardMethod(Method, ABC):
         self.epoch = None if state["epoch"] is None else int(state["epoch"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise for a state that `load_state_dict` can't load.
-
-        Raises:
-            TypeError, KeyError, ValueError: as `load_state_dict`.
-        """
+        """Raise where `load_state_dict` would, before anything changes."""
         check_entries(f"the state of {type(self).__name__}", state, ("forwards", "seed", "epoch"))
         check_count("forwards", state["forwards"])
         check_count("seed", state["seed"])

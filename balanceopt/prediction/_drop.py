@@ -10,22 +10,8 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts, on_host
-from balanceopt._random import generator_for, mixed
 
 Rescale = Literal["none", "official"]
-
-# Mixed into the seed, so that masks, gates and the noise of optimizers with the same seed are independent.
-_MASKS, _GATES = 0x4F504D, 0x47415445
-
-
-def mask_generator(seed: int, forward: int, rank: int, device: torch.device) -> torch.Generator:
-    """Return the generator of a forward's masks, a function of (seed, forward, rank)."""
-    return generator_for(mixed(seed, _MASKS), forward, rank, device)
-
-
-def is_executed(p_exe: float, seed: int, forward: int) -> bool:
-    """Whether a forward drops features, with probability `p_exe` and the same on every rank."""
-    return mixed(seed, _GATES, forward) < p_exe * 2**64
 
 
 @torch.no_grad()

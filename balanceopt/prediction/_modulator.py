@@ -14,6 +14,7 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_count, check_entries, check_kind, check_number, shown
+from balanceopt._random import generator_for, mixed
 from balanceopt._warnings import WarnOnce, warn_user
 from balanceopt.distributed import active_group, rank_in, sum_over_ranks
 from balanceopt.functional import RatioReduction, discrepancy_ratio, drop_probability
@@ -33,18 +34,12 @@ from balanceopt.monitor import (
     tensors_in,
 )
 from balanceopt.prediction._base import ForwardMethod, is_feature
-from balanceopt.prediction._drop import (
-    Drop,
-    Rescale,
-    Zeros,
-    feature_width,
-    is_executed,
-    mask_generator,
-    rescale_factors,
-)
+from balanceopt.prediction._drop import Drop, Rescale, Zeros, feature_width, rescale_factors
 
 # Number of updates in a row without scores before a warning: two forwards before one backward are usual.
 _SILENT_UPDATES = 10
+# Mixed into the seed, so that masks, gates and the noise of optimizers with the same seed are independent.
+_MASKS, _GATES = 0x4F504D, 0x47415445
 _STAYS = "OPM leaves its drop probabilities as they are"
 
 
@@ -107,7 +102,11 @@ class OPM(ForwardMethod):
         seed: int | None = None,
     ) -> None:
         _check_monitor(monitor)
-        _check_options(q_base, lam, p_exe, rescale, ratio)
+        check_number("q_base", q_base, at_least=0, at_most=1)
+        check_number("lam", lam, at_least=0)
+        check_number("p_exe", p_exe, at_least=0, at_most=1)
+        check_choice("rescale", rescale, get_args(Rescale))
+        check_choice("ratio", ratio, get_args(RatioReduction))
         alone = len(monitor.modalities) == 1
         if alone:  # before any hook, because a warning may be raised as an error
             warn_user(
@@ -210,11 +209,7 @@ class OPM(ForwardMethod):
             self._scores.discard()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise for a state that `load_state_dict` can't load.
-
-        Raises:
-            TypeError, ValueError, KeyError: as `load_state_dict`.
-        """
+        """Raise where `load_state_dict` would, before anything changes."""
         super().check_state(state)
         check_entries("the state of OPM", state, self.state_dict())
         modalities = list(self.monitor.modalities)
@@ -305,7 +300,7 @@ class OPM(ForwardMethod):
         self._latest_pass = current
         drop = self._latest = Drop(
             modalities=self.monitor.modalities,
-            generator=partial(mask_generator, self.seed, number, rank_in(self.monitor.group)),
+            generator=partial(generator_for, mixed(self.seed, _MASKS), number, rank_in(self.monitor.group)),
             repeats=self._known_repeats(),
             present=dict(current.present),
         )
@@ -313,7 +308,8 @@ class OPM(ForwardMethod):
         self.report(number, "drop_probability", self.monitor.modalities, shown_q)
         host_value = on_host(self._q)
         nothing = host_value is not None and not host_value.any()
-        if acts and not nothing and is_executed(self.p_exe, self.seed, number):
+        # The gate of `p_exe`, the same on every rank.
+        if acts and not nothing and mixed(self.seed, _GATES, number) < self.p_exe * 2**64:
             self._dropping += 1
             device = next(self.monitor.model.parameters()).device
             drop.q = self._q.to(device)
@@ -401,14 +397,6 @@ def _check_monitor(monitor: ModalityMonitor) -> None:
             )
     if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor.hooks.transforms):
         raise ValueError("this monitor serves an OPM already. Call its remove() first.")
-
-
-def _check_options(q_base: float, lam: float, p_exe: float, rescale: str, ratio: str) -> None:
-    check_number("q_base", q_base, at_least=0, at_most=1)
-    check_number("lam", lam, at_least=0)
-    check_number("p_exe", p_exe, at_least=0, at_most=1)
-    check_choice("rescale", rescale, get_args(Rescale))
-    check_choice("ratio", ratio, get_args(RatioReduction))
 
 
 def _check_numbers(entry: str, value: object, shape: tuple[int, ...]) -> None:

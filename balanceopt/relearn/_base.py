@@ -83,10 +83,6 @@ class EpochMethod(Method, ABC):
         self.last_epoch = int(state["last_epoch"])
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Check a state before `load_state_dict` changes anything.
-
-        Raises:
-            TypeError, KeyError, ValueError: as `load_state_dict`.
-        """
+        """Raise where `load_state_dict` would, before anything changes."""
         check_entries(f"the state of {type(self).__name__}", state, ("last_epoch",))
         check_count("last_epoch", state["last_epoch"])

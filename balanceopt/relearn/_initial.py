@@ -112,8 +112,7 @@ class InitialWeights:
         _check_shapes(state, current)
 
     def load(self, state: Mapping[str, Tensor | None]) -> None:
-        """Replace the copies by a checkpoint's initial weights."""
-        self.check(state)
+        """Replace the copies by a checkpoint's initial weights, which `check` has checked."""
         self._set(state, self._by_dotted_name())
 
     def starts(self, current: Mapping[str, nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:

@@ -247,11 +247,7 @@ class ReLearnScheduler(EpochMethod):
         self._options = replace(self._options, seed=int(state["seed"]))
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Check a state before `load_state_dict` changes anything.
-
-        Raises:
-            ValueError, TypeError, KeyError: as `load_state_dict`.
-        """
+        """Raise where `load_state_dict` would, before anything changes."""
         super().check_state(state)
         check_entries("the state of ReLearnScheduler", state, ("relearns", "seed", "initial"))
         for entry in ("relearns", "seed"):

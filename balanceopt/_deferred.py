@@ -53,21 +53,22 @@ class DeferredCounts:
 
     def read(self) -> dict[str, int]:
         """Return the current values, with a device synchronisation."""
-        return {
-            **dict.fromkeys(self._names, 0),
-            **{name: int(total.cpu().numpy()) for name, total in self._totals.items()},
-        }
+        totals = {name: int(total.cpu().numpy()) for name, total in self._totals.items()}
+        return dict.fromkeys(self._names, 0) | totals
 
     def arrived(self) -> dict[str, int] | None:
         """Return the latest values readable without a device synchronisation; None where no new value is ready."""
-        if self._on_host():
-            return self.read()
+        zeros = dict.fromkeys(self._names, 0)
+        host_values = {name: on_host(total) for name, total in self._totals.items()}
+        readable = {name: int(value) for name, value in host_values.items() if value is not None}
+        if len(readable) == len(host_values):
+            return zeros | readable
         values = None
         if self._arriving is not None:
             names, copy, event = self._arriving
             if not event.query():
                 return None
-            values = {**dict.fromkeys(self._names, 0), **dict(zip(names, copy.tolist(), strict=True))}
+            values = zeros | dict(zip(names, copy.tolist(), strict=True))
         device = next(iter(self._totals.values())).device
         total = torch.stack([total.to(device) for total in self._totals.values()])
         copy = torch.empty(total.shape, dtype=total.dtype, device="cpu", pin_memory=True)
@@ -76,9 +77,6 @@ class DeferredCounts:
         event.record()
         self._arriving = (tuple(self._totals), copy, event)
         return values
-
-    def _on_host(self) -> bool:
-        return all(total.device.type == "cpu" for total in self._totals.values())
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_arriving": None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from balanceopt._options import check_entries, check_flag, check_number, check_t
 from balanceopt._sharding import local_box
 from balanceopt.functional import adaptive_coefficient
 from balanceopt.modality import unwrap
-from balanceopt.modulation._base import StepContext
+from balanceopt.modulation._base import Slot, StepContext
 from balanceopt.modulation._scaling import ApplyTo, GradientScaling, all_finite
 
 
@@ -84,10 +84,10 @@ class AGM(GradientScaling):
         step.report("cross_entropy", cross_entropy)
         return adaptive_coefficient(cross_entropy, running, self.alpha, self.cap, usable)
 
-    def scale(self, step: StepContext, k: Tensor) -> None:
-        """Scale each modality's parameters, and the modality's columns of the head, by the coefficients `k` `(M,)`."""
+    def scale(self, step: StepContext, slots: Mapping[str, Sequence[Slot]], k: Tensor) -> None:
+        """Scale each modality's `slots`, and the modality's columns of the head, by the coefficients `k` `(M,)`."""
         head, columns = self._linear_head(step)
-        super().scale(step, k)
+        super().scale(step, slots, k)
         if head is None:
             return
         by_column = torch.ones(head.in_features, dtype=k.dtype, device=k.device)

@@ -22,7 +22,7 @@ from balanceopt._sharding import distributed_as, is_sharded, local_box, local_pa
 from balanceopt._torch import foreach_add_, foreach_mul_, foreach_norm
 from balanceopt.modulation import _noise_compiled
 from balanceopt.modulation._base import Slot
-from balanceopt.modulation._scaling import by_device, to_touch, wide_dtype
+from balanceopt.modulation._scaling import by_device
 
 Noise = Literal["compiled"]
 Box = tuple[slice, ...]
@@ -71,11 +71,13 @@ def scale_and_add_noise_(
     left = torch.zeros_like(coefficient, dtype=torch.int64)
     for device, own in by_device(slots).items():
         grads = [slot.grad for slot in own]
-        numbers = [_as_real(grad) for grad in grads]
+        # A real view of a complex gradient; of a copy for a lazily conjugated gradient.
+        numbers = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
         sigma = stds(numbers)
         finite = torch.isfinite(sigma)
         left += (~finite).sum().to(left.device)
-        touched = to_touch(finite)
+        host_value = on_host(finite)
+        touched = [i for i in range(len(own)) if host_value is None or host_value[i]]
         if not touched:
             continue
         factors = torch.where(finite, coefficient.to(device), 1)
@@ -88,11 +90,6 @@ def scale_and_add_noise_(
             if grads[i].is_conj():
                 grads[i].copy_(torch.view_as_complex(numbers[i]))
     return left
-
-
-def _as_real(grad: Tensor) -> Tensor:
-    """Return a real view of a complex gradient; of a copy for a lazily conjugated gradient."""
-    return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
 
 
 @torch.no_grad()
@@ -246,6 +243,15 @@ def _boxes(shape: Sequence[int], most: int) -> Iterator[Box]:
 # -- standard deviations of whole tensors, on the CPU by short float32 sums, twice as fast as torch.std ------------
 
 
+def stds(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the `(n,)` population standard deviations of whole tensors; non-finite where an element is."""
+    if not any(is_sharded(tensor) for tensor in tensors):
+        return _whole_stds(tensors)
+    count, total, squares = torch.stack(summed_over_shards(tensors, [_moments(t) for t in tensors])).unbind(1)
+    variance = (squares / count - (total / count).square()).clamp(min=0)
+    return variance.sqrt().to(torch.promote_types(tensors[0].dtype, torch.float32))
+
+
 def _whole_stds(tensors: Sequence[Tensor]) -> Tensor:
     """Return the population standard deviation of each unsharded tensor's elements.
 
@@ -258,27 +264,25 @@ def _whole_stds(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         `(n,)`, in float32 or wider; non-finite where an element is.
     """
-    in_order = np.array([_is_summed(tensor) for tensor in tensors])
+    in_order = np.array(
+        [x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous() for x in tensors]
+    )
     sizes = np.array([tensor.numel() for tensor in tensors])
     small = np.flatnonzero(in_order & (sizes <= _SUMMED) & (sizes > 0)).tolist()
     sums, squares = np.full((2, len(tensors)), math.nan)
     if small:
-        chosen = [tensors[place] for place in small]
+        chosen = [tensors[index] for index in small]
         sums[small] = torch.stack([tensor.sum() for tensor in chosen]).numpy()
         squares[small] = torch.stack(foreach_norm(chosen)).numpy().astype(np.float64) ** 2
-    for place in np.flatnonzero(in_order & (sizes > _SUMMED)).tolist():
-        sums[place], squares[place] = _by_rows(tensors[place].detach().view(-1))
+    for index in np.flatnonzero(in_order & (sizes > _SUMMED)).tolist():
+        sums[index], squares[index] = _by_rows(tensors[index].detach().view(-1))
     with np.errstate(all="ignore"):
         variance = squares / sizes - (sums / sizes) ** 2
         inexact = ~(variance > np.maximum(_LOST * squares / sizes, _TINY))  # also for non-finite elements
     result = list(torch.from_numpy(np.sqrt(np.where(inexact, 0, variance))).float())
-    for place in np.flatnonzero(inexact).tolist():
-        result[place] = _exact(tensors[place])
+    for index in np.flatnonzero(inexact).tolist():
+        result[index] = _wide(tensors[index]).std(correction=0)
     return torch.stack(result)
-
-
-def _is_summed(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def _by_rows(flat: Tensor) -> tuple[float, float]:
@@ -289,19 +293,6 @@ def _by_rows(flat: Tensor) -> tuple[float, float]:
         total += float(rows.sum(1).numpy().sum(dtype=np.float64))
         squares += float(np.square(torch.linalg.vector_norm(rows, dim=1).numpy(), dtype=np.float64).sum())
     return total, squares
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).std(correction=0)
-
-
-def stds(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the `(n,)` population standard deviations of whole tensors; non-finite where an element is."""
-    if not any(is_sharded(tensor) for tensor in tensors):
-        return _whole_stds(tensors)
-    count, total, squares = torch.stack(summed_over_shards(tensors, [_moments(t) for t in tensors])).unbind(1)
-    mean = total / count
-    return (squares / count - mean.square()).clamp(min=0).sqrt().to(wide_dtype(tensors[0]))
 
 
 def _moments(tensor: Tensor) -> Tensor:
@@ -315,4 +306,4 @@ def _moments(tensor: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(wide_dtype(tensor))
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
@@ -94,35 +95,28 @@ class OGM(GradientScaling):
         step.report("ratio", ratio)
         return modulation_coefficient(ratio, self.alpha, self.form)
 
-    @torch.no_grad()
-    def modulate(self, step: StepContext) -> None:
-        """Scale gradients or the update by the step's coefficients, and add noise."""
+    def scale(self, step: StepContext, slots: Mapping[str, Sequence[Slot]], k: Tensor) -> None:
+        """Scale the gradients, or the update, of each modality's `slots` by `k` `(M,)`, and add noise to gradients."""
         if not self.noise or self.noise_scale == 0:
-            super().modulate(step)
+            super().scale(step, slots, k)
             return
-        slots = {name: self.scaled_slots(step, name) for name in step.modalities}
-        _refuse_sparse(slots)
-        k = self.usable_coefficients(step)
+        for name, noisy in slots.items():
+            if any(slot.grad.is_sparse for slot in noisy):
+                raise NotImplementedError(
+                    f"modality {name!r} has sparse gradients, to which no noise can be added. "
+                    "Use OGM(noise=False), or an embedding with sparse=False."
+                )
         if self.apply_to == "update":
-            self.scale(step, k)
+            super().scale(step, slots, k)
             k = torch.ones_like(k)
         usable = step.scores.usable.any()
         host_value = on_host(usable)
         if host_value is not None and not host_value:
             return
         sigma = self.noise_scale * usable.to(k.dtype)
-        for index, name in enumerate(step.modalities):
-            if slots[name]:
+        for index, noisy in enumerate(slots.values()):
+            if noisy:
                 left = scale_and_add_noise_(
-                    slots[name], k[index], sigma, step.seed, step.number, compiled=self.noise == "compiled"
+                    noisy, k[index], sigma, step.seed, step.number, compiled=self.noise == "compiled"
                 )
                 step.count("nonfinite_gradients", left)
-
-
-def _refuse_sparse(slots: dict[str, list[Slot]]) -> None:
-    for name, own in slots.items():
-        if any(slot.grad.is_sparse for slot in own):
-            raise NotImplementedError(
-                f"modality {name!r} has sparse gradients, to which no noise can be added. "
-                "Use OGM(noise=False), or an embedding with sparse=False."
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -85,11 +85,7 @@ class GradientScaling(Modulation):
 
     @torch.no_grad()
     def modulate(self, step: StepContext) -> None:
-        """Scale the gradients, or the update, of each modality by the step's coefficients."""
-        self.scale(step, self.usable_coefficients(step))
-
-    def usable_coefficients(self, step: StepContext) -> Tensor:
-        """Return the step's `(M,)` coefficients, 1 where scores are unusable or the coefficient is non-finite."""
+        """Scale by the step's coefficients, 1 where scores are unusable or the coefficient is non-finite."""
         scores = step.scores
         step.report("score", scores.mean_score)
         k = self.coefficients(step)
@@ -100,23 +96,22 @@ class GradientScaling(Modulation):
             )
         k = torch.where(scores.usable & torch.isfinite(k), k, 1)
         step.report("coefficient", k)
-        return k
+        slots = {
+            name: [slot for slot in step.slots.get(name, ()) if slot.parameter.dim() >= self.min_ndim]
+            for name in step.modalities
+        }
+        self.scale(step, slots, k)
 
-    def scaled_slots(self, step: StepContext, name: str) -> list[Slot]:
-        """Return the slots of modality `name` whose parameters have at least `min_ndim` dimensions."""
-        return [slot for slot in step.slots.get(name, ()) if slot.parameter.dim() >= self.min_ndim]
-
-    def scale(self, step: StepContext, k: Tensor) -> None:
-        """Scale the gradients, or the update, of each modality's parameters by the coefficients `k` `(M,)`."""
+    def scale(self, step: StepContext, slots: Mapping[str, Sequence[Slot]], k: Tensor) -> None:
+        """Scale the gradients, or the update, of each modality's `slots` by the coefficients `k` `(M,)`."""
         host_value = on_host(k)
-        for index, name in enumerate(step.modalities):
-            slots = self.scaled_slots(step, name)
-            if not slots or (host_value is not None and host_value[index] == 1):
+        for index, scaled in enumerate(slots.values()):
+            if not scaled or (host_value is not None and host_value[index] == 1):
                 continue
             if self.apply_to == "update":
-                step.scale_update([slot.parameter for slot in slots], k[index])
+                step.scale_update([slot.parameter for slot in scaled], k[index])
             else:
-                step.count("nonfinite_gradients", scale_grads_(slots, k[index]))
+                step.count("nonfinite_gradients", scale_grads_(scaled, k[index]))
 
 
 # -- gradients, in place ----------------------------------------------------------------------------------------------
@@ -130,37 +125,28 @@ def scale_grads_(slots: Sequence[Slot], coefficient: Tensor) -> Tensor:
         grads = [slot.grad for slot in own]
         finite, k = all_finite(grads), coefficient.to(device)
         left += (~finite).sum().to(left.device)
-        touched = [grads[i] for i in to_touch(finite)]
-        if on_host(finite) is None:
+        host_value = on_host(finite)
+        if host_value is None:
             for grad, factor in zip(grads, torch.where(finite, k, 1), strict=True):
                 grad.mul_(factor)
-        elif touched:
-            foreach_mul_(touched, k)
+        elif host_value.any():
+            foreach_mul_([grad for grad, ok in zip(grads, host_value, strict=True) if ok], k)
     return left
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return bool `(n,)`, whether the sum of each tensor, and so every element, is finite."""
     parts = [local_part(t.coalesce().values() if t.is_sparse else t) for t in tensors]
-    sums = [part.sum(dtype=wide_dtype(part)).view(1) for part in parts]
+    sums = [part.sum(dtype=torch.promote_types(part.dtype, torch.float32)).view(1) for part in parts]
     return torch.isfinite(torch.cat(summed_over_shards(tensors, sums)))
 
 
-def to_touch(finite: Tensor) -> list[int]:
-    """Return the indices of finite gradients; all indices where `finite` can't be read without synchronising."""
-    host = on_host(finite)
-    return [i for i in range(len(finite)) if host is None or host[i]]
-
-
 def by_device(slots: Sequence[Slot]) -> dict[torch.device, list[Slot]]:
+    """Group slots by the device of their gradients."""
     groups: dict[torch.device, list[Slot]] = {}
     for slot in slots:
         groups.setdefault(slot.grad.device, []).append(slot)
     return groups
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 # -- the update -------------------------------------------------------------------------------------------------------
@@ -180,9 +166,15 @@ class UpdateScaling:
         self._factors: list[tuple[list[nn.Parameter], Tensor]] = []
         self._has_closure = False
 
-    def begin(self, *, has_closure: bool) -> None:
-        """Begin a step; with a closure, copy parameters even for a factor of 1: a later evaluation may scale them."""
-        self.abandon()
+    def reset(self, *, has_closure: bool = False) -> None:
+        """Discard copies and factors; parameters stay as the base optimizer left them.
+
+        Args:
+            has_closure: whether the next step has a closure. Parameters are then copied even for a factor of 1, because
+                a later evaluation may scale them.
+        """
+        self._before.clear()
+        self._factors.clear()
         self._has_closure = has_closure
 
     def restart(self) -> None:
@@ -204,6 +196,7 @@ class UpdateScaling:
         if has_effect:
             self._factors.append((list(params), factor))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def finish(self) -> None:
         """Scale the update of the finished step by the recorded factors."""
@@ -216,12 +209,7 @@ class UpdateScaling:
             for before in self._before.values():
                 if before.device.type == "cpu":
                     self._spare.setdefault(_layout_of(before), []).append(before)
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Discard copies and factors; parameters stay as the base optimizer left them."""
-        self._before.clear()
-        self._factors.clear()
+        self.reset()
 
     def _copy(self, p: nn.Parameter) -> Tensor:
         values = local_part(p.detach())

@@ -86,10 +86,9 @@ class AttachedModulation:
             self._depth += 1
             return None
         self._depth = 1
-        if closure is None:
-            self._engine.before()
+        self._wrapped = wrapped = self._engine.begin(closure)
+        if wrapped is None:
             return None
-        self._wrapped = wrapped = self._engine.wrap(closure)
         return (
             tuple(wrapped if value is closure else value for value in args),
             {key: wrapped if value is closure else value for key, value in kwargs.items()},
@@ -99,7 +98,7 @@ class AttachedModulation:
         self._depth -= 1
         if self._depth <= 0:
             self._depth, self._wrapped = 0, None
-            self._engine.after()
+            self._engine.updates.finish()
 
     def _before_save(self, optimizer: torch.optim.Optimizer) -> None:
         self._engine.before_save()
@@ -126,7 +125,7 @@ class AttachedModulation:
 
     def _discarding_zero_grad(self, set_to_none: bool = True) -> None:
         if not self._engine.removed:
-            self._engine.discard()
+            self._engine.accumulator.discard()
             if self._wrapped is None:  # otherwise a step's closure may be the caller
                 self._depth = 0
         self._zero_grad(set_to_none=set_to_none)

@@ -28,13 +28,13 @@ from balanceopt.optim._checks import (
     warn_of_known_defects,
 )
 from balanceopt.optim._health import Health
-from balanceopt.optim._state import EPOCH, STEP, Counters, MethodStates, device_of
+from balanceopt.optim._state import EPOCH, STEP, State, device_of
 
 
 class Engine:
     """Take the monitor's scores before a step and let the modulations change gradients or scale the step's update.
 
-    No cycle refers to the engine: it is freed with its wrapper, and the monitor then sums no scores for it.
+    No cycle refers to the engine: it is freed with its wrapper, and the monitor then scores no scores for it.
 
     Args:
         optimizer: the base optimizer.
@@ -68,36 +68,44 @@ class Engine:
                 f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: "
                 "every step is the base optimizer's."
             )
-        self._counters = Counters(optimizer, monitor, seed)
+        self._state = State(optimizer, monitor, chosen, seed)
         # All checks come before this line and all changes after it, so that an error changes nothing.
         self.accumulator = monitor.scores(needs_entropy=any(m.needs_entropy for m in chosen))
         claim(self, optimizer, chosen)
-        self._states = MethodStates(optimizer, chosen)
-        self._counters.begin()
-        self._states.begin()
+        self._state.begin()
         self.removed = False
-        self._number, self._seed, _ = self._counters.read()  # of the current step
+        self._number, self._seed, _ = self._state.read()  # of the current step
         self._has_own_groups = steps_others(optimizer)
-        self._updates = UpdateScaling()
+        self.updates = UpdateScaling()
+        self._seen: list[tuple[int, list[int]]] = []
         self._looked = False
         self._health = Health(monitor, strict=strict)
 
     # -- around a step -------------------------------------------------------------------------------------------
 
-    def before(self) -> None:
-        """Begin a step without a closure: modulate the current gradients."""
-        self._begin(has_closure=False)
-        self._act()
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begin(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+        """Begin a step: modulate the gradients; with a closure, return it with modulation after each evaluation.
 
-    def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Begin a step with a closure; return the closure with modulation after each evaluation.
+        The adaptor ends the step by `updates.finish()`, or by `updates.reset()` after an exception.
 
         Raises:
             TypeError: if `closure` is no function.
+            RuntimeError: after `remove`.
         """
-        if not callable(closure):
+        if closure is not None and not callable(closure):
             raise TypeError(f"`closure` should be a function that returns the loss. Found {shown(closure)}.")
-        self._begin(has_closure=True)
+        if self.removed:
+            raise _removed(self.optimizer)
+        self.updates.reset(has_closure=closure is not None)
+        self.refresh()
+        # Read here, because a step has one number however often its closure runs.
+        self._number, self._seed, epoch = self._state.read()
+        for modulation in self.modulations:
+            modulation.epoch = epoch  # written each step: optimizers may share a modulation
+        if closure is None:
+            self._act()
+            return None
         noisy = any(getattr(m, "noise", False) for m in self.modulations)
         if noisy and isinstance(self.optimizer, torch.optim.LBFGS):
             self._health.warn(
@@ -109,59 +117,52 @@ class Engine:
         def modulated() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            self._updates.restart()
+            self.updates.restart()
             self._act()
             return loss
 
         return modulated
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def after(self) -> None:
-        """End a step: scale the updates that the base optimizer made."""
-        self._updates.finish()
-
-    def abandon(self) -> None:
-        """End a step that raised an exception: parameters stay as the base optimizer left them."""
-        self._updates.abandon()
-
-    def discard(self) -> None:
-        """Discard the pending scores, as their gradients were cleared."""
-        self.accumulator.discard()
-
     # -- state ---------------------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the current epoch, for windows that count epochs."""
-        self.refuse_removed()
+        """Set the current epoch, for windows that count epochs.
+
+        Raises:
+            RuntimeError: after `remove`.
+        """
+        if self.removed:
+            raise _removed(self.optimizer)
         for modulation in self.modulations:
             modulation.set_epoch(epoch)
-        self._counters.write(EPOCH, int(epoch))
+        self._state.write(EPOCH, int(epoch))
 
     def before_save(self) -> None:
         """Write the methods' states into the param groups, which the optimizer's checkpoint carries."""
         if not self.removed:
-            self._states.save()
+            self._state.save()
 
     def refresh(self) -> None:
-        """Update the modality of each parameter, and write the counters into new groups."""
-        if self.removed:
-            return
-        self._owners.refresh()
-        self._counters.fill()
-        self._states.fill()
+        """Update the modality of each parameter, and write the state into new groups, where groups have changed."""
+        # Parameters are compared too, because Accelerate puts sharded ones into the same groups.
+        seen = [(id(group), [id(p) for p in group["params"]]) for group in self.optimizer.param_groups]
+        if seen != self._seen and not self.removed:
+            self._owners.refresh()
+            self._state.fill()
+            self._seen = seen
 
     def after_load(self) -> None:
         """Restore the state after a load: tags from this optimizer, counters and methods from the checkpoint."""
         if self.removed:
             return
         self._owners.restore_tags()
-        self._counters.load()
-        self._states.load()
-        _, _, epoch = self._counters.read()
+        self._state.load()
+        _, _, epoch = self._state.read()
         for modulation in self.modulations:
             modulation.epoch = epoch
         self._owners.refresh()
-        self.discard()
+        self._seen = []
+        self.accumulator.discard()
         self._health.restart()
         if steps_others(self.optimizer) and not self._has_own_groups:
             self._health.warn(
@@ -178,27 +179,14 @@ class Engine:
         """
         if self.removed:
             return
-        self.abandon()
+        self.updates.reset()
         self.accumulator.remove()
         if keep_state:
-            self._states.save()
+            self._state.save()
         else:
-            self._counters.clear()
-            self._states.clear()
+            self._state.clear()
         release(self.optimizer, self.modulations)
         self.removed = True
-
-    def refuse_removed(self) -> None:
-        """Raise if the engine was removed.
-
-        Raises:
-            RuntimeError: after `remove`.
-        """
-        if self.removed:
-            raise RuntimeError(
-                f"balancing was removed from this {type(self.optimizer).__name__}. Use the base optimizer, which "
-                "remove() returned, or build a new ModulatedOptimizer (or attach) on it."
-            )
 
     def stats(self) -> dict[str, int]:
         """Return counts of steps modulated, without scores and outside the window, and of irregularities, by name."""
@@ -206,66 +194,56 @@ class Engine:
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 
-    def _begin(self, *, has_closure: bool) -> None:
-        self.refuse_removed()
-        self._updates.begin(has_closure=has_closure)
-        if self._owners.changed():
-            self.refresh()
-        # Read here, because a step has one number however often its closure runs.
-        self._number, self._seed, epoch = self._counters.read()
-        for modulation in self.modulations:
-            modulation.epoch = epoch  # written each step: optimizers may share a modulation
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _act(self) -> None:
         """Modulate the gradients, count the step."""
-        sums = self._take()
+        scores = self._take()
         slots, gradients = self._owners.slots()
-        if sums is not None and not gradients:
+        if scores is not None and not gradients:
             self._health.warn(
                 "stale",
                 "scores came, but no parameter of this optimizer has a gradient: nothing was updated. Build the "
                 "optimizer after `fully_shard` or a move that replaces parameters.",
             )
-        if (sums is None and not self._any_nonzero(gradients)) or not gradients:
+        if (scores is None and not self._any_nonzero(gradients)) or not gradients:
             return
         balances = len(self.monitor.modalities) > 1
         acting = [m for m in self.modulations if balances and not m.removed and m.is_open(self._number)]
         if not acting:
             self._health.outside_window()
-        elif sums is None:
+        elif scores is None:
             self._health.without_scores()
         else:
-            self._modulate(acting, sums, slots)
-        self._counters.write(STEP, self._number + 1)
+            self._modulate(acting, scores, slots)
+        self._state.write(STEP, self._number + 1)
 
-    def _modulate(self, acting: Sequence[Modulation], sums: Scores, slots: dict[str, list[Slot]]) -> None:
+    def _modulate(self, acting: Sequence[Modulation], scores: Scores, slots: dict[str, list[Slot]]) -> None:
         if not self._looked:  # once: a loop treats `.grad` alike in every step
             refuse_shared_gradients(slot for own in slots.values() for slot in own)
             self._refuse_compiled(slots)
             self._looked = True
-        self._health.begin(sums)
         if not any(slots.values()):
             self._health.warn(
                 "idle", "no encoder's parameter in this optimizer has a gradient: nothing was modulated."
             )
+        counts: dict[str, Tensor] = {}
         for modulation in acting:
             modulation.modulate(
                 StepContext(
-                    scores=sums,
+                    scores=scores,
                     modalities=self.monitor.modalities,
                     slots=slots,
                     optimizer=self.optimizer,
                     seed=self._seed,
                     number=self._number,
                     report=partial(self._report, modulation),
-                    count=partial(self._count, modulation),
-                    scale_update=self._updates.scale,
+                    count=partial(_count, counts, modulation),
+                    scale_update=self.updates.scale,
                     monitor=self.monitor,
                     held=self._owners.held,
                 )
             )
-        self._health.end()
+        self._health.modulated(scores, counts)
 
     def _refuse_compiled(self, slots: dict[str, list[Slot]]) -> None:
         """Raise where compiled code bypassed the hooks of an encoder."""
@@ -275,12 +253,12 @@ class Engine:
 
     def _take(self) -> Scores | None:
         """Return the step's scores, summed over micro-batches and ranks; None where no rank has any."""
-        sums = self.accumulator.take()
+        scores = self.accumulator.take()
         if active_group(self.monitor.group) is None:
-            return sums
-        if sums is None:
-            sums = self.accumulator.empty(device_of(self.optimizer))
-        total = sums.over_ranks(self.monitor.group)
+            return scores
+        if scores is None:
+            scores = self.accumulator.empty(device_of(self.optimizer))
+        total = scores.over_ranks(self.monitor.group)
         host = on_host(total.count)
         return None if host is not None and not host.any() else total
 
@@ -293,14 +271,25 @@ class Engine:
             found += (local_part(values) != 0).any().to(found.device)
         return bool(sum_over_ranks(found, self.monitor.group) > 0)
 
-    def _count(self, modulation: Modulation, name: str, count: Tensor) -> None:
-        modulation.count(**{name: count})
-        self._health.count(name, count)
-
     def _report(self, modulation: Modulation, name: str, values: Tensor) -> None:
-        modulation.report(self._number, name, self.monitor.modalities, values)
-        for listener in self.listeners:
+        for listener in (*modulation.listeners, *self.listeners):
             listener(self._number, name, self.monitor.modalities, values)
+
+
+def _removed(optimizer: torch.optim.Optimizer) -> RuntimeError:
+    return RuntimeError(
+        f"balancing was removed from this {type(optimizer).__name__}. Use the base optimizer, which remove() "
+        "returned, or build a new ModulatedOptimizer (or attach) on it."
+    )
+
+
+def _count(counts: dict[str, Tensor], modulation: Modulation, name: str, count: Tensor) -> None:
+    """Add a count of an irregularity to the method's and to the step's `counts`; unusable scores count once a step."""
+    modulation.count(**{name: count})
+    earlier = counts.get(name)
+    if earlier is not None:
+        count = earlier.logical_or(count) if name == "unusable_scores" else earlier + count
+    counts[name] = count
 
 
 class Owners:
@@ -319,12 +308,7 @@ class Owners:
         self._monitor = monitor
         self._tags: list[str | None] = []
         self._slots: list[tuple[str | None, Slot]] = []
-        self._seen: list[tuple[int, list[int]]] = []
         self.held: dict[int, int] = {}
-
-    def changed(self) -> bool:
-        """Whether groups or parameters were replaced since the last `refresh`."""
-        return self._seen != _identities(self._optimizer)
 
     def refresh(self) -> None:
         """Update the modality of each parameter from the groups.
@@ -342,7 +326,6 @@ class Owners:
         parameters = [p for group in groups for p in group["params"]]
         self._slots = [(modality_of.get(id(p)), Slot(index, p)) for index, p in enumerate(parameters)]
         self.held = {id(p): index for index, p in enumerate(parameters)}
-        self._seen = _identities(self._optimizer)
 
     def restore_tags(self) -> None:
         """Restore this optimizer's tags, or their absence, in groups that a checkpoint changed."""
@@ -380,8 +363,3 @@ class Owners:
                 )
             found.update({id(p): tag for p in group["params"]})
         return found
-
-
-def _identities(optimizer: torch.optim.Optimizer) -> list[tuple[int, list[int]]]:
-    # Parameters are compared too, because Accelerate puts sharded ones into the same groups.
-    return [(id(group), [id(p) for p in group["params"]]) for group in optimizer.param_groups]

@@ -43,7 +43,6 @@ class Health:
         self._steps = {"modulated": 0, "without_scores": 0, "outside_window": 0}
         self._silent = 0
         self._counts = DeferredCounts((_SCORED, _TELLING, _EQUAL_STEPS, *_ODDITIES))
-        self._of_step: dict[str, Tensor] = {}
         self._scores: Scores | None = None
         self._seen = self._counts.read()
         self.restart()
@@ -74,33 +73,28 @@ class Health:
             )
         self.warn("silent", f"no scores since the last step: the step was left unmodulated ({why}).")
 
-    def begin(self, scores: Scores) -> None:
-        """Count a step with scores in which methods act."""
-        self._silent = 0
-        self._steps["modulated"] += 1
-        self._scores = scores
-        unusable = ~scores.usable.any()
-        self._of_step = {_SCORED: torch.ones_like(unusable), "unusable_scores": unusable}
-        if self._strict and not self._telling:
-            # Logits without information about the sample give every class the same probability 1 / C.
-            equal = ((scores.mean_score * scores.label_counts.numel() - 1).abs() < _EQUAL).all()
-            self._of_step |= {_TELLING: ~equal, _EQUAL_STEPS: equal}
+    def modulated(self, scores: Scores, counts: dict[str, Tensor]) -> None:
+        """Count a step in which methods acted, and judge the counts that can be read without synchronising.
 
-    def count(self, name: str, count: Tensor) -> None:
-        """Add a method's count of an irregularity to the step; unusable scores count once for all methods."""
-        earlier = self._of_step.get(name)
-        if earlier is None:
-            self._of_step[name] = count
-        else:
-            self._of_step[name] = earlier.logical_or(count) if name == "unusable_scores" else earlier + count
-
-    def end(self) -> None:
-        """Add the step's counts, and judge those that can be read without device synchronisation.
+        Args:
+            scores: the step's scores.
+            counts: the irregularities that the methods found in the step, 0-d.
 
         Raises:
             RuntimeError: after ten steps in a row whose scores are unusable or equal.
         """
-        self._counts.add(**self._of_step)
+        self._silent = 0
+        self._steps["modulated"] += 1
+        self._scores = scores
+        unusable = ~scores.usable.any()
+        if "unusable_scores" in counts:
+            unusable = unusable | counts["unusable_scores"]
+        counts = {**counts, _SCORED: torch.ones_like(unusable), "unusable_scores": unusable}
+        if self._strict and not self._telling:
+            # Logits without information about the sample give every class the same probability 1 / C.
+            equal = ((scores.mean_score * scores.label_counts.numel() - 1).abs() < _EQUAL).all()
+            counts |= {_TELLING: ~equal, _EQUAL_STEPS: equal}
+        self._counts.add(**counts)
         seen = self._counts.arrived()
         if seen is None:
             return

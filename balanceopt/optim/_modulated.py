@@ -133,33 +133,27 @@ class ModulatedOptimizer(torch.optim.Optimizer):
             RuntimeError: after `remove()`, or after ten steps in a row without any score.
         """
         # Only the wrapper's hooks run here: global hooks run in the base's step, so that each sees a step once.
+        engine = self._engine
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for before in self._optimizer_step_pre_hooks.values():
             changed = before(self, args, kwargs)
             args, kwargs = (args, kwargs) if changed is None else changed
-        result = self._step(*args[1:], **kwargs)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        try:
+            wrapped = engine.begin(closure)
+            result = self.optimizer.step() if wrapped is None else self.optimizer.step(wrapped)
+        except BaseException:
+            engine.updates.reset()
+            raise
+        engine.updates.finish()
         for after in self._optimizer_step_post_hooks.values():
             after(self, args, kwargs)
         return result
 
-    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
-        engine = self._engine
-        try:
-            if closure is None:
-                engine.before()
-                result = self.optimizer.step()
-            else:
-                result = self.optimizer.step(engine.wrap(closure))
-        except BaseException:
-            engine.abandon()
-            raise
-        engine.after()
-        return result
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and discard the scores of the same passes."""
-        self._engine.discard()
+        self._engine.accumulator.discard()
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -57,18 +57,32 @@ def check_state(optimizer: torch.optim.Optimizer, state: object) -> None:
         refuse_differentiable(group)
 
 
-class Counters:
-    """The step counter, the seed and the epoch, as plain numbers that are equal in every param group.
+class State:
+    """What a checkpoint of the optimizer carries: step counter, seed, epoch and methods' states, in every param group.
+
+    The counters are plain numbers. The methods' states are one string, None where no method has a state, because
+    checkpoint formats differ in the other values that they support in a param group: some compare values of two groups
+    for equality, some flatten lists.
 
     Args:
-        optimizer: the base optimizer, whose groups hold the counters.
+        optimizer: the base optimizer, whose groups hold the state.
         monitor: the monitor, whose ranks share the seed.
+        modulations: the methods whose states are saved.
         seed: seed of all randomness; None for the seed in the groups, else `torch.initial_seed()`. All ranks use the
             first rank's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor, seed: int | None) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        monitor: ModalityMonitor,
+        modulations: Sequence[Modulation],
+        seed: int | None,
+    ) -> None:
         self._optimizer = optimizer
+        self._modulations = list(modulations)
+        self._names = [type(modulation).__name__ for modulation in modulations]
+        self._fresh = [modulation.state_dict() for modulation in modulations]
         self._is_chosen = seed is not None
         self._seed = shared_seed(monitor.group, seed)
 
@@ -78,29 +92,43 @@ class Counters:
         epoch = first[EPOCH]
         return int(first[STEP]), int(first[SEED]), None if epoch is None else int(epoch)
 
-    def write(self, key: str, value: int) -> None:
-        """Write a counter, `STEP`, `SEED` or `EPOCH`, into every group."""
+    def write(self, key: str, value: int | str | None) -> None:
+        """Write an entry, `STEP`, `SEED`, `EPOCH` or `METHODS`, into every group."""
         for group in self._optimizer.param_groups:
             group[key] = value
 
     def begin(self) -> None:
-        """Start from the counters that a checkpoint or an earlier wrapper left in the groups, else from 0."""
-        found = STEP in self._optimizer.param_groups[0]
-        self.fill()
-        if found and self._is_chosen:
+        """Start from the state that a checkpoint or an earlier wrapper left in the groups, else from step 0."""
+        first = self._optimizer.param_groups[0]
+        if STEP in first and self._is_chosen:
             self.write(SEED, self._seed)
+        self.fill()
+        if first[METHODS] is not None:
+            self._load_methods()
+        self.save()
 
     def fill(self) -> None:
-        """Copy the counters of the first group into new groups."""
+        """Copy the entries of the first group into new groups."""
         # All keys exist from the start, because a flattened checkpoint is read by the keys in the optimizer's groups.
-        defaults: dict[str, Any] = {STEP: 0, SEED: self._seed, EPOCH: None}
+        defaults: dict[str, Any] = {STEP: 0, SEED: self._seed, EPOCH: None, METHODS: None}
         first = self._optimizer.param_groups[0]
         for group in self._optimizer.param_groups:
             for key, value in defaults.items():
                 group.setdefault(key, first.get(key, value))
 
+    def save(self) -> None:
+        """Write the methods' current states into the groups, with a device synchronisation."""
+        states = [modulation.state_dict() for modulation in self._modulations]
+        pairs = [list(pair) for pair in zip(self._names, states, strict=True)]
+        self.write(METHODS, to_text(pairs) if any(states) else None)
+
     def load(self) -> None:
-        """Continue from a loaded checkpoint's counters, with a warning where the checkpoint has none."""
+        """Continue from a loaded checkpoint, with a warning where it has no counters; a failed load changes no method.
+
+        Raises:
+            ValueError: if the methods' states can't be read.
+            TypeError, KeyError, ValueError: as the methods' `load_state_dict`.
+        """
         first = self._optimizer.param_groups[0]
         if STEP not in first:
             warn_user(BARE_STATE)
@@ -108,69 +136,16 @@ class Counters:
             # torch.distributed.checkpoint fills keys missing in a checkpoint with the optimizer's current values.
             warn_user(NOT_COUNTED)
         self.fill()
+        self._load_methods()
 
     def clear(self) -> None:
-        """Remove the counters from the groups."""
+        """Remove the entries from the groups."""
         for group in self._optimizer.param_groups:
-            for key in (STEP, SEED, EPOCH):
+            for key in (STEP, SEED, EPOCH, METHODS):
                 group.pop(key, None)
 
-
-def _is_trained(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether any tensor in the optimizer's state is non-zero, as after a step with gradients."""
-    return any(
-        isinstance(value, torch.Tensor) and value.dim() > 0 and bool(local_part(value).any())
-        for state in optimizer.state.values()
-        if isinstance(state, dict)
-        for value in state.values()
-    )
-
-
-class MethodStates:
-    """The modulations' states, as one string in every param group; None where no modulation has a state.
-
-    A string, because checkpoint formats differ in the other values that they support in a param group: some compare
-    values of two groups for equality, some flatten lists.
-
-    Args:
-        optimizer: the base optimizer, whose groups hold the string.
-        modulations: the methods whose states are saved.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, modulations: Sequence[Modulation]) -> None:
-        self._optimizer = optimizer
-        self._modulations = list(modulations)
-        self._names = [type(modulation).__name__ for modulation in modulations]
-        self._fresh = [modulation.state_dict() for modulation in modulations]
-
-    def begin(self) -> None:
-        """Load any states that a checkpoint or an earlier wrapper left in the groups, then save all states."""
-        if self._optimizer.param_groups[0].get(METHODS) is not None:
-            self.load()
-        self.save()
-
-    def save(self) -> None:
-        """Write the current states into the groups, with a device synchronisation."""
-        states = [modulation.state_dict() for modulation in self._modulations]
-        text = (
-            to_text([list(pair) for pair in zip(self._names, states, strict=True)]) if any(states) else None
-        )
-        for group in self._optimizer.param_groups:
-            group[METHODS] = text
-
-    def fill(self) -> None:
-        """Add the entry to new groups: a flattened checkpoint is read by the keys in the optimizer's groups."""
-        for group in self._optimizer.param_groups:
-            group.setdefault(METHODS, None)
-
-    def load(self) -> None:
-        """Load the states from the groups into the methods. A load that fails changes nothing.
-
-        Raises:
-            ValueError: if the text can't be read.
-            TypeError, KeyError, ValueError: as the methods' `load_state_dict`.
-        """
-        text = self._optimizer.param_groups[0].get(METHODS)
+    def _load_methods(self) -> None:
+        text = self._optimizer.param_groups[0][METHODS]
         saved = [] if text is None else from_text(text)
         names, states = [name for name, _ in saved], [state for _, state in saved]
         if names != self._names:
@@ -188,12 +163,22 @@ class MethodStates:
             for modulation, state in zip(self._modulations, before, strict=True):
                 modulation.load_state_dict(state)
             raise
-        self.fill()
 
-    def clear(self) -> None:
-        """Remove the entry from the groups."""
-        for group in self._optimizer.param_groups:
-            group.pop(METHODS, None)
+
+def _is_trained(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether any tensor in the optimizer's state is non-zero, as after a step with gradients."""
+    return any(
+        isinstance(value, torch.Tensor) and value.dim() > 0 and bool(local_part(value).any())
+        for state in optimizer.state.values()
+        if isinstance(state, dict)
+        for value in state.values()
+    )
+
+
+def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Return the device of the optimizer's first parameter; the CPU if there is none."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return next((p.device for p in parameters), torch.device("cpu"))
 
 
 def to_text(states: list[list[Any]]) -> str:
@@ -245,9 +230,3 @@ def _tensor_from_json(entry: dict[str, Any]) -> Any:
     dtype = getattr(torch, entry["dtype"])
     flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype, device="cpu")
     return flat.reshape(entry["shape"])
-
-
-def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
-    """Return the device of the optimizer's first parameter; the CPU if there is none."""
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return next((p.device for p in parameters), torch.device("cpu"))

@@ -66,7 +66,7 @@ class Event:
 @pytest.fixture
 def _accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
-    monkeypatch.setattr(DeferredCounts, "_on_host", lambda self: False)
+    monkeypatch.setattr("balanceopt._deferred.on_host", lambda tensor: None)
     monkeypatch.setattr(torch, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
     monkeypatch.setattr(Event, "done", False)

@@ -299,7 +299,7 @@ def test_the_formula(dtype: torch.dtype, host: bool, monkeypatch: Any):
     before = [p.detach().clone() for p in params]
     moves = [0.01 * torch.randn_like(p) for p in params]
     scaling = UpdateScaling()
-    scaling.begin(has_closure=False)
+    scaling.reset()
     factor = torch.tensor(0.3, dtype=torch.float64)
     scaling.scale(params, factor)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GOLDEN = 0x9E3779B97F4A7C15
+_GOLDEN = 0x9E3779B97F4A7C15
 _WORD = 2**64 - 1
 # splitmix64's shift and factor of each round, then its last shift.
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -29,16 +29,10 @@ def mixed(*words: int) -> int:
 
 def mixed_in(state: int, word: int) -> int:
     """Hash one more integer into a hash state."""
-    state = (state ^ (word & _WORD)) + GOLDEN & _WORD
+    state = (state ^ (word & _WORD)) + _GOLDEN & _WORD
     for shift, factor in _ROUNDS:
         state = (state ^ (state >> shift)) * factor & _WORD
     return state ^ (state >> _LAST_SHIFT)
-
-
-def each_mixed_in(state: int | Tensor, words: int | Tensor) -> Tensor:
-    """Apply `mixed_in` elementwise to signed int64 tensors; one of the two arguments may be an integer."""
-    left, right = (int64(x) if isinstance(x, int) else x for x in (state, words))
-    return output((left ^ right) + int64(GOLDEN))  # type: ignore[arg-type]
 
 
 def generator_for(seed: int, step: int, index: int, device: torch.device) -> torch.Generator:
@@ -61,24 +55,25 @@ def uniforms(seed: int, step: int, streams: Tensor, count: int) -> Tensor:
     Returns:
         float64 `(n, count)` in [0, 1), multiples of 2^-53.
     """
-    states = each_mixed_in(mixed(seed, step), streams)
-    steps = torch.arange(1, count + 1, dtype=torch.int64, device=streams.device) * int64(GOLDEN)
-    return shifted(output(states[:, None] + steps), 64 - _BITS).double() * 2.0**-_BITS
+    golden = _int64(_GOLDEN)
+    states = _output((streams ^ _int64(mixed(seed, step))) + golden)  # `mixed_in`, for each stream
+    steps = torch.arange(1, count + 1, dtype=torch.int64, device=streams.device) * golden
+    return _shifted(_output(states[:, None] + steps), 64 - _BITS).double() * 2.0**-_BITS
 
 
-def output(states: Tensor) -> Tensor:
+def _output(states: Tensor) -> Tensor:
     """Compute splitmix64's output for each state."""
     for shift, factor in _ROUNDS:
-        states = (states ^ shifted(states, shift)) * int64(factor)
-    return states ^ shifted(states, _LAST_SHIFT)
+        states = (states ^ _shifted(states, shift)) * _int64(factor)
+    return states ^ _shifted(states, _LAST_SHIFT)
 
 
-def shifted(words: Tensor, shift: int) -> Tensor:
+def _shifted(words: Tensor, shift: int) -> Tensor:
     """Shift int64 words to the right and fill with zeros, where torch's shift copies the sign."""
     return (words >> shift) & ((1 << (64 - shift)) - 1)
 
 
-def int64(word: int) -> int:
+def _int64(word: int) -> int:
     """Convert the low 64 bits of an integer to a signed integer."""
     word &= _WORD
     return word - 2**64 if word >= 2**63 else word

@@ -96,7 +96,7 @@ class AGM(GradientScaling):
         for parameter, factor in ((head.weight, by_column), (head.bias, k.mean())):
             if not isinstance(parameter, nn.Parameter) or parameter.grad is None:
                 continue  # a parametrized head computes its weight from other parameters
-            if step.index_of(parameter) is not None:
+            if id(parameter) in step.held:
                 self._scale_one(step, parameter, factor)
 
     def _scale_one(self, step: StepContext, parameter: nn.Parameter, factor: Tensor) -> None:
@@ -125,8 +125,9 @@ class AGM(GradientScaling):
             return None, {}
         head = unwrap(monitor.head) if isinstance(monitor.head, nn.Module) else None
         columns = monitor.unimodal.columns
-        known = columns.keys() == set(step.modalities)
-        return (head, columns) if isinstance(head, nn.Linear) and known else (None, {})
+        if isinstance(head, nn.Linear) and columns.keys() == set(step.modalities):
+            return head, columns
+        return None, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running sums and their numbers of steps."""

@@ -71,10 +71,6 @@ class StepContext:
     monitor: ModalityMonitor | None = None
     held: Mapping[int, int] = field(default_factory=dict)
 
-    def index_of(self, parameter: nn.Parameter) -> int | None:
-        """Return a parameter's index in the order of `param_groups`; None if the parameter is in no group."""
-        return self.held.get(id(parameter))
-
     def params(self, name: str) -> list[nn.Parameter]:
         """Return the optimizer's parameters with a gradient of the modality `name`."""
         return [slot.parameter for slot in self.slots.get(name, ())]

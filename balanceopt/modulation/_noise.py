@@ -69,22 +69,22 @@ def scale_and_add_noise_(
     which stay unchanged.
     """
     left = torch.zeros_like(coefficient, dtype=torch.int64)
-    for device, own in by_device(slots).items():
-        grads = [slot.grad for slot in own]
+    for device, there in by_device(slots).items():
+        grads = [slot.grad for slot in there]
         # A real view of a complex gradient; of a copy for a lazily conjugated gradient.
         numbers = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in grads]
         sigma = stds(numbers)
         finite = torch.isfinite(sigma)
         left += (~finite).sum().to(left.device)
         host_value = on_host(finite)
-        touched = [i for i in range(len(own)) if host_value is None or host_value[i]]
+        touched = [i for i in range(len(there)) if host_value is None or host_value[i]]
         if not touched:
             continue
         factors = torch.where(finite, coefficient.to(device), 1)
         scales = torch.where(finite, noise_scale.to(device) * sigma, 0)
-        if len(touched) < len(own):
+        if len(touched) < len(there):
             factors, scales = (torch.stack([x[i] for i in touched]) for x in (factors, scales))
-        chosen, indices = [numbers[i] for i in touched], [own[i].index for i in touched]
+        chosen, indices = [numbers[i] for i in touched], [there[i].index for i in touched]
         scale_and_add_gaussians_(chosen, factors, scales, seed, step, indices, compiled=compiled)
         for i in touched:
             if grads[i].is_conj():

@@ -121,8 +121,8 @@ class GradientScaling(Modulation):
 def scale_grads_(slots: Sequence[Slot], coefficient: Tensor) -> Tensor:
     """Multiply finite gradients by a 0-d `coefficient` in place; return the number of non-finite ones, 0-d."""
     left = torch.zeros_like(coefficient, dtype=torch.int64)
-    for device, own in by_device(slots).items():
-        grads = [slot.grad for slot in own]
+    for device, there in by_device(slots).items():
+        grads = [slot.grad for slot in there]
         finite, k = all_finite(grads), coefficient.to(device)
         left += (~finite).sum().to(left.device)
         host_value = on_host(finite)

@@ -34,7 +34,7 @@ from balanceopt.optim._state import EPOCH, STEP, State, device_of
 class Engine:
     """Take the monitor's scores before a step and let the modulations change gradients or scale the step's update.
 
-    No cycle refers to the engine: it is freed with its wrapper, and the monitor then scores no scores for it.
+    No cycle refers to the engine: it is freed with its wrapper, and the monitor then makes no scores for it.
 
     Args:
         optimizer: the base optimizer.
@@ -219,7 +219,7 @@ class Engine:
 
     def _modulate(self, acting: Sequence[Modulation], scores: Scores, slots: dict[str, list[Slot]]) -> None:
         if not self._looked:  # once: a loop treats `.grad` alike in every step
-            refuse_shared_gradients(slot for own in slots.values() for slot in own)
+            refuse_shared_gradients(slot for scaled in slots.values() for slot in scaled)
             self._refuse_compiled(slots)
             self._looked = True
         if not any(slots.values()):
@@ -265,11 +265,11 @@ class Engine:
     def _any_nonzero(self, gradients: Iterable[Tensor]) -> bool:
         # A device synchronisation is acceptable, because steps without scores are exceptional. The sum over ranks makes
         # all ranks agree, though a shard may be empty.
-        found = torch.zeros((), dtype=torch.float32, device=device_of(self.optimizer))
+        nonzero = torch.zeros((), dtype=torch.float32, device=device_of(self.optimizer))
         for gradient in gradients:
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
-            found += (local_part(values) != 0).any().to(found.device)
-        return bool(sum_over_ranks(found, self.monitor.group) > 0)
+            nonzero += (local_part(values) != 0).any().to(nonzero.device)
+        return bool(sum_over_ranks(nonzero, self.monitor.group) > 0)
 
     def _report(self, modulation: Modulation, name: str, values: Tensor) -> None:
         for listener in (*modulation.listeners, *self.listeners):
@@ -320,9 +320,18 @@ class Owners:
         groups = self._optimizer.param_groups
         refuse_groups(groups)
         # Tags are stored, because loading a checkpoint without tags removes them from the groups.
-        known = self._tags[: len(groups)]
-        self._tags = known + [group.get("modality") for group in groups[len(known) :]]
-        modality_of = self._modalities(groups)
+        tags = self._tags[: len(groups)]
+        self._tags = tags + [group.get("modality") for group in groups[len(tags) :]]
+        names = self._monitor.modalities
+        modality_of = {id(p): name for name, params in self._monitor.parameters.items() for p in params}
+        for group, tag in zip(groups, self._tags, strict=True):
+            if tag is not None and tag not in names:
+                raise KeyError(
+                    f"param groups are tagged with modality {shown(tag)}, the monitor has {list(names)}. "
+                    "Give both the same names, and None to parameters of no modality."
+                )
+            if tag is not None:
+                modality_of.update({id(p): tag for p in group["params"]})
         parameters = [p for group in groups for p in group["params"]]
         self._slots = [(modality_of.get(id(p)), Slot(index, p)) for index, p in enumerate(parameters)]
         self.held = {id(p): index for index, p in enumerate(parameters)}
@@ -342,24 +351,9 @@ class Owners:
         gradients: list[Tensor] = []
         for modality, slot in self._slots:
             parameter = slot.parameter
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 continue
-            gradients.append(gradient)
+            gradients.append(parameter.grad)
             if modality is not None and parameter.numel() > 0:
                 slots[modality].append(slot)
         return slots, gradients
-
-    def _modalities(self, groups: Sequence[dict[str, Any]]) -> dict[int, str]:
-        known = self._monitor.modalities
-        found = {id(p): name for name, own in self._monitor.parameters.items() for p in own}
-        for group, tag in zip(groups, self._tags, strict=True):
-            if tag is None:
-                continue
-            if tag not in known:
-                raise KeyError(
-                    f"param groups are tagged with modality {shown(tag)}, the monitor has {list(known)}. "
-                    "Give both the same names, and None to parameters of no modality."
-                )
-            found.update({id(p): tag for p in group["params"]})
-        return found

@@ -83,8 +83,8 @@ def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
     _check_pair(grad, logits)
     grad = grad if grad.is_floating_point() else wide(grad)
     where = _with_float64(grad.device)
-    found = _read(grad.to(where).double(), logits.to(where).double(), torch.finfo(grad.dtype).eps)
-    return RecoveredLabels(*(x.to(grad.device) for x in found))
+    result = _read(grad.to(where).double(), logits.to(where).double(), torch.finfo(grad.dtype).eps)
+    return RecoveredLabels(*(x.to(grad.device) for x in result))
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def _read(g: Tensor, logits: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
 
     most_probable = p.argmax(1)
     memorised = g.gather(1, most_probable.unsqueeze(1)).squeeze(1).abs() <= _CLEAR
-    told = usable & ((negatives == 1) | ((negatives == 0) & memorised))
+    readable = usable & ((negatives == 1) | ((negatives == 0) & memorised))
     labels = torch.where(negatives == 0, most_probable, g.argmin(1))
     if g.shape[1] >= _FEWEST_FOR_LINE:
         # Under label smoothing the only negative entry can be another class's; then the rest is not proportional to p.
@@ -198,8 +198,8 @@ def _read(g: Tensor, logits: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
         if needed.device.type != "cpu" or needed.numpy().any():  # a look at a device would synchronise
             off_the_line, exact = _label_off_the_line(g, p, rounding)
             labels = torch.where(several | doubtful & exact, off_the_line, labels)
-        told |= usable & several
-    return torch.where(told, labels, INVALID), usable & several
+        readable |= usable & several
+    return torch.where(readable, labels, INVALID), usable & several
 
 
 def _proportional_without(label: Tensor, g: Tensor, p: Tensor, rounding: float) -> Tensor:

@@ -105,13 +105,13 @@ def sample_units_padded(importance: Tensor, sizes: Tensor, k: Tensor, uniforms: 
     """
     _check_rows("importance", importance, sizes=sizes, k=k)
     _check_same_shape("uniforms", uniforms, importance)
-    places = torch.arange(importance.shape[1], dtype=torch.int64, device=importance.device)
+    positions = torch.arange(importance.shape[1], dtype=torch.int64, device=importance.device)
     log_importance = torch.where(importance > 0, importance.double().log(), _LOG_OF_NOTHING)
     # A uniform number of 0 would win whatever the importance, so times are clamped to near the least other one.
     times = (-torch.log1p(-uniforms.double())).clamp_min(2.0**-54).log() - log_importance
-    times = torch.where(places < sizes[:, None], times, math.inf)
+    times = torch.where(positions < sizes[:, None], times, math.inf)
     order = times.sort(dim=1, stable=True).indices
-    winners = places < torch.minimum(k, sizes)[:, None]
+    winners = positions < torch.minimum(k, sizes)[:, None]
     return torch.zeros_like(winners).scatter(1, order, winners)
 
 
@@ -183,11 +183,11 @@ def inclusion_probabilities_padded(importance: Tensor, budget: Tensor) -> Tensor
     # Normalised so that sums stay finite at any scale; the clamp avoids a division by 0 in an all-zero row.
     s = s / s.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     ranked, order = s.sort(dim=1, descending=True, stable=True)
-    places = torch.arange(s.shape[1], dtype=torch.int64, device=s.device)
+    positions = torch.arange(s.shape[1], dtype=torch.int64, device=s.device)
     # With the a largest capped, c = (b - a) / (sum of the others); unit a + 1 is capped too while c s >= 1.
     # Once false the condition stays false, so the capped units are a prefix.
     tails = _suffix_sums(ranked)
-    capped = (((b - places) * ranked >= tails) & (ranked > 0)).int().cummin(dim=1).values.bool()
+    capped = (((b - positions) * ranked >= tails) & (ranked > 0)).int().cummin(dim=1).values.bool()
     count = capped.sum(1, keepdim=True)
     rest = torch.cat([tails, tails.new_zeros(len(tails), 1)], 1).gather(1, count)
     scale = torch.where(rest > 0, (b - count) / rest, 0.0)

@@ -168,8 +168,8 @@ class Balance:
     def _build(
         self, model: nn.Module, watched: Callable[[nn.Module, list[nn.Module]], nn.Module]
     ) -> ModalityMonitor:
-        encoders = _found(_asked(self._encoders, model), model, "encoders")
-        head = _found(_asked(self._head, model), model, "head")
+        encoders = _resolved(self._encoders, model, "encoders")
+        head = _resolved(self._head, model, "head")
         options = dict(self._options)
         labels = options.get("labels")
         if isinstance(labels, str) and labels not in get_args(LabelSource):
@@ -181,9 +181,11 @@ class Balance:
 
     def _trained(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
         """Return the optimizers that train an encoder; all where none does, as frozen encoders may join one later."""
-        own = {id(p) for parameters in self.monitor.parameters.values() for p in parameters}
-        found = [o for o in optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
-        return found or list(optimizers)
+        encoder_params = {id(p) for parameters in self.monitor.parameters.values() for p in parameters}
+        result = [
+            o for o in optimizers if any(id(p) in encoder_params for g in o.param_groups for p in g["params"])
+        ]
+        return result or list(optimizers)
 
     def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Attach the modulation to the optimizers that train an encoder; a no-op for unchanged optimizers."""
@@ -195,16 +197,16 @@ class Balance:
         self.handles = []
         chosen = self._trained(optimizers)
         if self.modulation != ():
-            for place, optimizer in enumerate(chosen):
+            for index, optimizer in enumerate(chosen):
                 # Parameters are numbered from 0 in each optimizer, so with one seed all would get the same noise.
                 seed = self.seed
-                if place:
-                    seed = place + (torch.initial_seed() if seed is None else seed)
+                if index:
+                    seed = index + (torch.initial_seed() if seed is None else seed)
                 if SEED in optimizer.param_groups[0]:
                     seed = None  # a resumed run continues with the checkpoint's seed
                 strict = {} if self.strict is None else {"strict": self.strict}
                 # A method has state for one optimizer, so each further optimizer gets a copy.
-                modulation = copy.deepcopy(self.modulation) if place else self.modulation
+                modulation = copy.deepcopy(self.modulation) if index else self.modulation
                 handle = attach(optimizer, self.monitor, modulation, seed=seed, **strict)
                 handle.listeners.append(self._hear)
                 self.handles.append(handle)
@@ -331,21 +333,18 @@ class Beside:
 def smallest_holder(model: nn.Module, parts: Sequence[nn.Module], bare: Sequence[object]) -> nn.Module:
     """Return the smallest module that holds all `parts` and whose forward is not in `bare`; else `model`."""
     wanted = {id(part) for part in parts}
-    found = model
+    result = model
     for module in model.modules():  # outer modules come first, so the last match is the smallest
         has_forward = getattr(type(module), "forward", None) not in bare
         if has_forward and wanted <= {id(inner) for inner in module.modules()}:
-            found = module
-    return unwrap(found)
+            result = module
+    return unwrap(result)
 
 
-def _asked(value: Any, model: nn.Module) -> Any:
-    """Call a function with the model and return the result; return any other value unchanged."""
-    return value(model) if callable(value) and not isinstance(value, nn.Module) else value
-
-
-def _found(given: Any, model: nn.Module, role: str) -> Any:
-    """Replace dotted names of modules in `model` by the modules, in a single value or a mapping."""
+def _resolved(given: Any, model: nn.Module, role: str) -> Any:
+    """Return modules in place of dotted names, in one value, a mapping, or the result of a function of the model."""
+    if callable(given) and not isinstance(given, nn.Module):
+        given = given(model)
     if isinstance(given, Mapping):
         return {name: find_module(model, part, f"{role}[{name!r}]") for name, part in given.items()}
     return find_module(model, given, f"`{role}`") if isinstance(given, (str, nn.Module)) else given

@@ -226,8 +226,8 @@ def diagnose(
         >>> labels = torch.arange(40) % 2
         >>> sharp, blurred = labels[:, None] * 9.0, torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
         >>> train, val = ({"a": sharp, "b": blurred}, labels), ({"a": blurred, "b": blurred}, labels)
-        >>> found = diagnose(train, val, seed=0)
-        >>> found.largest_gap, found.train_purity["a"], found.gap["b"]
+        >>> result = diagnose(train, val, seed=0)
+        >>> result.largest_gap, result.train_purity["a"], result.gap["b"]
         ('a', 1.0, 0.0)
 
     Reference:
@@ -361,18 +361,18 @@ def _of_all_ranks(
     parts: tuple[Samples | None, Samples | None], side: int, held: Sequence[_Held], group: Group
 ) -> Samples:
     """Gather the training (side 0) or validation (side 1) samples of all ranks, in float32 or wider."""
-    own = parts[side]
-    if own is None:
+    samples = parts[side]
+    if samples is None:
         device = next((s.features.device for s in parts if s is not None), torch.device("cpu"))
         width = max(h.width for h in held)
-        own = Samples(
+        samples = Samples(
             torch.empty(0, width, dtype=torch.float32, device=device),
             torch.empty(0, dtype=torch.int64, device="cpu"),
         )
     # Scaling and clustering in half precision would be too coarse.
-    features = own.features.to(torch.float64 if any(h.double for h in held) else torch.float32)
+    features = samples.features.to(torch.float64 if any(h.double for h in held) else torch.float32)
     rows = [h.val if side else h.train for h in held]
-    labels = own.labels.to(features.device)
+    labels = samples.labels.to(features.device)
     return Samples(concatenate_over_ranks(features, rows, group), concatenate_over_ranks(labels, rows, group))
 
 

@@ -333,13 +333,13 @@ def _labels_of(batch: Any) -> Any:
         for key in _LABEL_KEYS:
             if key in batch:
                 return batch[key]
-        found = f"a mapping with {sorted(map(str, batch))}"
+        form = f"a mapping with {sorted(map(str, batch))}"
     elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return batch[-1]
     else:
-        found = type(batch).__name__
+        form = type(batch).__name__
     raise TypeError(
-        f"batches should be (*inputs, labels), or mappings with 'labels' or 'label'. Found {found}. Pass `forward=`: "
+        f"batches should be (*inputs, labels), or mappings with 'labels' or 'label'. Found {form}. Pass `forward=`: "
         "a function of (model, batch) that runs the model and returns the labels."
     )
 
@@ -414,8 +414,8 @@ def _generators(loader: Any) -> list[torch.Generator]:
     """Return the generators that iterating a DataLoader draws from."""
     sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     inner = (getattr(batch_sampler, "sampler", None), getattr(sampler, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in (loader, sampler, batch_sampler, *inner)]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    generators = [getattr(holder, "generator", None) for holder in (loader, sampler, batch_sampler, *inner)]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
 def _restore_buffer(buffer: Tensor, before: Tensor) -> None:

@@ -192,10 +192,10 @@ def reinitialise(
         alpha = strength.get(modality, 0.0)
         for parameter, start in initial.starts(params) if alpha > 0 else ():
             states = [(o, o.state[parameter]) for o in holders if parameter in o.state]
-            copies = [value for _, own in states for key, value in own.items() if key in _COPIES]
+            copies = [value for _, state in states for key, value in state.items() if key in _COPIES]
             for tensor in (parameter, *copies):
                 moves[id(tensor)] = (local_part(tensor.detach()), start, alpha)
-            forgotten += [(o, parameter) for o, own in states if own.keys() - _COPIES]
+            forgotten += [(o, parameter) for o, state in states if state.keys() - _COPIES]
     targets = [target for target, _, _ in moves.values()]
     undo.note(Before(optimizer).restore)
     undo.note(partial(_put_back, targets, [initial.copy_of(target, target) for target in targets]))
@@ -213,10 +213,10 @@ def _put_back(targets: list[Tensor], values: list[Tensor]) -> None:
 
 def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     """Reset an optimizer's state of a parameter to the state before the first step."""
-    own = optimizer.state[parameter]
+    state = optimizer.state[parameter]
     if isinstance(optimizer, torch.optim.Adagrad):  # Adagrad makes its state in the constructor only
         first = optimizer.defaults["initial_accumulator_value"]
-        own.update(step=torch.zeros_like(own["step"]), sum=torch.full_like(own["sum"], first))
+        state.update(step=torch.zeros_like(state["step"]), sum=torch.full_like(state["sum"], first))
     else:
         del optimizer.state[parameter]
 

@@ -256,11 +256,10 @@ class Injection:
         self, labels: Tensor, scale: Tensor, current: Pass, name: str, logits: Tensor
     ) -> tuple[Tensor, Tensor]:
         present = current.present.get(name)
-        partial_rows = present is not None and len(logits) != len(labels)
         if present is not None:  # the mean is over the samples with the modality
             part = torch.where(present.to(scale.device), scale, 0)
             scale = part * (scale.sum() / part.sum().clamp(min=torch.finfo(part.dtype).tiny))
-            if partial_rows:  # the encoder ran only on these samples
+            if len(logits) != len(labels):  # the encoder ran only on these samples
                 rows = present.to(scale.device).nonzero()[:, 0]
                 labels, scale = labels[rows], scale[rows]
         return row_cross_entropy(logits, labels, INVALID), self.weight[name] * scale

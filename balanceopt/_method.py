@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
 
@@ -15,6 +15,7 @@ from balanceopt._options import check_choice, check_count, check_entries
 Unit = Literal["step", "epoch"]
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
 Self = TypeVar("Self", bound="Method")
+_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 class Method:
@@ -130,8 +131,9 @@ class Method:
         self.remove()
 
     def options(self) -> dict[str, Any]:
-        """Return the constructor's arguments for `repr`, read from the attributes of the same names."""
-        return {name: getattr(self, name) for name in signature(type(self)).parameters}
+        """Return the constructor's named options for `repr`, read from the attributes of the same names."""
+        named = [name for name, p in signature(type(self)).parameters.items() if p.kind not in _VARIADIC]
+        return {name: getattr(self, name) for name in named if name != "monitor" and hasattr(self, name)}
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{key}={value!r}" for key, value in self.options().items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from operator import is_
 from typing import Any, get_args
@@ -232,8 +232,8 @@ class Beside:
     """
 
     def __init__(self, prediction: Prediction | None, relearn: ReLearn | None) -> None:
-        self.modulator: OPM | None = None
-        self.scheduler: ReLearnScheduler | None = None
+        # The run's methods, by the names of their arguments.
+        self.methods: dict[str, OPM | ReLearnScheduler] = {}
         self._prediction = prediction
         self._relearn = relearn
         self._optimizer: torch.optim.Optimizer | None = None
@@ -243,13 +243,15 @@ class Beside:
     def start(
         self, monitor: ModalityMonitor, optimizer: torch.optim.Optimizer, listener: Listener, *, resumed: bool
     ) -> None:
-        """Build the modulator and the scheduler, and restore their state from a checkpoint in the optimizer."""
+        """Build the methods, and restore their state from a checkpoint in the optimizer."""
         self._ahead = None
-        self.modulator = self._prediction(monitor) if self._prediction else None
-        self.scheduler = self._relearn(optimizer, monitor) if self._relearn else None
-        for built in (self.modulator, self.scheduler):
-            if built is not None:
-                built.listeners.append(listener)
+        self.methods = {}
+        if self._prediction is not None:
+            self.methods["prediction"] = self._prediction(monitor)
+        if self._relearn is not None:
+            self.methods["relearn"] = self._relearn(optimizer, monitor)
+        for method in self.methods.values():
+            method.listeners.append(listener)
         self.follow(optimizer)
         if resumed or KEY in optimizer.param_groups[0]:
             self.load(optimizer)
@@ -257,7 +259,7 @@ class Beside:
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Save the state in the checkpoints of `optimizer` from now on."""
         self._let_go()
-        if self.modulator is None and self.scheduler is None:
+        if not self.methods:
             return
         self._optimizer = optimizer
         self._hooks = [
@@ -267,6 +269,16 @@ class Beside:
         ]
         if self.scheduler is not None:
             self.scheduler.optimizer = optimizer
+
+    @property
+    def modulator(self) -> Any:
+        """The run's `OPM`; None without one."""
+        return self.methods.get("prediction")
+
+    @property
+    def scheduler(self) -> Any:
+        """The run's `ReLearnScheduler`; None without one."""
+        return self.methods.get("relearn")
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the epoch, and step the scheduler once for each epoch that has ended, also after a resume."""
@@ -284,19 +296,18 @@ class Beside:
         if self._hooks and self._optimizer is not None:
             self._optimizer.param_groups[0][KEY] = self._state()
         self._let_go()
-        for built in (self.modulator, self.scheduler):
-            if built is not None:
-                built.remove()
+        for method in self.methods.values():
+            method.remove()
 
     def load(self, optimizer: torch.optim.Optimizer) -> None:
         """Restore the state that a checkpoint put into the optimizer's param groups."""
         state = optimizer.param_groups[0].pop(KEY, {})
         self._check_state(state)
-        for name, built in self._pairs():
+        for name, method in self.methods.items():
             if name in state:
-                built.load_state_dict(state[name])
+                method.load_state_dict(state[name])
             else:
-                warn_user(f"the checkpoint holds no state of `{name}`: {type(built).__name__} starts anew.")
+                warn_user(f"the checkpoint holds no state of `{name}`: {type(method).__name__} starts anew.")
 
     def _check(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Check a checkpoint's state before the optimizer loads anything, so that no load stops halfway."""
@@ -306,22 +317,15 @@ class Beside:
 
     def _check_state(self, state: Any) -> None:
         check_kind(f"the checkpoint's {KEY}", state, Mapping, "a mapping to states")
-        for name, built in self._pairs():
+        for name, method in self.methods.items():
             if name in state:
-                built.check_state(state[name])
+                method.check_state(state[name])
 
     def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict["param_groups"][0][KEY] = self._state()
 
     def _state(self) -> dict[str, Any]:
-        return {name: built.state_dict() for name, built in self._pairs()}
-
-    def _pairs(self) -> Iterator[tuple[str, OPM | ReLearnScheduler]]:
-        """Yield the modulator and the scheduler, where built, by the names of their arguments."""
-        if self.modulator is not None:
-            yield "prediction", self.modulator
-        if self.scheduler is not None:
-            yield "relearn", self.scheduler
+        return {name: method.state_dict() for name, method in self.methods.items()}
 
     def _let_go(self) -> None:
         for hook in self._hooks:

@@ -239,11 +239,6 @@ class OPM(ForwardMethod):
             self._watch.remove()
         self._latest = self._latest_pass = None
 
-    def __repr__(self) -> str:
-        names = ("q_base", "lam", "p_exe", "rescale", "ratio", "start", "end", "unit")
-        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"OPM({options}, seed={self.seed})"
-
     def __getstate__(self) -> dict[str, Any]:
         # A copy is inert, because hooks exist on the original monitor's model only; the current forward is not copied.
         warn_user(

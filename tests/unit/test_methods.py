@@ -58,6 +58,19 @@ class Decay(bo.EpochMethod):
         return 0.5
 
 
+def test_repr_shows_the_options_that_a_method_names():
+    class Scaled(Noise):
+        def __init__(
+            self, monitor: bo.ModalityMonitor, *, scale: float = 0.1, unused: int = 0, **options: Any
+        ):
+            super().__init__(monitor, **options)
+            self.scale = scale
+
+    assert repr(Scaled(watch(small_model()), end=3)) == "Scaled(scale=0.1)"
+    assert repr(Slower(end=3)) == "Slower(start=0, end=3)"
+    assert repr(bo.OPM(watch(small_model()), seed=1)).endswith("end=None, unit='step', seed=1)")
+
+
 def test_a_gradient_method_is_its_coefficients():
     model, optimizer = modulated(Slower())
     twin = small_model()

@@ -7,8 +7,15 @@ from balanceopt.functional._clustering import KMeansResult, kmeans, minmax_scale
 from balanceopt.functional._coefficients import CoefficientForm as CoefficientForm
 from balanceopt.functional._coefficients import adaptive_coefficient, drop_probability, modulation_coefficient
 from balanceopt.functional._dtypes import wide as wide
+from balanceopt.functional._kept_predictions import KeptPredictions as KeptPredictions
+from balanceopt.functional._kept_predictions import StepLosses as StepLosses
+from balanceopt.functional._kept_predictions import centred_predictions
 from balanceopt.functional._labels import INVALID as INVALID
 from balanceopt.functional._labels import recover_labels, recover_scale
+from balanceopt.functional._losses import Loss as Loss
+from balanceopt.functional._losses import SampleLosses as SampleLosses
+from balanceopt.functional._losses import as_loss as as_loss
+from balanceopt.functional._losses import likelihood_score, significance_from_baseline
 from balanceopt.functional._masks import check_clamp as check_clamp
 from balanceopt.functional._masks import keep_ratio, kept_units, unit_importance
 from balanceopt.functional._reinit import reinit_strength, soft_reinit_
@@ -30,12 +37,21 @@ from balanceopt.functional._scores import (
     true_class_score,
 )
 from balanceopt.functional._scores import row_scores as row_scores
+from balanceopt.functional._target_classes import (
+    LabelSetClasses,
+    QuantileClasses,
+    label_set_classes,
+    quantile_classes,
+)
 from balanceopt.functional._targets import Targets as Targets
 from balanceopt.functional._targets import as_targets as as_targets
 
 __all__ = [
     "KMeansResult",
+    "LabelSetClasses",
+    "QuantileClasses",
     "adaptive_coefficient",
+    "centred_predictions",
     "discrepancy_ratio",
     "drop_probability",
     "feature_entropy",
@@ -44,16 +60,20 @@ __all__ = [
     "keep_ratio",
     "kept_units",
     "kmeans",
+    "label_set_classes",
+    "likelihood_score",
     "linear_logits",
     "minmax_scale",
     "modal_significance",
     "modulation_coefficient",
     "purity",
+    "quantile_classes",
     "recover_labels",
     "recover_scale",
     "reinit_strength",
     "sample_units",
     "sample_units_padded",
+    "significance_from_baseline",
     "significance_from_sums",
     "soft_reinit_",
     "systematic_sample",

@@ -199,6 +199,37 @@ ROWS: dict[str, Row] = {
             "ignore_index": [1.5, "a", None],
         },
     ),
+    "likelihood_score": function(
+        functional.likelihood_score,
+        {"predictions": FOUR, "target": torch.tensor([0, 1, 2, -100]), "loss": None},
+        {
+            "predictions": [*NO_REAL, torch.ones(3), torch.ones(5, 3)],
+            "target": [*NO_REAL, torch.zeros(3).long(), torch.tensor([0, 1, 2, 3]), FOUR + 7, torch.zeros(4)],
+            "loss": [3, "mse", nn.MSELoss, nn.TripletMarginLoss(), nn.NLLLoss()],
+            "baseline": [NAN, 0, -1.0, "1", torch.tensor(0.0), ONES],
+        },
+        target="(target|labels|predictions)",
+        predictions="(predictions|target)",
+    ),
+    "centred_predictions": function(
+        functional.centred_predictions,
+        {"unimodal": torch.ones(2, 4, 3), "joint": FOUR},
+        {
+            "unimodal": [*NO_REAL, FOUR],
+            "joint": [*NO_REAL, ONES],
+            "present": [3, ONES, torch.ones(2, 4), torch.ones(4).bool()],
+        },
+    ),
+    "quantile_classes": function(
+        functional.quantile_classes,
+        {"targets": torch.arange(4.0)},
+        {"targets": [*NO_REAL, FOUR, torch.tensor([NAN])], "bins": [*NO_SIZE, 1]},
+    ),
+    "label_set_classes": function(
+        functional.label_set_classes,
+        {"multi_hot": FOUR},
+        {"multi_hot": [*NO_REAL, ONES, FOUR[:0]], "most": NO_SIZE},
+    ),
     "discrepancy_ratio": function(
         functional.discrepancy_ratio,
         {"scores": ONES},

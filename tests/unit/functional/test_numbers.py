@@ -18,6 +18,15 @@ UNIFORMS = torch.tensor([[0.25, 0.5, 0.125], [0.75, 0.5, 0.0]])
 # Each function with arguments that are whole numbers: what is given as float here may come in any dtype.
 CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "true_class_score": (lambda x: functional.true_class_score(x, LABELS), [LOGITS]),
+    "likelihood_score": (lambda x: functional.likelihood_score(x, LABELS, None), [LOGITS]),
+    "likelihood of numbers": (
+        lambda x, y: functional.likelihood_score(x, y, torch.nn.MSELoss()),
+        [LOGITS, LOGITS.flip(0)],
+    ),
+    "centred_predictions": (
+        lambda x, y: functional.centred_predictions(x[None], y),
+        [LOGITS, LOGITS.flip(0)],
+    ),
     "discrepancy_ratio": (functional.discrepancy_ratio, [torch.tensor([1.0, 2, 4])]),
     "ratio_of_means": (
         lambda s: functional.discrepancy_ratio(s, "ratio_of_means"),

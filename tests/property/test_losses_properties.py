@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -282,19 +283,52 @@ def test_empty_batches_and_gradients(name):
 
 
 @pytest.mark.parametrize("name", REGRESSIONS)
-def test_one_sample_and_equal_targets_tell_no_scale(name):
-    x = example(name, 0, 5)
-    assert likelihood_score(x.predictions[:, :1], x.target[:1], REGRESSIONS[name]).isnan().all()
-    equal = torch.full_like(x.target, 0.1)
-    assert likelihood_score(x.predictions, equal, REGRESSIONS[name]).isnan().all()
-    assert likelihood_score(x.predictions, equal, REGRESSIONS[name], baseline=1.0).isfinite().all()
+@pytest.mark.parametrize("positions", [(), (5,)])
+def test_one_sample_tells_no_scale(name, positions):
+    predictions, target = torch.randn(3, 1, 2, *positions), torch.randn(1, 2, *positions)
+    assert likelihood_score(predictions, target, REGRESSIONS[name]).isnan().all()
+    assert likelihood_score(predictions, target, REGRESSIONS[name], baseline=1.0).isfinite().all()
 
 
-def test_a_variance_keeps_its_digits_far_from_the_origin():
-    y = torch.randn(1000, dtype=torch.float64)
+@given(regressions, sizes, st.floats(-1e6, 1e6), st.sampled_from([torch.float32, torch.float64]))
+def test_equal_targets_tell_no_scale(name, samples, value, dtype):
+    target = torch.full((samples, 2), value, dtype=dtype)
+    assert likelihood_score(target[None] + 1, target, REGRESSIONS[name]).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_variance_keeps_its_digits_far_from_the_origin(dtype):
+    y = torch.randn(1000, dtype=dtype) + 1e4
     loss = as_loss(nn.MSELoss())
-    parts = [loss.measure((x + 1e5)[None], x + 1e5).parts for x in y.split(100)]
-    torch.testing.assert_close(loss.baseline(loss.merge(parts)), y.var(correction=0), rtol=1e-5, atol=0)
+    parts = [loss.measure(x[None], x).parts for x in y.split(100)]
+    expected = y.double().var(correction=0)
+    torch.testing.assert_close(loss.baseline(loss.merge(parts)), expected, rtol=1e-6, atol=0)
+
+
+@given(st.sampled_from(["multi-label", "multi-label weighted"]), seeds, sizes)
+def test_the_baseline_of_labels_is_the_loss_of_their_frequencies(name, seed, samples):
+    x, loss = example(name, seed, samples), as_loss(LOSSES[name])
+    parts = loss.measure(x.predictions, x.target).parts
+    positive, negative = parts.double().chunk(2)
+    constant = torch.logit(positive / (positive + negative)).expand_as(x.predictions)
+    measured = loss.measure(constant, x.target)
+    torch.testing.assert_close(measured.values[0].mean().float(), loss.baseline(measured.parts))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_value_is_read_on_a_device(name):
+    """A tensor on the meta device has no values: reading one, which would synchronise with another, fails there."""
+    x = example(name, 0, 5)
+    predictions, target = x.predictions.to("meta"), x.target.to("meta")
+    loss = LOSSES[name]
+    if isinstance(loss, nn.Module):
+        loss = copy.deepcopy(loss).to("meta")
+    assert likelihood_score(predictions, target, loss).shape == (3, 5)
+    joint = None if name == "dense" else predictions.sum(0)
+    step = (
+        KeptPredictions.of(predictions, target, joint) + KeptPredictions.of(predictions, target, joint)
+    ).losses(as_loss(loss))
+    assert (step.score.shape, step.scale.shape) == ((3, 10), ())
 
 
 # A step: micro-batches and ranks
@@ -376,6 +410,46 @@ def test_ranks_equal_one_batch(name, cuts):
     found = torch.cat([results[rank].score for rank in range(len(cuts) + 1)], 1)
     torch.testing.assert_close(found, whole.score)
     assert all(torch.equal(r.scale, results[0].scale) for r in results.values())
+
+
+@given(names, seeds, sizes)
+def test_a_step_of_any_loss_has_the_scores_of_its_batch(name, seed, samples):
+    x = example(name, seed, samples)
+    if name == "dense":
+        x.target[0] = -100
+    step = KeptPredictions.of(x.predictions, x.target).losses(as_loss(LOSSES[name]))
+    torch.testing.assert_close(step.score, likelihood_score(x.predictions, x.target, LOSSES[name]))
+    assert torch.equal(step.counted, step.score > 0)
+
+
+@pytest.mark.parametrize("name", ["mse", "l1"])
+def test_samples_of_different_numbers_of_positions_count_once_each(name):
+    """The targets of each sample average to its constant, so that the best constant is the middle of these."""
+    loss, spread = as_loss(REGRESSIONS[name]), torch.tensor([-1.0, 1.0])
+    targets = [(c + spread.repeat(n))[None, None] for c, n in ((0.0, 1), (0.0, 9))]
+    parts = [loss.measure(torch.zeros(1, *y.shape), y).parts for y in targets]
+    assert loss.baseline(loss.merge(parts)).item() == pytest.approx(1.0)
+    far = [(c + spread.repeat(n))[None, None] for c, n in ((0.0, 9), (8.0, 1))]
+    parts = [loss.measure(torch.zeros(1, *y.shape), y).parts for y in far]
+    # MSE: the variance of 0 and 8, and of the spread. L1: the median is 1, of the first sample's positions.
+    expected = 16 + 1 if name == "mse" else (1 + 7) / 2
+    assert loss.baseline(loss.merge(parts)).item() == pytest.approx(expected)
+
+
+@given(seeds, sizes)
+def test_centres_are_those_of_the_samples_that_have_the_modality(seed, samples):
+    x = example("mse", seed, samples)
+    joint = x.predictions.sum(0)
+    present = torch.rand(3, samples, generator=torch.Generator().manual_seed(seed)) < 0.6
+    present[2] = False
+    spoilt = torch.where(present.unsqueeze(2), x.predictions, torch.inf)
+    centred = centred_predictions(spoilt, joint, present)
+    for m in range(2):
+        rows = present[m]
+        if rows.any():
+            expected = centred_predictions(x.predictions[:, rows], joint[rows])[m]
+            torch.testing.assert_close(centred[m][rows], expected)
+    assert torch.equal(centred_predictions(x.predictions, joint, present)[2], x.predictions[2])
 
 
 @given(seeds, sizes, st.floats(-1e3, 1e3))

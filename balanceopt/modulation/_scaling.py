@@ -125,12 +125,13 @@ def scale_grads_(slots: Sequence[Slot], coefficient: Tensor) -> Tensor:
         grads = [slot.grad for slot in there]
         finite, k = all_finite(grads), coefficient.to(device)
         left += (~finite).sum().to(left.device)
+        parts = [local_part(grad) for grad in grads]  # an operation on a DTensor takes many times as long
         host_value = on_host(finite)
         if host_value is None:
-            for grad, factor in zip(grads, torch.where(finite, k, 1), strict=True):
-                grad.mul_(factor)
+            for part, factor in zip(parts, torch.where(finite, k, 1), strict=True):
+                part.mul_(factor)
         elif host_value.any():
-            foreach_mul_([grad for grad, ok in zip(grads, host_value, strict=True) if ok], k)
+            foreach_mul_([part for part, ok in zip(parts, host_value, strict=True) if ok], k)
     return left
 
 

@@ -55,7 +55,7 @@ def sums(*significance: float | None, count: float = 10) -> Scores:
         count=torch.where(here, count, 0.0),
         cross_entropy=torch.where(here, cross_entropy, 0),
         feature_entropy=torch.where(here, count, 0.0),
-        label_counts=torch.full((CLASSES,), count / CLASSES),
+        parts=torch.full((CLASSES,), count / CLASSES),
     )
 
 

@@ -13,6 +13,7 @@ from balanceopt.functional._kept_predictions import centred_predictions
 from balanceopt.functional._labels import INVALID as INVALID
 from balanceopt.functional._labels import recover_labels, recover_scale
 from balanceopt.functional._losses import Loss as Loss
+from balanceopt.functional._losses import LossFunction as LossFunction
 from balanceopt.functional._losses import SampleLosses as SampleLosses
 from balanceopt.functional._losses import as_loss as as_loss
 from balanceopt.functional._losses import likelihood_score, significance_from_baseline

@@ -78,12 +78,15 @@ class Loss(ABC):
             step's samples first (`KeptPredictions`); False for likelihoods in nats, whose scores can be summed at once.
         adds: whether parts of the baseline add over micro-batches and ranks; False where they are rows that have to
             be concatenated.
+        rowwise: whether predictions and targets may be reshaped, with positions last; False for a user's function,
+            which takes them as the loop has them.
     """
 
     has_classes = False
     recovers = False
     scale_free = False
     adds = True
+    rowwise = True
 
     @abstractmethod
     def kind(self, target: Tensor) -> TargetKind:
@@ -113,6 +116,10 @@ class Loss(ABC):
     @abstractmethod
     def baseline(self, parts: Tensor) -> Tensor:
         """Compute the loss of the best constant prediction, 0-d; NaN where the samples can't tell it."""
+
+    def residual(self, prediction: Tensor, target: Tensor) -> Tensor | None:
+        """Return numbers with the sign of the gradient at a prediction of the target's shape; None if unknown."""
+        return None
 
     def centred(self, target: Tensor) -> bool:
         """Whether parts of a linear head are predictions only once centred, as in regression."""
@@ -180,6 +187,8 @@ class CrossEntropy(Loss):
         samples, classes = predictions.shape[1:3]
         labels = _rows(target, 0) if target.is_floating_point() else target.flatten()
         targets = as_targets(labels, classes, self.ignore_index)
+        if predictions.dim() == 3 and targets.index is not None and self._is_plain:
+            return SampleLosses(-row_scores(predictions, targets)[1], targets.valid, targets.class_counts())
         targets, weights = self._weighted(targets, wide(predictions).dtype)
         positions = weights.reshape(samples, _positions(predictions.shape[3:]))
         total = positions.sum(1)
@@ -188,6 +197,11 @@ class CrossEntropy(Loss):
         losses = -row_scores(_rows(predictions, 1), targets)[1]
         values = (share * losses.unflatten(1, positions.shape)).sum(-1)
         return SampleLosses(values, total > 0, _class_shares(targets, share.flatten()))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether each label counts alike and is hard."""
+        return self.module is None or (self.module.weight is None and not self.module.label_smoothing)
 
     def _weighted(self, targets: Targets, dtype: torch.dtype) -> tuple[Targets, Tensor]:
         """Return smoothed, weighted labels with rows that sum to 1, and how much each row counts, `(N,)`."""
@@ -268,6 +282,9 @@ class BinaryCrossEntropy(Loss):
         parts = torch.cat([positive.sum((0, 2)), negative.sum((0, 2))])
         return SampleLosses(losses.sum((2, 3)), valid, parts)
 
+    def residual(self, prediction: Tensor, target: Tensor) -> Tensor | None:
+        return wide(prediction).sigmoid() - wide(target)
+
     def _weight(self, name: str, target: Tensor) -> Tensor:
         """Return a weight of the module in the target's shape."""
         given: Tensor | None = getattr(self.module, name)
@@ -322,6 +339,9 @@ class Regression(Loss):
         parts = self._moments(y) if self.adds else self._target_rows(y)
         return SampleLosses(values, torch.ones_like(y[:, 0, 0], dtype=torch.bool), parts)
 
+    def residual(self, prediction: Tensor, target: Tensor) -> Tensor | None:
+        return wide(prediction) - wide(target)
+
     def _elementwise(self, f: Tensor, y: Tensor) -> Tensor:
         f, y = torch.broadcast_tensors(f, y)
         if isinstance(self.module, nn.MSELoss):
@@ -370,6 +390,7 @@ class FunctionLoss(Loss):
     """
 
     scale_free = True
+    rowwise = False
 
     def __init__(self, function: LossFunction) -> None:
         """Call `function(prediction (B, ...), target)` once for each modality."""

@@ -60,10 +60,10 @@ class Answers:
         The class dimension is the last one. It is dimension 1 for convolutions, for any other non-linear head whose
         logits have four dimensions or more, and where the gradient has shown it.
         """
-        return as_rows(logits.movedim(1, -1) if logits.dim() > 2 and self._first(head, logits) else logits)
+        return as_rows(logits.movedim(1, -1) if self.classes_first(head, logits) else logits)
 
     def learn(self, head: nn.Module, gradient: Tensor, current: Pass) -> None:
-        """Find the class dimension from the gradient of a first pass: over classes a softmax's gradient sums to 0."""
+        """Find the class dimension from a first gradient of cross-entropy: over classes a softmax's sums to 0."""
         if gradient.dim() < 3 or id(head) in self._classes_first or _by_kind(head) is not None:
             return
         first = self._first(head, gradient)
@@ -82,13 +82,43 @@ class Answers:
 
             assert current.logits is not None
             current.logits = turned(current.logits)
+            current.classes_first = not first
             if current.unimodal is not None:
                 current.unimodal = {name: turned(x) for name, x in current.unimodal.items()}
+
+    def classes_first(self, head: nn.Module, logits: Tensor) -> bool:
+        """Tell whether the class dimension of a head's logits with positions is dimension 1."""
+        return logits.dim() > 2 and self._first(head, logits)
 
     def _first(self, head: nn.Module, logits: Tensor) -> bool:
         by_kind = _by_kind(head)
         guess = logits.dim() > 3 if by_kind is None else by_kind
         return self._classes_first.get(id(head), guess)
+
+
+def as_target_rows(target: Tensor, done: Pass) -> Tensor:
+    """Reshape a target with an entry for each of the logits, in their shape or a flattened one, to `(N, C)`.
+
+    Raises:
+        ValueError: for another number of entries.
+    """
+    assert done.logits is not None
+    if target.numel() != done.logits.numel():
+        raise ValueError(
+            f"targets from {done.label_source} should have one entry for each of the head's outputs, of shape "
+            f"{tuple(done.shape)}. Found shape {tuple(target.shape)}. Likely causes: targets of another batch or "
+            "another head, or a loss that compares something else than the head's output."
+        )
+    in_place = done.classes_first and target.shape == done.shape
+    return (target.movedim(1, -1) if in_place else target).reshape(done.logits.shape)
+
+
+def in_output_shape(rows: Tensor, done: Pass) -> Tensor:
+    """Reshape rows `(..., N, C)` to the shape of the head's output."""
+    lead, shape = rows.shape[:-2], done.shape
+    if not done.classes_first:
+        return rows.reshape(*lead, *shape)
+    return rows.reshape(*lead, shape[0], *shape[2:], shape[1]).movedim(-1, len(lead) + 1)
 
 
 def _by_kind(head: nn.Module) -> bool | None:

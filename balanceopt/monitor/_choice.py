@@ -16,7 +16,7 @@ from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._logits import UnimodalLogits, UserFunction, UserScores, check_layout
 from balanceopt.monitor._per_head import PerHead
 from balanceopt.monitor._split import SplitHead
-from balanceopt.monitor._zero_out import ZeroOut
+from balanceopt.monitor._zero_out import Fill, ZeroOut
 
 
 def choose_logits(
@@ -26,6 +26,7 @@ def choose_logits(
     slices: Mapping[str, slice] | None,
     features: Features,
     answers: Answers,
+    fill: Fill,
 ) -> UnimodalLogits | None:
     """Build the uni-modal logits that `scores` asks for; None for features only.
 
@@ -55,7 +56,7 @@ def choose_logits(
                 f"with a head for each modality `scores` should be 'per-head'. Found {scores!r}."
             )
         return PerHead(head, features, answers)
-    return _of_joint_head(scores, model, head, slices, features, answers)
+    return _of_joint_head(scores, model, head, slices, features, answers, fill)
 
 
 def _of_joint_head(
@@ -65,11 +66,12 @@ def _of_joint_head(
     slices: Mapping[str, slice] | None,
     features: Features,
     answers: Answers,
+    fill: Fill,
 ) -> UnimodalLogits:
     if scores == "per-head":
         raise ValueError("`scores='per-head'` needs a mapping from modality to its own head. Found one head.")
     inner = unwrap(head)
-    zero_out = ZeroOut(model, head, features, answers)
+    zero_out = ZeroOut(model, head, features, answers, fill)
     if scores == "zero-out" or (scores == "auto" and not isinstance(inner, nn.Linear)):
         return zero_out
     if not isinstance(inner, nn.Linear):
@@ -112,6 +114,11 @@ class Automatic(UnimodalLogits):
     def needs_outputs(self) -> bool:
         """Whether passes must keep whole outputs and inputs; true until a pass has shown that split is exact."""
         return self._is_open or self.chosen.needs_outputs
+
+    @property
+    def are_parts(self) -> bool:  # type: ignore[override]
+        """Whether the chosen kind's logits are parts of a sum."""
+        return self.chosen.are_parts
 
     @property
     def knows_layout(self) -> bool:

@@ -203,6 +203,12 @@ def samples_first(encoder: nn.Module, output: Any, x: Tensor) -> Tensor:
     return x if layer.batch_first and x is output[0] else x.transpose(0, 1)
 
 
+def samples_in_second(encoder: nn.Module) -> bool:
+    """Tell whether outputs `(T, B, D)` of an encoder, one of torch's recurrent layers, have samples in dimension 1."""
+    layer = unwrap(encoder)
+    return isinstance(layer, nn.RNNBase) and not layer.batch_first
+
+
 def edge_of(x: Tensor) -> Edge:
     """Return the graph edge that produces a tensor which requires a gradient."""
     if x.grad_fn is None:

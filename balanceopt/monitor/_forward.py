@@ -16,7 +16,7 @@ from balanceopt._sharding import is_sharded
 from balanceopt._torch import backward_number, next_node, number_of_node, running_node, version_of, will_run
 from balanceopt._undo import Undo
 from balanceopt.monitor._module_hooks import FunctionalHooks
-from balanceopt.monitor._scores import Scores
+from balanceopt.monitor._scores import Kept, Sums
 
 if TYPE_CHECKING:
     from balanceopt.monitor._scorer import Scorer
@@ -54,6 +54,9 @@ class Pass:
         head_inputs: input of each head by modality; of the joint head under None.
         head_outputs: logits `(N, C)` of each modality's head, for per-head fusion.
         logits: joint logits `(N, C)`, N rows.
+        shape: shape of the joint logits as the head returned them.
+        classes_first: whether classes are dimension 1 there, before positions.
+        counted: bool `(N,)`, rows that count where targets are recovered from the gradient; None for all.
         unimodal: each modality's logits `(N, C)` float32; None before the forward's end.
         entropies: each modality's feature entropy by sample `(B,)`, where a consumer asked for it.
         present: bool `(B,)` by modality, the samples that have the modality; without an entry all samples.
@@ -71,7 +74,7 @@ class Pass:
         ended: whether the forward has ended and is scored.
         closed: whether the scores were taken or discarded; later labels belong to another pass.
         settled: whether `sums` are final.
-        sums: scores of the pass; None before `settled`, or if the pass has none.
+        sums: what the pass adds to the scores; None before `settled`, or if the pass has none.
         first_node: number of the first autograd node that the forward may have made.
         end_node: number after the last such node; None while the forward runs.
         notes: state that other parts of the package attach to the pass (a drop mask).
@@ -100,6 +103,9 @@ class Pass:
     head_inputs: dict[str | None, Tensor] = field(default_factory=dict)
     head_outputs: dict[str, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None
+    shape: torch.Size = field(default_factory=torch.Size)
+    classes_first: bool = False
+    counted: Tensor | None = None
     unimodal: dict[str, Tensor] | None = None
     entropies: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
@@ -117,7 +123,7 @@ class Pass:
     ended: bool = False
     closed: bool = False
     settled: bool = False
-    sums: Scores | None = None
+    sums: Sums | Kept | None = None
     first_node: int = 0
     end_node: int | None = None
     notes: dict[Any, Any] = field(default_factory=dict)

@@ -19,7 +19,6 @@ from balanceopt.distributed import Group
 from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._features import edge_of
 from balanceopt.monitor._forward import Pass, Passes, answers_of
-from balanceopt.monitor._labels import refuse_loss
 from balanceopt.monitor._module_hooks import Hook, outside_graphs, remove_hooks
 from balanceopt.monitor._outputs import first_tensor, map_tensors, tensors_in
 from balanceopt.monitor._per_head import refuse_widths
@@ -111,14 +110,9 @@ class Hooks:
         elif self.head is not None and self.head is not self.model:
             self._hook(self.head, self._on_head, None).after()
 
-    def watch_loss(self, module: nn.Module, reduce: str | None) -> Hook:
-        """Read labels from the calls of a loss module.
-
-        Raises:
-            ValueError: if the targets of the loss are no classes.
-        """
-        refuse_loss(module)
-        hook = self._hook(module, self._on_loss, reduce)
+    def watch_loss(self, module: nn.Module) -> Hook:
+        """Read targets from the calls of a loss module."""
+        hook = self._hook(module, self._on_loss)
         hook.after()
         return hook
 
@@ -228,7 +222,6 @@ class Hooks:
 
     def _on_loss(
         self,
-        reduce: str | None,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -236,7 +229,7 @@ class Hooks:
     ) -> None:
         # A pass in eval mode between a forward and its backward may call the loss too, but makes no graph.
         if any(term.requires_grad for term in tensors_in(output)):
-            self._labels.from_loss(self.passes.latest, module, args, kwargs, reduce)
+            self._labels.from_loss(self.passes.latest, module, args, kwargs)
 
     @outside_graphs
     def _on_gradient(self, current: Pass, head: nn.Module, call: int, gradient: Tensor) -> None:
@@ -245,7 +238,7 @@ class Hooks:
         self.passes.backward_reached(current)
         if not current.ended:  # a loop that calls only parts of the model shows no earlier end of the forward
             self._end_forward(current)
-        if gradient.dim() > 2:
+        if gradient.dim() > 2 and self._scorer.loss.has_classes:
             self.answers.learn(head, gradient.detach(), current)
         rows = self.answers.rows(head, gradient.detach())
         self._scorer.backward_reached(current, rows)
@@ -297,6 +290,7 @@ class Hooks:
             self._listen(current, head, logits)
         own = self.answers.rows(head, _copied(logits))
         current.samples = logits.shape[0] if logits.dim() else None
+        current.shape, current.classes_first = logits.shape, self.answers.classes_first(head, logits)
         if logits.requires_grad and current.edges:
             current.roots[name] = [edge_of(logits)]
         if name is None:

@@ -1,4 +1,4 @@
-"""Labels of a pass: observed, from a loss module or the model's arguments, or read from the gradient at the logits.
+"""Targets of the loss as they come: observed, from a loss module's calls or from the model's arguments.
 
 Labels are copied on arrival, since the loop may reuse its buffers before the step.
 """
@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from balanceopt.functional import Loss
 from balanceopt.monitor._forward import Observed, Pass
 from balanceopt.monitor._outputs import first_tensor
-from balanceopt.monitor._recovery import NO_CLASSES
 
 LabelSource = Literal["auto", "observe", "loss", "model", "gradient"]
 
@@ -23,16 +23,32 @@ _KEYS = ("labels", "label")
 class Labels:
     """Assign labels to passes, from the most trusted source that the user allows."""
 
-    def __init__(self, allowed: LabelSource, ignore_index: int) -> None:
-        """Allow labels from one source, or all (`"auto"`); `ignore_index` labels samples that do not count."""
+    def __init__(self, allowed: LabelSource, ignore_index: int, loss: Loss) -> None:
+        """Allow labels from one source, or all (`"auto"`); `ignore_index` labels samples that do not count.
+
+        Raises:
+            ValueError: if the targets of `loss` should come from the gradient, which can't tell them.
+        """
+        if allowed == "gradient" and not loss.recovers:
+            raise ValueError(
+                "`labels='gradient'` needs cross-entropy or nn.BCEWithLogitsLoss: the targets of another loss can't be "
+                "told from its gradient, whose scale is unknown. Use labels='auto' with the loss module of the loop as "
+                "`loss=`, or monitor.observe(targets)."
+            )
         self.allowed: LabelSource = allowed
-        self.ignore_index = ignore_index
+        self._ignore_index = ignore_index
+        self._loss = loss
         self._next: Observed | None = None
+
+    @property
+    def ignore_index(self) -> int:
+        """Label of samples that do not count: the loss's, else the monitor's option."""
+        return int(getattr(self._loss, "ignore_index", self._ignore_index))
 
     @property
     def recovers(self) -> bool:
         """Whether labels may be read from the gradient at the joint logits."""
-        return self.allows("gradient")
+        return self.allows("gradient") and self._loss.recovers
 
     def allows(self, source: LabelSource) -> bool:
         """Tell whether labels may come from `source`."""
@@ -59,7 +75,7 @@ class Labels:
     def from_call(self, current: Pass, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Read the labels among the model's arguments."""
         if current.labels is None and self.allows("model"):
-            labels = labels_of_call(args, kwargs)
+            labels = labels_of_call(args, kwargs, classes=self._loss.has_classes)
             if labels is not None:
                 current.labels, current.label_source = labels, "model"
 
@@ -69,7 +85,6 @@ class Labels:
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        reduce: str | None,
     ) -> None:
         """Read labels and `ignore_index` from a loss module's call on the pass's logits."""
         if current is None or current.closed or not self.allows("loss"):
@@ -78,7 +93,7 @@ class Labels:
         if logits is not None and current.logits is not None and logits.numel() != current.logits.numel():
             return  # the loss of an auxiliary head, which has other labels
         if current.label_source in ("gradient", "model"):
-            labels = labels_of_loss(args, kwargs, reduce)
+            labels = labels_of_loss(args, kwargs)
             if labels is not None:
                 current.labels, current.label_source = labels, "loss"
             current.ignore_index = getattr(module, "ignore_index", None)
@@ -115,45 +130,41 @@ _OTHER_TARGETS = (
 )
 
 
-def refuse_loss(module: nn.Module) -> None:
-    """Raise for a loss whose targets are known to be no classes.
+def refuse_loss(module: nn.Module, loss: Loss) -> None:
+    """Raise for a loss module whose targets are known not to be those of `loss`.
 
     Raises:
-        ValueError: for such a loss; the message names the alternatives.
+        ValueError: for such a module; the message names the remedy.
     """
-    if isinstance(module, _OTHER_TARGETS):
+    of_classes = isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss))
+    of_numbers = isinstance(module, _OTHER_TARGETS)
+    if (of_numbers and loss.has_classes) or (of_classes and not loss.has_classes and loss.rowwise):
         raise ValueError(
-            f"the loss to take labels from should have a class for each sample as its target, as nn.CrossEntropyLoss "
-            f"has. Found {type(module).__name__}. {NO_CLASSES}"
+            f"the loss to watch should have the targets of the loss that scores are made of. Found "
+            f"{type(module).__name__}: build the monitor with it as `loss=` (docs/tasks.md)."
         )
 
 
-def labels_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the class indices given to the model as `labels=`, or under "labels" in a batch that is a mapping."""
+def labels_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, classes: bool) -> Tensor | None:
+    """Return the targets given to the model as `labels=`, or under "labels" in a batch that is a mapping.
+
+    Args:
+        args: the model's arguments.
+        kwargs: the model's keyword arguments.
+        classes: whether targets are class indices, which no floats or bools are.
+    """
     batches = [kwargs, *(value for value in args[:1] if isinstance(value, Mapping))]
     for batch in batches:
         for key in _KEYS:
             value = batch.get(key)
-            if isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool:
+            if isinstance(value, Tensor) and not (
+                classes and (value.is_floating_point() or value.dtype == torch.bool)
+            ):
                 return value.detach().clone()
     return None
 
 
-def labels_of_loss(args: tuple[Any, ...], kwargs: Mapping[str, Any], reduce: str | None) -> Tensor | None:
-    """Return the target of a loss call `(logits, target)`.
-
-    Raises:
-        ValueError: for soft targets, unless `reduce` is "argmax".
-    """
+def labels_of_loss(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return a copy of the target of a loss call `(prediction, target)`."""
     target = args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("labels"))
-    if not isinstance(target, Tensor):
-        return None
-    several = target.dim() > 1 and target.shape[-1] > 1 and target.is_floating_point()
-    if not several:
-        return target.detach().clone()
-    if reduce == "argmax":
-        return target.detach().argmax(-1)
-    raise ValueError(
-        "the watched loss needs class indices as its target. Found soft targets of shape "
-        f"{tuple(target.shape)}: pass reduce='argmax' to watch_loss, or monitor.observe(labels)."
-    )
+    return target.detach().clone() if isinstance(target, Tensor) else None

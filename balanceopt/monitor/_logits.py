@@ -25,9 +25,12 @@ class UnimodalLogits(ABC):
         name: name of the kind in `stats()` and `repr`.
         features: layout from the encoders' outputs to the head.
         columns: each modality's columns of a linear head's weight, as shown by passes; empty for other heads.
+        are_parts: whether the logits of the modalities are parts of a sum, which are no predictions in regression
+            unless centred.
     """
 
     name: str
+    are_parts = False
 
     def __init__(self, features: Features) -> None:
         self.features = features

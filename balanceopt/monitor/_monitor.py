@@ -21,13 +21,14 @@ from balanceopt._options import (
 )
 from balanceopt._torch import holds_compiled_code, is_compiled
 from balanceopt.distributed import Group, check_group
+from balanceopt.functional import LossFunction, as_loss
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
 from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._choice import choose_logits
 from balanceopt.monitor._features import Features, Select
 from balanceopt.monitor._forward import Pass, Traces
 from balanceopt.monitor._hooks import Hooks
-from balanceopt.monitor._labels import Labels
+from balanceopt.monitor._labels import Labels, refuse_loss
 from balanceopt.monitor._labels import LabelSource as LabelSource
 from balanceopt.monitor._logits import UserScores
 from balanceopt.monitor._module_hooks import Hook, remove_hooks
@@ -35,6 +36,7 @@ from balanceopt.monitor._refusals import refuse_model
 from balanceopt.monitor._scorer import Scorer
 from balanceopt.monitor._scores import ScoreBuffer
 from balanceopt.monitor._silence import why_silent
+from balanceopt.monitor._zero_out import Fill
 
 
 class ModalityMonitor:
@@ -97,19 +99,21 @@ class ModalityMonitor:
         encoders: Encoders,
         head: nn.Module | str | Mapping[str, nn.Module | str] | None = None,
         *,
+        loss: nn.Module | LossFunction | None = None,
         scores: str | UserScores = "auto",
-        labels: LabelSource | nn.Module = "auto",
+        labels: LabelSource = "auto",
         train_only: bool = True,
         group: Group = None,
         select: Select | None = None,
         slices: Mapping[str, slice] | None = None,
+        fill: Literal["auto", "zero", "mean"] = "auto",
         ignore_index: int = -100,
         strict: bool = False,
     ) -> None:
         check_kind("`model`", model, nn.Module, "the model, a torch.nn.Module")
         refuse_model(model)
-        if not isinstance(labels, nn.Module):
-            check_choice("labels", labels, get_args(LabelSource), other=", or a loss module")
+        check_choice("labels", labels, get_args(LabelSource))
+        check_choice("fill", fill, ("auto", "zero", "mean"))
         check_flag("train_only", train_only)
         check_group(group)
         check_count("ignore_index", ignore_index, at_least=None)
@@ -125,12 +129,14 @@ class ModalityMonitor:
         )
         self.head = resolve_head(self.model, self.encoders, head)
         self.group = group
+        self.loss = loss
         self._options: dict[str, Any] = {
             "scores": scores,
-            "labels": "loss" if isinstance(labels, nn.Module) else labels,
+            "labels": labels,
             "train_only": train_only,
             "select": select or {},
             "slices": slices,
+            "fill": fill,
             "ignore_index": ignore_index,
             "strict": strict,
         }
@@ -138,8 +144,8 @@ class ModalityMonitor:
         finalize(self, remove_hooks, self.hooks.handles).atexit = False
         try:
             self.hooks.watch()
-            if isinstance(labels, nn.Module):
-                self.watch_loss(labels)
+            if isinstance(loss, nn.Module) and self.head is not None and self.labels.allows("loss"):
+                self.watch_loss(loss)
         except BaseException:  # a module that refuses hooks, such as a scripted module, or an interrupt
             self.remove()
             raise
@@ -152,18 +158,22 @@ class ModalityMonitor:
         train_only: bool,
         select: Select,
         slices: Mapping[str, slice] | None,
+        fill: str,
         ignore_index: int,
         strict: bool,
     ) -> None:
         """Build the monitor's parts without registering hooks."""
-        self.labels = Labels(labels, ignore_index)
+        form = as_loss(self.loss, ignore_index)
+        self.labels = Labels(labels, ignore_index, form)
         self.features = Features(self.encoders, select, apart=self.head is not None)
         answers = Answers()
-        self.unimodal = choose_logits(scores, self.model, self.head, slices, self.features, answers)
+        filling: Fill = "mean" if fill == "mean" or (fill == "auto" and form.scale_free) else "zero"
+        self.unimodal = choose_logits(scores, self.model, self.head, slices, self.features, answers, filling)
         self._scorer = Scorer(
             self.unimodal,
             self.features,
             self.labels,
+            form,
             Traces(self.model, self.encoders, self.head),
             strict=strict,
         )
@@ -239,24 +249,24 @@ class ModalityMonitor:
             if not fits(value):
                 raise TypeError(f"{option}[{name!r}] should be {what}. Found {shown(value)}.")
 
-    def watch_loss(self, module: nn.Module, *, reduce: Literal["argmax"] | None = None) -> Hook:
-        """Read labels and `ignore_index` from the calls `(logits, labels)` of a loss module.
+    def watch_loss(self, module: nn.Module) -> Hook:
+        """Read targets, and the `ignore_index`, from the calls `(prediction, target)` of a loss module.
+
+        The monitor's `loss=`, if a module, is watched already.
 
         Args:
-            module: loss module, such as the loop's `nn.CrossEntropyLoss` instance.
-            reduce: `"argmax"` to reduce soft targets to the most probable class.
+            module: loss module, such as the loop's `nn.CrossEntropyLoss` instance, of the kind of the monitor's loss.
 
         Returns:
             Hook with `.remove()`; `remove()` of the monitor removes it too.
 
         Raises:
             TypeError: if `module` is no module.
-            ValueError: if `reduce` is unknown.
+            ValueError: if `module` is another kind of loss than the monitor's.
         """
         check_kind("`module`", module, nn.Module, "the loss module that the loop calls")
-        if reduce is not None:
-            check_choice("reduce", reduce, ("argmax",), other=", or None")
-        return self.hooks.watch_loss(module, reduce)
+        refuse_loss(module, self._scorer.loss)
+        return self.hooks.watch_loss(module)
 
     def reset(self) -> None:
         """Discard all scores that no step has used, for loops that call `model.zero_grad()`."""
@@ -271,14 +281,14 @@ class ModalityMonitor:
 
     def stats(self) -> dict[str, Any]:
         """Return counts so far, of passes and of label sources, and the kind of uni-modal logits."""
-        seen, recovery = self._scorer.seen.total, self._scorer.recovery
+        seen = self._scorer.seen.total
         sources = {name: seen[f"labels:{name}"] for name in get_args(LabelSource)[1:]}
         return {
             "scores": None if self.unimodal is None else self.unimodal.name,
             "passes": seen["passes"],
             "passes_without_scores": seen["unscored"],
             "labels": {name: count for name, count in sources.items() if count},
-            "recovered_labels": {"rows": 0, "ambiguous": 0} if recovery is None else recovery.counts(),
+            "recovered_labels": self._scorer.targets.recovered(),
             "missing": {name: seen[f"missing:{name}"] for name in self.modalities},
         }
 
@@ -322,7 +332,7 @@ class ModalityMonitor:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles (EMA, SWA) have no hooks, as after `remove()`, since hooks belong to the original.
-        names = ("model", "encoders", "modalities", "head", "group", "_was_compiled", "_options")
+        names = ("model", "encoders", "modalities", "head", "group", "loss", "_was_compiled", "_options")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ class PerHead(UnimodalLogits):
     """Uni-modal logits as the outputs of the modalities' heads, each with the head's full bias."""
 
     name = "per-head"
+    are_parts = True
 
     def __init__(self, heads: Mapping[str, nn.Module], features: Features, answers: Answers) -> None:
         """Prepare for `heads`, one for each modality."""

@@ -1,4 +1,4 @@
-"""Labels and the gradient at the logits: labels recovered from the gradient, and given labels checked against it."""
+"""Targets and the gradient at the logits: labels recovered from the gradient, and given targets checked against it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts, on_host
 from balanceopt._warnings import WarnOnce, warn_user
-from balanceopt.functional import INVALID, Targets, recover_labels
+from balanceopt.functional import INVALID, recover_labels
 
 # Under plain cross-entropy no row has two negative gradients; this part of the rows may have by rounding.
 _AMBIGUOUS_PART = 0.01
@@ -28,8 +28,8 @@ CHANGED_AFTER = (
     "makes those of the loss, such as the model itself"
 )
 NO_CLASSES = (
-    "Regression and several labels a sample have no uni-modal score. What works there: UnimodalObjective(..., "
-    "loss=...) called in the loop, and re-learning where samples have a class too."
+    "For regression, several labels a sample and other losses build the monitor with `loss=`, the loss of your loop "
+    "(docs/tasks.md)."
 )
 # Fewer rows may come from one mixed batch (mixup); a loss inside the model mixes no samples.
 _FEWEST_ROWS, _FEWEST_ROWS_OF_MODEL = 32, 4
@@ -70,7 +70,9 @@ class Recovery:
             usable = torch.isfinite(largest) & (largest > 0)
             graded |= usable
             if single:
-                foreign |= unknown & usable & off_residual(gradient, logits, read.labels)
+                foreign |= (
+                    unknown & usable & off_residual(gradient, logits, read.labels.unsqueeze(1)).squeeze(1)
+                )
             else:
                 foreign |= unknown & usable & _off_softmax(g, logits, read.labels, read.ambiguous)
         self._classes, self._single = pairs.shape[-1], single
@@ -139,17 +141,17 @@ def of_two_classes(gradient: Tensor) -> Tensor:
 
 
 def off_residual(gradient: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mark the rows `(N,)` of a gradient `(N, 1)` unlike `s (sigmoid(logit) - label)` with one s for each class.
+    """Mark the entries `(N, L)` of a gradient unlike `s (sigmoid(logit) - label)` with one s for each logit and class.
 
-    A regression loss, whose residual has no sigmoid, and soft labels give such rows.
+    A regression loss, whose residual has no sigmoid, and soft labels give such entries.
     """
-    z, size = logits[:, 0].float(), gradient[:, 0].float().abs()
+    z, size = logits.float(), gradient.float().abs()
     residual = torch.where(labels == 1, -z, z).sigmoid()
     info, counted = torch.finfo(gradient.dtype), (labels != INVALID) & torch.isfinite(size)
     off = torch.zeros_like(counted)
     for label in (0, 1):
         own = counted & (labels == label)
-        factor = torch.where(own, size, 0).sum() / torch.where(own, residual, 0).sum().clamp(min=1e-30)
+        factor = torch.where(own, size, 0).sum(0) / torch.where(own, residual, 0).sum(0).clamp(min=1e-30)
         allowed = (
             max(_OFF_RESIDUAL, 8 * info.eps) * factor * residual + 1e-5 * factor + 2 * info.smallest_normal
         )
@@ -170,11 +172,12 @@ class Agreement:
 
     Attributes:
         refuted: whether the gradient has refuted the `labels=` given to the model.
+        shift: whether the model compares each position with the label of the next one, as causal language models do.
     """
 
     def __init__(self, *, recovers: bool) -> None:
         """Accept labels from any source; with `recovers` the gradient may replace the labels given to the model."""
-        self.refuted = False
+        self.refuted = self.shift = False
         self._recovers = recovers
         self._counts: dict[str, DeferredCounts] = {}
         self._graded = DeferredCounts(("graded",), _refuse_graded)
@@ -196,42 +199,71 @@ class Agreement:
         return labels.long()
 
     def compare(
-        self, source: str, targets: Targets, gradients: Sequence[Tensor], logits: Tensor, shape: torch.Size
+        self,
+        source: str,
+        labels: Tensor,
+        valid: Tensor,
+        gradients: Sequence[Tensor],
+        logits: Tensor,
+        *,
+        positions: bool,
     ) -> None:
-        """Count the rows of a pass whose class indices, of this `shape`, contradict the gradients `(N, C)`.
+        """Count the rows `(N,)` of a pass whose class indices contradict the gradients `(N, C)`.
+
+        Args:
+            source: source of the labels.
+            labels: class indices `(N,)`.
+            valid: bool `(N,)`, rows that count.
+            gradients: gradients at the logits, one for each backward.
+            logits: joint logits `(N, C)`.
+            positions: whether neighbouring rows are positions of one sample.
 
         Raises:
-            RuntimeError: if most rows so far contradict their labels, and the gradient may not replace the labels.
+            RuntimeError: if most rows so far contradict their labels, and neither a shift nor the gradient may replace
+                the labels.
         """
-        if targets.index is None or not gradients:
-            return
         top = two_classes(logits).argmax(1, keepdim=True)
-        index = targets.index.unsqueeze(1)
+        index = labels.clamp(0, max(logits.shape[1], 2) - 1).unsqueeze(1)
         following = index.roll(-1, 0)
-        pulled, shifted, graded = (torch.zeros_like(targets.valid) for _ in range(3))
+        pulled, shifted, graded = (torch.zeros_like(valid) for _ in range(3))
         for gradient in gradients:
             g = of_two_classes(gradient)
             pulled |= (g.gather(1, index) < 0).squeeze(1)
             shifted |= (g.gather(1, following) < 0).squeeze(1)
             at_top = g.gather(1, top)
             graded |= (torch.isfinite(at_top) & (at_top != 0)).squeeze(1)
-        tells = targets.valid & graded & (index != top).squeeze(1)
+        tells = valid & graded & (index != top).squeeze(1)
         refuted = tells & ~pulled
-        if len(shape) < 2:
+        if not positions:
             shifted = torch.zeros_like(shifted)
-        if source not in self._counts:
+        first = source not in self._counts
+        if first:
             self._counts[source] = DeferredCounts(
                 ("rows", "refuted", "shifted"), partial(self._judge, source)
             )
-        self._counts[source].add(rows=tells.sum(), refuted=refuted.sum(), shifted=(refuted & shifted).sum())
+        counts = self._counts[source]
+        counts.add(rows=tells.sum(), refuted=refuted.sum(), shifted=(refuted & shifted).sum())
+        if (
+            first
+            and source == "model"
+            and positions
+            and logits.device.type != "cpu"
+            and source in self._counts
+        ):
+            # A device synchronisation once in a run, so that no step of a causal language model uses shifted labels.
+            self._judge(source, counts.read())
 
     def _judge(self, source: str, counts: dict[str, int]) -> None:
         rows, refuted = counts["rows"], counts["refuted"]
-        replaceable = source == "model" and self._recovers
-        fewest = _FEWEST_ROWS_OF_MODEL if replaceable else _FEWEST_ROWS
+        of_model = source == "model" and not self.shift
+        fewest = _FEWEST_ROWS_OF_MODEL if of_model else _FEWEST_ROWS
         if self.refuted or rows < fewest or refuted <= _REFUTED_PART * rows:
             return
         shift = counts["shifted"] > _REFUTED_PART * refuted
+        if shift and of_model:
+            self.shift = True
+            del self._counts[source]  # counts of the labels as they were given
+            return
         found = (
             f"the labels from {_WORDS[source]} are not those of the loss: the gradient at the logits contradicts them "
             f"in {refuted} of {rows} rows"
@@ -241,7 +273,7 @@ class Agreement:
                 else " (another task's labels, a second loss, mixed samples). "
             )
         )
-        if replaceable:
+        if source == "model" and self._recovers:
             self.refuted = True
             warn_user(found + "From now on labels are read from the gradient.")
             return
@@ -259,6 +291,35 @@ def _refuse_graded(counts: dict[str, int]) -> None:
             "labels of a single logit should be 0 or 1, or those of a class all smoothed by one amount. Found others: "
             f"a regression's targets? {NO_CLASSES} Of probabilities of two classes give "
             "monitor.observe(labels.round())."
+        )
+
+
+def refuse_contradicted(source: str, counts: dict[str, int]) -> None:
+    """Raise where most entries of the gradient contradict the targets of a `source`.
+
+    Raises:
+        RuntimeError: naming the source and the number of entries.
+    """
+    rows, refuted = counts["rows"], counts["refuted"]
+    if rows >= _FEWEST_ROWS and refuted > _REFUTED_PART * rows:
+        raise RuntimeError(
+            f"the targets from {_WORDS[source]} are not those of the loss: the gradient at the logits has the other "
+            f"sign than prediction - target in {refuted} of {rows} entries (another task's targets, a second loss, a "
+            "sum over the loss's sign). Give the targets of the head's output by monitor.observe(targets)."
+        )
+
+
+def refuse_foreign(counts: dict[str, int]) -> None:
+    """Raise where too many rows of a gradient are not those of hard labels under a binary cross-entropy.
+
+    Raises:
+        RuntimeError: naming the number of rows.
+    """
+    if counts["foreign"] > _FOREIGN_PART * counts["rows"]:
+        raise RuntimeError(
+            "labels are read from the gradient at the logits, which should be that of a binary cross-entropy of hard "
+            f"labels: for each label a common factor times sigmoid(logit) - label. {counts['foreign']} of "
+            f"{counts['rows']} rows are not: soft labels, sample weights, a second loss, or {CHANGED_AFTER}. {_CURE}"
         )
 
 

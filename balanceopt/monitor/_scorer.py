@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from weakref import WeakSet
 
 import torch
@@ -13,15 +12,16 @@ from balanceopt._pooling import as_real, samples_in
 from balanceopt._torch import parameters_of, version_of
 from balanceopt._undo import Undo
 from balanceopt._warnings import warn_user
-from balanceopt.functional import INVALID, Targets, as_targets, feature_entropy, row_scores
+from balanceopt.functional import KeptPredictions, Loss, feature_entropy
+from balanceopt.monitor._answers import in_output_shape
 from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass, Traces
 from balanceopt.monitor._labels import Labels
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._module_hooks import FunctionalHooks
-from balanceopt.monitor._recovery import CHANGED_AFTER, Agreement, Recovery, two_classes
-from balanceopt.monitor._scores import ScoreBuffer, Scores
+from balanceopt.monitor._scores import Kept, ScoreBuffer, Sums
 from balanceopt.monitor._silence import Seen
+from balanceopt.monitor._targets import pass_targets
 
 # Training forwards without a call of an encoder before the user is told.
 _UNCALLED = 10
@@ -36,7 +36,8 @@ class Scorer:
         seen: counts of events.
         undo: restores what scoring changes temporarily; empty between passes, except after two interrupts.
         hooks: tells which hooks on modules are part of the model's function.
-        recovery: recovers labels from gradients; None if the user's `labels` excludes recovery.
+        loss: the loss that scores are made of.
+        targets: the targets of passes.
         buffers: score buffers, one for each consumer.
     """
 
@@ -45,17 +46,18 @@ class Scorer:
         unimodal: UnimodalLogits | None,
         features: Features,
         labels: Labels,
+        loss: Loss,
         traces: Traces,
         *,
         strict: bool,
     ) -> None:
-        """Prepare scoring by `unimodal` logits and `labels`; `strict` raises where labels are doubtful."""
+        """Prepare scoring by the `loss` of `unimodal` logits; `strict` raises where labels are doubtful."""
         self.modalities = tuple(features.encoders)
         self.unimodal = unimodal
         self.features = features
         self.labels = labels
-        self.recovery = Recovery(strict=strict) if labels.recovers else None
-        self._agreement = Agreement(recovers=labels.recovers)
+        self.loss = loss
+        self.targets = pass_targets(labels, loss, strict=strict)
         self._traces = traces
         self.classes: int | None = None
         self.seen = Seen()
@@ -143,34 +145,83 @@ class Scorer:
                 buffer.add(current)
         current.gradients.append(gradient)
 
-    def settled(self, done: Pass) -> Scores | None:
-        """Return the pass's scores, computed once for all consumers."""
+    def settled(self, done: Pass) -> Sums | Kept | None:
+        """Return what a pass adds to the scores, computed once for all consumers; None for no logits or targets."""
         done.closed = True
-        self._settle(done)
-        done.unimodal, done.logits = None, None
-        done.gradients.clear()
+        if not done.settled:
+            done.settled = True
+            done.sums = self._settle(done)
+            if done.sums is None:
+                self.seen.note("unscored")
+            else:
+                self.seen.note(f"labels:{done.label_source}")
+                self.seen.note_score()
+            done.unimodal, done.logits = None, None
+            done.gradients.clear()
         return done.sums
 
-    def _settle(self, done: Pass) -> None:
-        if done.settled:
-            return
-        done.settled = True
-        self._refuse_misfit(done)
-        ignore = self.labels.ignore_index if done.ignore_index is None else done.ignore_index
-        done.sums = settle(done, self.modalities, ignore, self.recovery, self._agreement)
-        if done.sums is not None:
-            self.seen.note(f"labels:{done.label_source}")
-            self.seen.note_score()
-        else:
-            self.seen.note("unscored")
+    def nothing(self, outputs: int, device: torch.device) -> Sums | Kept:
+        """Return what a rank without a pass, whose head has so many `outputs`, adds to the scores of the others."""
+        nobody = torch.zeros(len(self.modalities), 0, dtype=torch.float32, device=device)
+        logits = nobody.unsqueeze(2).expand(-1, -1, outputs)
+        target = logits[0, :, 0].long() if self.loss.has_classes else logits[0]
+        return self._sums(logits, target, logits[0], nobody.bool(), nobody)
 
-    def _refuse_misfit(self, done: Pass) -> None:
-        """Read labels from the gradient if the model's `labels=` are not the class indices of the loss."""
-        if done.label_source != "model" or done.labels is None or done.logits is None:
-            return
-        misfit = self._agreement.refuted or done.labels.numel() != done.logits.shape[0]
-        if misfit and self.recovery is not None:
-            done.labels, done.label_source = None, "gradient"
+    @torch.no_grad()
+    def _settle(self, done: Pass) -> Sums | Kept | None:
+        if not done.unimodal or done.logits is None:
+            return None
+        target = self.targets.of(done)
+        if target is None:
+            return None
+        _refuse_partial(done)
+        rows, absent = len(done.logits), torch.zeros_like(done.logits, dtype=torch.float32)
+        samples = done.samples if done.samples and rows % done.samples == 0 else max(rows, 1)
+        logits = torch.stack([done.unimodal.get(name, absent) for name in self.modalities])
+        everyone = torch.ones(samples if rows else 0, dtype=torch.bool, device=logits.device)
+        counted = everyone if done.counted is None else done.counted.view(len(everyone), -1).any(1)
+        present = [
+            _by_sample(done.present.get(name, everyone), everyone) & counted
+            if name in done.unimodal
+            else ~everyone
+            for name in self.modalities
+        ]
+        valid = target != self.labels.ignore_index if self.loss.has_classes and target.dim() == 1 else None
+        entropy = [
+            _by_sample(_entropies(name, done), everyone, valid)
+            if name in done.entropies
+            else torch.zeros_like(everyone, dtype=torch.float32)
+            for name in self.modalities
+        ]
+        if self.loss.rowwise:
+            logits, target, joint = (_of_samples(x, len(everyone)) for x in (logits, target, done.logits))
+        else:
+            logits, joint = in_output_shape(logits, done), in_output_shape(done.logits, done)
+        return self._sums(logits, target, joint, torch.stack(present), torch.stack(entropy))
+
+    def _sums(
+        self, logits: Tensor, target: Tensor, joint: Tensor, present: Tensor, entropy: Tensor
+    ) -> Sums | Kept:
+        """Return what samples add to the scores.
+
+        Args:
+            logits: uni-modal logits `(M, B, C, ...)`.
+            target: the loss's target.
+            joint: joint logits `(B, C, ...)`.
+            present: bool `(M, B)`, the samples that count for each modality.
+            entropy: feature entropies `(M, B)`.
+        """
+        loss = self.loss
+        if loss.scale_free:
+            centred = self.unimodal is not None and self.unimodal.are_parts and loss.centred(target)
+            kept = KeptPredictions.of(logits, target, joint.float() if centred else None, present)
+            return Kept(kept, (entropy,), loss)
+        measured = loss.measure(logits, target, present)
+        parts = torch.stack(
+            [torch.exp(-measured.values), torch.ones_like(measured.values), measured.values, entropy]
+        )
+        score, count, total, entropies = torch.where(measured.valid & present, parts, 0).sum(-1)
+        return Sums(score, count, total, entropies, measured.parts, loss)
 
     def discard(self) -> None:
         """Discard the scores of cleared gradients, which no step will use."""
@@ -186,77 +237,6 @@ class Scorer:
             buffer.discard()
 
 
-@torch.no_grad()
-def settle(
-    done: Pass,
-    modalities: Sequence[str],
-    ignore_index: int,
-    recovery: Recovery | None,
-    agreement: Agreement,
-) -> Scores | None:
-    """Return the scores of a pass that backward has reached; None for a pass without uni-modal logits or labels.
-
-    Raises:
-        ValueError: if given labels don't fit the logits.
-        RuntimeError: if the gradients contradict given labels, or recovered labels are too doubtful.
-    """
-    if not done.unimodal or done.logits is None:
-        return None
-    targets = None
-    if done.labels is not None:
-        targets = _given(done, ignore_index, agreement)
-        agreement.compare(done.label_source, targets, done.gradients, done.logits, done.labels.shape)
-        if done.label_source == "model" and agreement.refuted:
-            targets, done.label_source = None, "gradient"
-    if targets is not None:
-        return _sums(done, targets, modalities)
-    if done.gradients and recovery is not None:
-        labels = recovery.labels(done.gradients, done.logits)
-        return _sums(done, as_targets(labels, max(done.logits.shape[-1], 2), INVALID), modalities)
-    return None
-
-
-def _given(done: Pass, ignore_index: int, agreement: Agreement) -> Targets:
-    assert done.labels is not None and done.logits is not None
-    rows, classes = done.logits.shape
-    labels = done.labels.to(done.logits.device)
-    if classes == 1:
-        labels, classes = agreement.binary(labels, ignore_index), 2
-    soft = labels.is_floating_point() and labels.dim() > 1
-    per_row = labels.flatten(0, -2) if soft else labels.flatten()
-    if per_row.shape[0] != rows:
-        raise ValueError(
-            f"labels from {done.label_source} should have one entry for each of the {rows} rows of the logits. "
-            f"Found shape {tuple(labels.shape)}. Likely causes: labels of another batch, or {CHANGED_AFTER}."
-        )
-    return as_targets(per_row, classes, ignore_index)
-
-
-def _sums(done: Pass, targets: Targets, modalities: Sequence[str]) -> Scores:
-    """Compute scores, cross-entropies, entropies and counts of all modalities in batched operations."""
-    assert done.unimodal is not None
-    absent = torch.zeros_like(next(iter(done.unimodal.values())))
-    logits = two_classes(torch.stack([done.unimodal.get(name, absent) for name in modalities]))
-    rows = logits.shape[1]
-    everyone, nothing = torch.ones_like(targets.valid), logits.new_zeros(rows)
-    present = [
-        _by_row(done.present.get(name, everyone), rows, logits) if name in done.unimodal else ~everyone
-        for name in modalities
-    ]
-    _refuse_partial(done)
-    valid = targets.valid & torch.stack(present)
-    entropy = torch.stack(
-        [
-            _by_row(_by_sample(name, done), rows, logits) if name in done.entropies else nothing
-            for name in modalities
-        ]
-    )
-    score, log_likelihood = row_scores(logits, targets)
-    parts = torch.stack([score, torch.ones_like(score), -log_likelihood, entropy])
-    sums = torch.where(valid, parts, 0).sum(-1)
-    return Scores(sums[0], sums[1], sums[2], sums[3], targets.class_counts())
-
-
 def _refuse_partial(done: Pass) -> None:
     """Raise if an encoder's number of rows fits neither the batch nor the samples that have its modality."""
     for name, rows in done.rows.items():
@@ -267,7 +247,17 @@ def _refuse_partial(done: Pass) -> None:
             )
 
 
-def _by_sample(name: str, done: Pass) -> Tensor:
+def _of_samples(rows: Tensor, samples: int) -> Tensor:
+    """Reshape rows `(..., N, C)` or `(N,)` to `(..., B, C)` or `(B,)`, with the positions of a sample, if any, last."""
+    if rows.dim() == 1:
+        return rows if len(rows) == samples else rows.view(samples, -1)
+    if rows.shape[-2] == samples:
+        return rows
+    positions: Tensor = rows.unflatten(-2, (samples, -1))
+    return positions.movedim(-1, -2)
+
+
+def _entropies(name: str, done: Pass) -> Tensor:
     """Return a modality's feature entropies for all samples, 0 for samples on which its encoder did not run."""
     values, present = done.entropies[name], done.present.get(name)
     if present is None or done.samples is None or len(values) >= done.samples:
@@ -277,14 +267,25 @@ def _by_sample(name: str, done: Pass) -> Tensor:
     return spread
 
 
-def _by_row(per_sample: Tensor, rows: int, like: Tensor) -> Tensor:
-    """Repeat each sample's value for the sample's rows (several where logits have positions)."""
-    per_sample = per_sample.to(like.device)
-    if per_sample.shape[0] == rows:
-        return per_sample
-    if per_sample.shape[0] == 0 or rows % per_sample.shape[0]:
+def _by_sample(values: Tensor, samples: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return one value for each of the `samples` `(B,)`, from values of samples or of their positions.
+
+    Flags hold for a sample if they hold for all of its positions; numbers are averaged over its `valid` positions.
+
+    Raises:
+        ValueError: for a number of values that is no multiple of the number of samples.
+    """
+    values = values.to(samples.device)
+    if len(values) == len(samples):
+        return values
+    if not len(samples) or len(values) % len(samples):
         raise ValueError(
-            f"`present` should have one entry for each sample, a divisor of the {rows} rows. "
-            f"Found {per_sample.shape[0]}."
+            f"`present` should have one entry for each of the {len(samples)} samples. Found {len(values)}."
         )
-    return per_sample.repeat_interleave(rows // per_sample.shape[0])
+    by_position = values.view(len(samples), -1)
+    if values.dtype == torch.bool:
+        return by_position.all(1)
+    if valid is None or valid.numel() != values.numel():
+        return by_position.mean(1)
+    counted = valid.view_as(by_position)
+    return torch.where(counted, by_position, 0).sum(1) / counted.sum(1).clamp(min=1)

@@ -1,16 +1,17 @@
-"""Scores as sums over samples, micro-batches and ranks, and the buffers that accumulate scores."""
+"""Scores of a step, the sums that scores are made of, and the buffers that accumulate sums over passes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from balanceopt.distributed import Group, sum_over_ranks
-from balanceopt.functional import significance_from_sums
+from balanceopt._deferred import on_host
+from balanceopt.distributed import Group, active_group, concatenate_over_ranks, sum_over_ranks
+from balanceopt.functional import KeptPredictions, Loss, as_loss, significance_from_baseline
 from balanceopt.modality import unwrap
 
 if TYPE_CHECKING:
@@ -18,27 +19,31 @@ if TYPE_CHECKING:
     from balanceopt.monitor._monitor import ModalityMonitor
     from balanceopt.monitor._scorer import Scorer
 
+_CROSS_ENTROPY = as_loss(None)
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over samples, float32, for M modalities and C classes.
+    """Sums over samples, float32 or wider, for M modalities. A sample counts once, whatever its number of positions.
 
     Attributes:
-        score: `(M,)` sum of the true class's probability in [0, 1] from each modality alone.
-        count: `(M,)` number of samples in which the modality was present and the label valid.
-        cross_entropy: `(M,)` uni-modal cross-entropy, nats.
+        score: `(M,)` sum of the samples' scores in [0, 1]: for cross-entropy the true class's probability from each
+            modality alone.
+        count: `(M,)` number of samples in which the modality was present and the target valid.
+        cross_entropy: `(M,)` uni-modal losses: nats for cross-entropies, multiples of the best constant prediction's
+            loss for losses without a scale of their own.
         feature_entropy: `(M,)` entropy of the softmax over the features, nats; 0 unless a consumer needs entropies.
-        label_counts: `(C,)` number of samples of each class.
+        parts: sums from which `loss` makes the best constant prediction's loss; for cross-entropy `(C,)`, the number of
+            samples of each class.
+        loss: the monitor's loss.
     """
 
     score: Tensor
     count: Tensor
     cross_entropy: Tensor
     feature_entropy: Tensor
-    label_counts: Tensor
-
-    def __add__(self, other: Scores) -> Scores:
-        return Scores(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    parts: Tensor
+    loss: Loss = _CROSS_ENTROPY
 
     @property
     def mean_score(self) -> Tensor:
@@ -58,38 +63,104 @@ class Scores:
 
     @property
     def mean_cross_entropy(self) -> Tensor:
-        """`(M,)` mean uni-modal cross-entropy, nats, over the samples with the modality; 0 without such samples."""
+        """`(M,)` mean uni-modal loss over the samples with the modality; 0 without such samples."""
         return self.cross_entropy / self.count.clamp(min=1)
 
+    @property
+    def label_counts(self) -> Tensor:
+        """`(C,)` number of samples of each class, for cross-entropy; empty for other losses."""
+        return self.parts if self.loss.has_classes else self.parts[:0]
+
+    @property
+    def baseline(self) -> Tensor:
+        """Loss of the best constant prediction, 0-d, in the unit of `cross_entropy`."""
+        return torch.ones_like(self.score[0]) if self.loss.scale_free else self.loss.baseline(self.parts)
+
     def significance(self, offset: float) -> Tensor:
-        """Return the mutual-information rate `(M,)` (functional.modal_significance)."""
-        return significance_from_sums(
-            self.cross_entropy, self.feature_entropy, self.label_counts, self.count, offset
+        """Return the mutual-information rate `(M,)` (functional.significance_from_baseline)."""
+        return significance_from_baseline(
+            self.cross_entropy, self.feature_entropy, self.baseline, self.count, offset
         )
-
-    def over_ranks(self, group: Group) -> Scores:
-        """Sum the scores over all ranks, in one collective."""
-        return Scores.from_flat(sum_over_ranks(self.flat(), group), self.score.numel())
-
-    def flat(self) -> Tensor:
-        """Concatenate all sums to one vector `(4 M + C,)`."""
-        return torch.cat([getattr(self, f.name) for f in fields(self)])
-
-    @classmethod
-    def from_flat(cls, flat: Tensor, modalities: int) -> Scores:
-        """Build scores from a vector that `flat` returned."""
-        m = modalities
-        return cls(*flat.split([m, m, m, m, flat.numel() - 4 * m]))
 
     @classmethod
     def zeros(cls, modalities: int, classes: int, device: torch.device) -> Scores:
         """Build scores over no samples."""
-        sizes = (modalities, modalities, modalities, modalities, classes)
-        return cls(*(torch.zeros(n, dtype=torch.float32, device=device) for n in sizes))
+        nothing, parts = (torch.zeros(n, dtype=torch.float32, device=device) for n in (modalities, classes))
+        return cls(nothing, nothing, nothing, nothing, parts)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums of passes under a loss in nats, which add over micro-batches and ranks; fields as in `Scores`."""
+
+    score: Tensor
+    count: Tensor
+    cross_entropy: Tensor
+    feature_entropy: Tensor
+    parts: Tensor
+    loss: Loss
+
+    def __add__(self, other: Sums) -> Sums:
+        score, count, cross_entropy, feature_entropy, parts = (
+            a + b for a, b in zip(self.tensors, other.tensors, strict=True)
+        )
+        return Sums(score, count, cross_entropy, feature_entropy, parts, self.loss)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The sums, without the loss."""
+        return self.score, self.count, self.cross_entropy, self.feature_entropy, self.parts
+
+    def scores(self, group: Group) -> Scores:
+        """Return the scores over all ranks, in one collective."""
+        if active_group(group) is None:
+            return Scores(*self.tensors, loss=self.loss)
+        flat = sum_over_ranks(torch.cat(self.tensors), group)
+        score, count, cross_entropy, feature_entropy, parts = flat.split([len(x) for x in self.tensors])
+        return Scores(score, count, cross_entropy, feature_entropy, parts, self.loss)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Predictions of passes under a loss whose scale is a statistic of the whole step (regression).
+
+    Attributes:
+        predictions: uni-modal predictions and targets of each micro-batch.
+        entropy: feature entropies `(M, B)` of each micro-batch.
+        loss: the monitor's loss.
+    """
+
+    predictions: KeptPredictions
+    entropy: tuple[Tensor, ...]
+    loss: Loss
+
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(self.predictions + other.predictions, self.entropy + other.entropy, self.loss)
+
+    @torch.no_grad()
+    def scores(self, group: Group) -> Scores:
+        """Return the scores over all ranks, in a collective for each statistic of the step and one for the sums."""
+        step = self.predictions.losses(
+            self.loss, partial(sum_over_ranks, group=group), partial(_concatenated, group=group)
+        )
+        entropy = torch.where(step.counted, torch.cat(self.entropy, 1), 0)
+        parts = torch.stack([x.float() for x in (step.score, step.counted, step.in_units, entropy)])
+        score, count, cross_entropy, feature_entropy = sum_over_ranks(parts.sum(-1), group)
+        return Scores(score, count, cross_entropy, feature_entropy, score.new_empty(0), self.loss)
+
+
+def _concatenated(rows: Tensor, group: Group) -> Tensor:
+    """Concatenate rows of all ranks, each with another number of rows."""
+    ranks = active_group(group)
+    if ranks is None:
+        return rows
+    counts = torch.zeros(ranks.size(), dtype=torch.int64, device=rows.device)
+    counts[ranks.rank()] = len(rows)
+    return concatenate_over_ranks(rows, sum_over_ranks(counts, group).tolist(), group)
 
 
 class ScoreBuffer:
-    """Accumulated scores of the passes that backward has reached since a consumer last took the scores.
+    """Accumulated sums of the passes that backward has reached since a consumer last took the scores.
 
     Each consumer of a monitor has a buffer, so that none takes another's scores; each pass is scored once.
     """
@@ -102,12 +173,12 @@ class ScoreBuffer:
         needs_entropy: bool,
         steps: bool,
     ) -> None:
-        """Start empty, for the scores that `scorer` makes for `monitor`; options as in `ModalityMonitor.scores`."""
+        """Start empty, for the sums that `scorer` makes for `monitor`; options as in `ModalityMonitor.scores`."""
         self.needs_entropy = needs_entropy
         self.steps = steps
         self._monitor = monitor  # a strong reference: a consumer keeps the monitor alive
         self._scorer = scorer
-        self._sums: Scores | None = None
+        self._sums: Sums | Kept | None = None
         self._latest: Pass | None = None
 
     def add(self, done: Pass) -> None:
@@ -116,15 +187,28 @@ class ScoreBuffer:
         self._latest = done
 
     def take(self) -> Scores | None:
-        """Return the scores since the last take or discard, and clear the buffer; None without scored passes."""
+        """Return the scores of all ranks since the last take or discard, and clear the buffer; a collective.
+
+        None where no rank has scored passes (on an accelerator with several ranks: scores over no samples).
+        """
         self._fold()
         sums, self._sums = self._sums, None
-        return sums
+        if active_group(self._monitor.group) is None:
+            return None if sums is None else sums.scores(False)
+        scores = (self._nothing() if sums is None else sums).scores(self._monitor.group)
+        host = on_host(scores.count)
+        return None if host is not None and not host.any() else scores
 
     def peek(self) -> Scores | None:
-        """Return the scores that the next take would return, without clearing the buffer."""
+        """Return this rank's scores since the last take or discard, without clearing the buffer."""
         self._fold()
-        return self._sums
+        return None if self._sums is None else self._sums.scores(False)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no scored pass waits for the next take."""
+        self._fold()
+        return self._sums is None
 
     def discard(self) -> None:
         """Discard the scores that were not taken."""
@@ -133,12 +217,6 @@ class ScoreBuffer:
         if self._latest is not None or self._sums is not None:
             self._scorer.seen.note("thrown")
         self._sums, self._latest = None, None
-
-    def empty(self, device: torch.device) -> Scores:
-        """Return scores over no samples, in the shapes of the other ranks' scores."""
-        head = unwrap(self._monitor.head) if isinstance(self._monitor.head, nn.Module) else None
-        outputs = self._scorer.classes or getattr(head, "out_features", None) or 1
-        return Scores.zeros(len(self._monitor.modalities), max(outputs, 2), device)
 
     def uncalled(self) -> list[str]:
         """Return the modalities whose encoder no hook has seen called."""
@@ -150,13 +228,18 @@ class ScoreBuffer:
         self.discard()
         self._scorer.buffers.discard(self)
 
+    def _nothing(self) -> Sums | Kept:
+        head = unwrap(self._monitor.head) if isinstance(self._monitor.head, nn.Module) else None
+        outputs = self._scorer.classes or getattr(head, "out_features", None) or 1
+        return self._scorer.nothing(outputs, next(self._monitor.model.parameters()).device)
+
     def _fold(self) -> None:
         done, self._latest = self._latest, None
         if done is None:
             return
         sums = self._scorer.settled(done)
         if sums is not None:
-            self._sums = sums if self._sums is None else self._sums + sums
+            self._sums = sums if self._sums is None else self._sums + sums  # type: ignore[operator]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is empty and belongs to the monitor's copy, since a pass holds a graph, which can't be copied.

@@ -34,6 +34,7 @@ class SplitHead(UnimodalLogits):
     """Uni-modal logits `W^m z^m + b / M` of a linear head over concatenated features, Eq. 8 exactly."""
 
     name = "split"
+    are_parts = True
 
     def __init__(self, head: nn.Linear, slices: Mapping[str, slice] | None, features: Features) -> None:
         """Prepare to split `head` by the user's `slices`, or by the columns that the first passes show."""

@@ -1,10 +1,11 @@
-"""Uni-modal logits of any fusion, by running the fusion again with the other modalities' features zero."""
+"""Uni-modal logits of any fusion, by running the fusion again with the other modalities' features zero or averaged."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,26 +15,35 @@ from balanceopt._torch import AFTER_FORWARD, BEFORE_FORWARD
 from balanceopt.modality import modules_outside
 from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._columns import projection_onto
-from balanceopt.monitor._features import Features
+from balanceopt.monitor._features import Features, samples_in_second
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._outputs import is_differentiable, map_tensors, tensors_in
 from balanceopt.monitor._replay import State, quieten
 
+# What stands in for the outputs of the other encoders: zeros, or their mean over the batch.
+Fill = Literal["zero", "mean"]
+
 
 class ZeroOut(UnimodalLogits):
-    """Uni-modal logits by one more run of the fusion for each modality, with the other encoders' outputs zero."""
+    """Uni-modal logits by one more run of the fusion for each modality, without the other encoders' information.
+
+    The other encoders' outputs are zero, or their mean over the batch: what the fusion sees of an average sample.
+    """
 
     name = "zero-out"
     needs_outputs = True
 
-    def __init__(self, model: nn.Module, head: nn.Module, features: Features, answers: Answers) -> None:
-        """Prepare to replay `model` from the outputs of its encoders to the output of `head`."""
+    def __init__(
+        self, model: nn.Module, head: nn.Module, features: Features, answers: Answers, fill: Fill
+    ) -> None:
+        """Prepare to replay `model` from the outputs of its encoders, others replaced by `fill`, to that of `head`."""
         super().__init__(features)
         self.model = model
         self.encoders = features.encoders
         self.head = head
         self.answers = answers
+        self.fill: Fill = fill
         self._seen_all = False
 
     @property
@@ -85,7 +95,7 @@ class ZeroOut(UnimodalLogits):
         state = State(undo, current.replayed, current.written_parameters)
         state.quieten(current.hooks)
         for name, outputs in current.outputs.items():
-            undo.set(vars(self.encoders[name]), "forward", _Cached(outputs, zero=name != alone))
+            undo.set(vars(self.encoders[name]), "forward", _Cached(outputs, self._stand_in(name, alone)))
         if self.head is not self.model:
             stop = _Stop(current.answering_call)
             hooks = vars(self.head)[AFTER_FORWARD]
@@ -108,6 +118,12 @@ class ZeroOut(UnimodalLogits):
         logits = self.answers.logits(self.head, output)
         assert logits is not None
         return self.answers.rows(self.head, logits).float()
+
+    def _stand_in(self, name: str, alone: str) -> Callable[[Tensor], Tensor]:
+        """Return the function of an encoder's output tensors that the run of modality `alone` sees."""
+        if name == alone:
+            return Tensor.clone
+        return _zeros if self.fill == "zero" else partial(_mean, samples_in_second(self.encoders[name]))
 
     def _look(self, alone: str, current: Pass) -> _Look | None:
         """Register pre-hooks that search, once, for the projection of the modality's features in the fusion."""
@@ -156,11 +172,11 @@ class _Look:
 
 
 class _Cached:
-    """Forward that returns copies of an encoder's outputs, or zeros of the same shapes, in the order of calls."""
+    """Forward that returns copies of an encoder's outputs, or what stands in for them, in the order of calls."""
 
-    def __init__(self, outputs: Sequence[Any], *, zero: bool) -> None:
+    def __init__(self, outputs: Sequence[Any], copied: Callable[[Tensor], Tensor]) -> None:
         self.outputs = outputs
-        self.copied = _zeros if zero else Tensor.clone
+        self.copied = copied
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,3 +188,11 @@ class _Cached:
 def _zeros(x: Tensor) -> Tensor:
     """Return zeros for features; copy masks and indices among an encoder's outputs."""
     return torch.zeros_like(x) if is_differentiable(x) else x.clone()
+
+
+def _mean(samples_second: bool, x: Tensor) -> Tensor:
+    """Return features averaged over the batch, in the same shape; copy masks and indices among an encoder's outputs."""
+    if not is_differentiable(x) or x.dim() == 0:
+        return x.clone()
+    dim = 1 if samples_second and x.dim() == 3 else 0
+    return x.mean(dim, keepdim=True).expand_as(x).contiguous()

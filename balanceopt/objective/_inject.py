@@ -292,7 +292,7 @@ class Injection:
             doubtful = read.ambiguous | unknown
             if current.logits is not None and current.logits.shape[-1] == 1:
                 # With two classes any gradient has a label and a factor; only differing factors show a regression.
-                doubtful |= off_residual(gradient[:, 1:], logits[:, 1:], read.labels)
+                doubtful |= off_residual(gradient[:, 1:], logits[:, 1:], read.labels.unsqueeze(1)).squeeze(1)
             return read.labels, doubtful
         if labels.numel() != rows:
             raise ValueError(

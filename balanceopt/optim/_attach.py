@@ -121,7 +121,7 @@ class AttachedModulation:
         if closure is not None:
             return closure is self._wrapped
         # Torch calls no hook after an exception; new scores then show that this is another step.
-        return self._depth > 0 and self._engine.accumulator.peek() is None
+        return self._depth > 0 and self._engine.accumulator.is_empty
 
     def _discarding_zero_grad(self, set_to_none: bool = True) -> None:
         if not self._engine.removed:

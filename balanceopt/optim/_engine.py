@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanceopt._deferred import on_host
 from balanceopt._method import Listener
 from balanceopt._options import shown
 from balanceopt._sharding import local_part
 from balanceopt._torch import holds_compiled_code
 from balanceopt._warnings import warn_user
-from balanceopt.distributed import active_group, sum_over_ranks
+from balanceopt.distributed import sum_over_ranks
 from balanceopt.modulation import Modulation, Slot, StepContext, UpdateScaling
 from balanceopt.monitor import ModalityMonitor, Scores, compiled_before
 from balanceopt.optim._checks import (
@@ -197,7 +196,7 @@ class Engine:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _act(self) -> None:
         """Modulate the gradients, count the step."""
-        scores = self._take()
+        scores = self.accumulator.take()
         slots, gradients = self._owners.slots()
         if scores is not None and not gradients:
             self._health.warn(
@@ -250,17 +249,6 @@ class Engine:
         for name in self.accumulator.uncalled():
             if holds_compiled_code() and self._any_nonzero(slot.grad for slot in slots.get(name, ())):
                 raise RuntimeError(f"{compiled_before(name)} Until then its modality is not balanced.")
-
-    def _take(self) -> Scores | None:
-        """Return the step's scores, summed over micro-batches and ranks; None where no rank has any."""
-        scores = self.accumulator.take()
-        if active_group(self.monitor.group) is None:
-            return scores
-        if scores is None:
-            scores = self.accumulator.empty(device_of(self.optimizer))
-        total = scores.over_ranks(self.monitor.group)
-        host = on_host(total.count)
-        return None if host is not None and not host.any() else total
 
     def _any_nonzero(self, gradients: Iterable[Tensor]) -> bool:
         # A device synchronisation is acceptable, because steps without scores are exceptional. The sum over ranks makes

@@ -18,7 +18,8 @@ _EQUAL = 1e-6
 _ODDITIES = {
     "unusable_scores": "scores are not finite, all zero, or of fewer than two modalities: the step was left to the "
     "base optimizer. stats() counts such steps apart from modulated ones; a fusion that divides by the norm of its "
-    "features makes NaN of zeroed ones.",
+    "features makes NaN of zeroed ones, and regression predictions many spreads of the targets away from these score "
+    "0 (standardise the targets, or start from their mean as the head's bias).",
     "nonfinite_gradients": "gradients that are not finite were left as they are. stats() counts them.",
 }
 # Private counters, beside those named by methods.
@@ -92,7 +93,8 @@ class Health:
         counts = {**counts, _SCORED: torch.ones_like(unusable), "unusable_scores": unusable}
         if self._strict and not self._telling:
             # Logits without information about the sample give every class the same probability 1 / C.
-            equal = ((scores.mean_score * scores.label_counts.numel() - 1).abs() < _EQUAL).all()
+            classes = scores.label_counts.numel()  # 0 for losses without classes
+            equal = ((scores.mean_score * classes - 1).abs() < _EQUAL).all() & (classes > 0)
             counts |= {_TELLING: ~equal, _EQUAL_STEPS: equal}
         self._counts.add(**counts)
         seen = self._counts.arrived()

@@ -16,7 +16,7 @@ from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_count, check_entries, check_kind, check_number, shown
 from balanceopt._random import generator_for, mixed
 from balanceopt._warnings import WarnOnce, warn_user
-from balanceopt.distributed import active_group, rank_in, sum_over_ranks
+from balanceopt.distributed import rank_in, sum_over_ranks
 from balanceopt.functional import RatioReduction, discrepancy_ratio, drop_probability
 from balanceopt.monitor import (
     CallWatch,
@@ -143,14 +143,12 @@ class OPM(ForwardMethod):
 
     def update(self) -> None:
         """Update q from the pending scores before the next training forward; a collective of all ranks."""
-        sums, self._pending = self._waiting(), None
-        if self._scores is not None:
-            self._scores.discard()
-        if active_group(self.monitor.group) is not None:
-            if sums is None:
-                device = next(self.monitor.model.parameters()).device
-                sums = torch.zeros(2, len(self._q), dtype=torch.float32, device=device)
-            sums = sum_over_ranks(sums, self.monitor.group)
+        scores = None if self._scores is None else self._scores.take()
+        sums = None if scores is None else torch.stack([scores.score, scores.count])
+        if self._pending is not None:  # of a checkpoint, which every rank has loaded
+            pending = self._pending.to(next(self.monitor.model.parameters()).device)
+            pending, self._pending = sum_over_ranks(pending, self.monitor.group), None
+            sums = pending if sums is None else pending + sums
         host_value = None if sums is None else on_host(sums)
         if sums is None or (host_value is not None and not host_value[1].any()):
             self._silent += 1

@@ -61,7 +61,9 @@ def test_beside_another_method_both_act(method: Method):
 
 @pytest.mark.parametrize("method", _METHODS)
 def test_beside_another_method_each_score_is_made_once(method: Method):
-    with mock.patch.object(_scorer, "settle", side_effect=_scorer.settle) as settle:
+    with mock.patch.object(
+        _scorer.Scorer, "_settle", autospec=True, side_effect=_scorer.Scorer._settle
+    ) as settle:
         _, modulator, _ = trained(modulation=method.make(), q_base=0.5)
     assert modulator is not None
     assert settle.call_count == STEPS

@@ -595,7 +595,7 @@ ROWS: dict[str, Row] = {
     "watch_loss": Row(
         lambda world, **given: world.monitor.watch_loss(**given).remove(),
         bo.ModalityMonitor.watch_loss,
-        {"module": [None, 3, F.cross_entropy, nn.CrossEntropyLoss], "reduce": ["mean", 3, True]},
+        {"module": [None, 3, F.cross_entropy, nn.CrossEntropyLoss]},
         lambda world: {"module": nn.CrossEntropyLoss()},
     ),
     "modality_groups": Row(

@@ -31,6 +31,25 @@ class Spy:
         self.gradients.append(gradient)
 
 
+def flat(scores: Scores) -> Tensor:
+    """All sums in one tensor."""
+    return torch.cat(
+        [scores.score, scores.count, scores.cross_entropy, scores.feature_entropy, scores.label_counts]
+    )
+
+
+def added(a: Scores, b: Scores) -> Scores:
+    """The scores of two passes together."""
+    return Scores(
+        a.score + b.score,
+        a.count + b.count,
+        a.cross_entropy + b.cross_entropy,
+        a.feature_entropy + b.feature_entropy,
+        a.parts + b.parts,
+        a.loss,
+    )
+
+
 def step(monitor: bo.ModalityMonitor, model: Any, inputs: Sequence[Tensor], labels: Tensor) -> Scores | None:
     """One training pass; what a fresh consumer takes from it."""
     accumulator = monitor.scores()

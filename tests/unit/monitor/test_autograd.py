@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.models import Concat, Gated, SumHeads, batch, train_step, watch
-from tests.unit.monitor.helpers import Spy, sums_of, unimodal_of
+from tests.unit.monitor.helpers import Spy, flat, sums_of, unimodal_of
 
 
 @pytest.fixture(params=[Concat, SumHeads, Gated])
@@ -23,7 +23,7 @@ def model(request):
 def assert_same(found, expected):
     assert found is not None
     assert expected is not None
-    torch.testing.assert_close(found.flat(), expected.flat())
+    torch.testing.assert_close(flat(found), flat(expected))
 
 
 def test_autograd_grad(model):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tests.models import Concat, Gated, SumHeads, batch, mlp, train_step, watch, with_dropout
-from tests.unit.monitor.helpers import Spy, sums_of
+from tests.unit.monitor.helpers import Spy, added, flat, sums_of
 
 BOTH = pytest.mark.parametrize("reentrant", [False, True])
 MODELS = pytest.mark.parametrize("make", [Concat, SumHeads, Gated])
@@ -46,7 +46,7 @@ def leaves(inputs):
 def assert_same(found, expected):
     assert found is not None
     assert expected is not None
-    torch.testing.assert_close(found.flat(), expected.flat())
+    torch.testing.assert_close(flat(found), flat(expected))
 
 
 @MODELS
@@ -89,7 +89,7 @@ def test_two_forwards_before_the_backwards(make, reentrant):
         scores = monitor.scores()
         losses = [F.cross_entropy(model(*leaves(inputs)), labels) for inputs, labels in batches]
         torch.stack(losses).sum().backward()
-        assert_same(scores.take(), a + b)
+        assert_same(scores.take(), added(a, b))
         losses = [F.cross_entropy(model(*leaves(inputs)), labels) for inputs, labels in batches]
         losses[1].backward()
         assert_same(scores.take(), b)

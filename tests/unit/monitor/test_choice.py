@@ -75,7 +75,7 @@ def test_a_single_modality():
     ("options", "error", "message"),
     [
         ({"scores": "exact"}, ValueError, "or a function. Found scores = 'exact'"),
-        ({"labels": "guess"}, ValueError, "or a loss module. Found labels = 'guess'"),
+        ({"labels": "guess"}, ValueError, "Found labels = 'guess'"),
         ({"select": {"smell": lambda x: x}}, ValueError, r"Found also \['smell'\]"),
         ({"head": "nowhere"}, ValueError, "`head` should name a module of Concat"),
         ({"head": nn.Linear(8, 5)}, ValueError, "Found a Linear outside of it"),

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import balanceopt as bo
 from tests.models import Concat, Gated, SumHeads, batch, compiled, watch
-from tests.unit.monitor.helpers import Spy, sums_of
+from tests.unit.monitor.helpers import Spy, flat, sums_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own
 
@@ -49,7 +49,7 @@ def test_compiled_before_the_first_call(make, how):
         sums = scores.take()
         assert sums is not None
         assert expected is not None
-        torch.testing.assert_close(sums.flat(), expected.flat())
+        torch.testing.assert_close(flat(sums), flat(expected))
     assert len(spy.passes) == 3
     monitor.remove()
     train(runs, inputs, labels)
@@ -81,7 +81,7 @@ def test_compiled_encoders():
     found = sums_of(model, inputs, labels)
     assert found is not None
     assert expected is not None
-    torch.testing.assert_close(found.flat(), expected.flat())
+    torch.testing.assert_close(flat(found), flat(expected))
 
 
 @pytest.mark.parametrize("scores", ["auto", "split", "zero-out"])
@@ -93,7 +93,7 @@ def test_a_compiled_head(scores):
     found = sums_of(model, inputs, labels, scores=scores)
     assert found is not None
     assert expected is not None
-    torch.testing.assert_close(found.flat(), expected.flat())
+    torch.testing.assert_close(flat(found), flat(expected))
 
 
 def test_a_compiled_loss_with_a_watched_loss_module():
@@ -101,7 +101,7 @@ def test_a_compiled_loss_with_a_watched_loss_module():
     criterion = nn.CrossEntropyLoss()
     counter = CompileCounter()
     inputs, labels = batch()
-    with watch(model, labels=criterion) as monitor:
+    with watch(model, loss=criterion) as monitor:
         scores = monitor.scores()
         loss = torch.compile(lambda logits, y: criterion(logits, y), backend=counter)
         for _ in range(2):

@@ -27,7 +27,7 @@ from tests.unit.monitor.helpers import no_hooks, step
 def test_remove_leaves_no_hook(fusion):
     model = FUSIONS[fusion](3)
     criterion = nn.CrossEntropyLoss()
-    monitor = watch(model, labels=criterion)
+    monitor = watch(model, loss=criterion)
     assert monitor.hooks.active
     assert not no_hooks(model)
     inputs, labels = batch(8, 3)
@@ -203,7 +203,7 @@ def test_an_averaged_model_is_not_watched():
 
 def test_a_monitor_that_is_dropped_leaves_no_hook():
     model, criterion = Concat(), nn.CrossEntropyLoss()
-    monitor = watch(model, labels=criterion)
+    monitor = watch(model, loss=criterion)
     assert not no_hooks(model)
     train_step(model, *batch())
     del monitor
@@ -303,7 +303,7 @@ def test_an_interrupt_while_a_monitor_is_built_leaves_no_hook(make):
     built = []
 
     def build():
-        built.append(watch(model, labels=criterion))
+        built.append(watch(model, loss=criterion))
 
     lines = lines_of(build)
     built.pop().remove()

@@ -22,7 +22,7 @@ from tests.models import (
     train_step,
     watch,
 )
-from tests.unit.monitor.helpers import Spy, columns_by_hand, step, sums_of
+from tests.unit.monitor.helpers import Spy, added, columns_by_hand, flat, step, sums_of
 
 
 def loss_of(model, inputs, labels):
@@ -32,7 +32,7 @@ def loss_of(model, inputs, labels):
 def assert_sums(found, expected):
     assert found is not None
     assert expected is not None
-    torch.testing.assert_close(found.flat(), expected.flat())
+    torch.testing.assert_close(flat(found), flat(expected))
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_two_forwards_in_one_loss(model, monitor, reverse):
     scores = monitor.scores()
     losses = [loss_of(model, *b) for b in (first, second)]
     sum(reversed(losses) if reverse else losses).backward()
-    assert_sums(scores.take(), a + b)
+    assert_sums(scores.take(), added(a, b))
 
 
 def test_one_of_two_forwards_goes_backward(model, monitor):
@@ -314,7 +314,7 @@ def test_each_consumer_takes_for_itself(model, monitor):
     assert_sums(first.take(), a)
     train_step(model, *batches[1])
     assert_sums(first.take(), b)
-    assert_sums(second.take(), a + b)
+    assert_sums(second.take(), added(a, b))
     assert first.take() is second.take() is None
 
 

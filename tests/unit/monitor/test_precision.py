@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.models import FUSIONS, Concat, batch, batch_norm, train_step, watch
-from tests.unit.monitor.helpers import Spy, sums_of
+from tests.unit.monitor.helpers import Spy, flat, sums_of
 
 
 def counts_of(labels):
@@ -72,7 +72,7 @@ def test_a_scaled_loss(scale):
         sums = scores.take()
     assert sums is not None
     assert expected is not None
-    torch.testing.assert_close(sums.flat(), expected.flat())
+    torch.testing.assert_close(flat(sums), flat(expected))
 
 
 def test_a_gradient_that_overflowed_tells_no_labels():

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
 from tests.models import Concat, Gated, batch, columns_of, linear, train_step, watch
-from tests.unit.monitor.helpers import columns_by_hand, step, sums_of
+from tests.unit.monitor.helpers import columns_by_hand, flat, step, sums_of
 
 
 def test_data_parallel_is_refused():
@@ -61,12 +61,12 @@ def test_ddp_around_the_model_the_encoders_or_the_head(process_group, make):
             F.cross_entropy(outer(*inputs), labels).backward()
             sums = scores.take()
             assert sums is not None
-            torch.testing.assert_close(sums.flat(), expected.flat())
+            torch.testing.assert_close(flat(sums), flat(expected))
     model.head = DistributedDataParallel(model.head)
     model.encoders["audio"] = DistributedDataParallel(model.encoders["audio"])
     sums = sums_of(model, inputs, labels)
     assert sums is not None
-    torch.testing.assert_close(sums.flat(), expected.flat())
+    torch.testing.assert_close(flat(sums), flat(expected))
 
 
 @pytest.mark.parametrize("slices", [None, {"audio": slice(0, 4), "visual": slice(4, 8)}])

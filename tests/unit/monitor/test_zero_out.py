@@ -449,7 +449,7 @@ def test_a_head_whose_classes_stand_in_front_of_positions():
         observed = step(monitor, model, inputs, labels)
     assert recovered is not None
     assert observed is not None
-    assert recovered.count.tolist() == [24, 24]
+    assert recovered.count.tolist() == [6, 6]
     torch.testing.assert_close(recovered.score, observed.score)
     alone = model.head(torch.cat([model.a(inputs[0]), torch.zeros(6, 4, 4)], 1).tanh())
     torch.testing.assert_close(spy.unimodal[0]["a"], alone.detach().movedim(1, -1).flatten(0, 1))

@@ -44,9 +44,10 @@ class ModalityMonitor:
 
     For each training pass whose backward reaches the head, the monitor adds up, over samples,
 
-    $$S^m = \sum_i \text{softmax}(\text{logits}^m_i)_{y_i}$$
+    $$S^m = \sum_i \exp(-l^m_i / \tau)$$
 
-    where \(\text{logits}^m\) is the head's output for modality m alone. Neither the model nor the loop changes;
+    where \(l^m_i\) is the loss of sample i under the head's output for modality m alone. For cross-entropy
+    \(\tau = 1\) and a score is the softmax probability of the true class. Neither the model nor the loop changes;
     nothing is recorded in eval mode or without gradients.
 
     Args:
@@ -55,16 +56,21 @@ class ModalityMonitor:
         head: module from features to logits, or its name; a mapping from modality to one head each (sum or late
             fusion); the model itself if it returns the logits; None to watch features only. The logits' last dimension
             is the classes'; for convolutions dimension 1.
+        loss: the loss that scores are made of (docs/tasks.md): the very module that the loop calls, whose calls then
+            give the targets, or a function `(prediction, target) -> (B,)`; None for cross-entropy.
         scores: kind of uni-modal logits: `"split"` (a linear head over concatenated features, exact Eq. 8),
             `"per-head"`, `"zero-out"` (any fusion), a function from `{modality: features}` to logits, or `"auto"`
             for the first exact kind.
         labels: source of labels: `"observe"`, `"loss"` (a watched loss), `"model"` (the model's `labels=`),
-            `"gradient"` (recovered at the logits), `"auto"` for the first available of these, or a loss module.
+            `"gradient"` (recovered at the logits, for cross-entropy and binary cross-entropy), `"auto"` for the first
+            available of these.
         train_only: watch only passes in training mode; False for models fine-tuned in eval mode.
         group: process group over which scores are summed; None for the default group, False for no communication.
         select: by modality, a function from the encoder's output to the feature tensor `(B, ...)`.
         slices: each modality's columns of the head's input, if comparing values does not find the columns.
-        ignore_index: label of samples that do not count.
+        fill: what zero-out puts in place of the other modalities' features: `"zero"`, `"mean"` (their mean over the
+            batch), or `"auto"` for zero, and the mean under losses without a scale of their own (regression).
+        ignore_index: label of samples that do not count, where `loss` does not say.
         strict: raise, not warn, where labels recovered from the gradient are doubtful.
 
     Attributes:
@@ -73,13 +79,14 @@ class ModalityMonitor:
         modalities: names of the modalities, in the order of all sums.
         head: module, modules by modality, the model itself, or None.
         group: process group over which scores are summed.
+        loss: the loss that scores are made of, as given.
         hooks: registries of listeners: `hooks.transforms`, `.outputs`, `.logits`, `.gradients`, with `add` and `drop`.
         features: choice of the feature tensor in an encoder's output: `features.of(modality, output)`.
         labels: source of labels: `labels.ignore_index`, `labels.recovers`.
         unimodal: kind of uni-modal logits: `unimodal.live`, `.columns`, `.layout()`; None for features only.
 
     Raises:
-        ValueError: for encoders, a head, slices or options that do not fit the model.
+        ValueError: for encoders, a head, slices or options that do not fit the model; for a loss without scores.
         TypeError: if `model` is no module, or an option has the wrong type.
         NotImplementedError: for FullyShardedDataParallel (FSDP1), DataParallel and DeepSpeed models.
 
@@ -90,7 +97,7 @@ class ModalityMonitor:
         ('a', 'b')
 
     Reference:
-        Peng et al., CVPR 2022, Eq. 8-9; Wei et al., TPAMI 2024, Eq. 6-7.
+        Peng et al., CVPR 2022, Eq. 8-9; Wei et al., TPAMI 2024, Eq. 6-7; losses other than cross-entropy: ours.
     """
 
     def __init__(
@@ -187,12 +194,12 @@ class ModalityMonitor:
         )
 
     def observe(self, labels: Any, *, present: Mapping[str, Tensor] | None = None) -> None:
-        """Record the labels of a batch for the latest training pass without observed labels, else for the next pass.
+        """Record the targets of a batch for the latest training pass without observed ones, else for the next pass.
 
         Labels are copied, so a buffer may be reused.
 
         Args:
-            labels: `(B,)` class indices, or `(B, C)` class probabilities.
+            labels: targets as the loss takes them; for cross-entropy `(B,)` class indices or `(B, C)` probabilities.
             present: bool `(B,)` by modality, for batches in which some samples lack a modality.
 
         Raises:
@@ -200,10 +207,10 @@ class ModalityMonitor:
             TypeError: if `labels` are no numbers, or `present` is no mapping to flags.
             ValueError: if `labels` or `present` have a wrong shape or dtype.
         """
-        values = to_tensor("labels", labels, "class indices (B,) or class probabilities (B, C)")
+        values = to_tensor("labels", labels, "class indices (B,) or numbers (B, ...)")
         if values.dim() == 0 or values.is_complex():
             raise ValueError(
-                "`labels` should be class indices (B,) or class probabilities (B, C). "
+                "`labels` should be the targets of the loss: class indices (B,) or numbers (B, ...). "
                 f"Found shape {tuple(values.shape)}, dtype {values.dtype}."
             )
         flags = {} if present is None else self._flags(present, len(values))

@@ -16,7 +16,7 @@ from balanceopt.functional._losses import Loss as Loss
 from balanceopt.functional._losses import LossFunction as LossFunction
 from balanceopt.functional._losses import SampleLosses as SampleLosses
 from balanceopt.functional._losses import as_loss as as_loss
-from balanceopt.functional._losses import likelihood_score, significance_from_baseline
+from balanceopt.functional._losses import likelihood_score
 from balanceopt.functional._masks import check_clamp as check_clamp
 from balanceopt.functional._masks import keep_ratio, kept_units, unit_importance
 from balanceopt.functional._reinit import reinit_strength, soft_reinit_
@@ -34,7 +34,7 @@ from balanceopt.functional._scores import (
     feature_entropy,
     linear_logits,
     modal_significance,
-    significance_from_sums,
+    significance_from_baseline,
     true_class_score,
 )
 from balanceopt.functional._scores import row_scores as row_scores
@@ -75,7 +75,6 @@ __all__ = [
     "sample_units",
     "sample_units_padded",
     "significance_from_baseline",
-    "significance_from_sums",
     "soft_reinit_",
     "systematic_sample",
     "systematic_sample_padded",

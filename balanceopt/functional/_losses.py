@@ -21,7 +21,7 @@ from balanceopt._deferred import on_host
 from balanceopt._options import check_number, check_tensor, shown
 from balanceopt._torch import compiled_module
 from balanceopt.functional._dtypes import narrowed, wide
-from balanceopt.functional._scores import row_scores
+from balanceopt.functional._scores import label_entropy, row_scores
 from balanceopt.functional._targets import Targets, as_targets
 
 TargetKind = Literal["class indices", "probabilities", "multi-hot", "numbers"]
@@ -234,8 +234,7 @@ class CrossEntropy(Loss):
 
     @torch.no_grad()
     def baseline(self, parts: Tensor) -> Tensor:
-        entropy: Tensor = torch.special.entr(parts / parts.sum()).sum()
-        return entropy
+        return label_entropy(parts)
 
 
 class BinaryCrossEntropy(Loss):
@@ -602,52 +601,6 @@ def likelihood_score(
     score = torch.exp(-(measured.values / form.scale(l_0).to(measured.values.dtype)))
     score = torch.where(measured.valid, score, 0)
     return narrowed(score.reshape(predictions.shape[: first + 1]), predictions)
-
-
-@torch.no_grad()
-def significance_from_baseline(
-    losses: Tensor, feature_entropy: Tensor, baseline: Tensor, count: Tensor, offset: float = 0.5
-) -> Tensor:
-    r"""Compute the modal significance from sums over micro-batches and ranks, for any loss.
-
-    $$u^m = \frac{(l_0 - \bar l^m) / \tau + c_0}{H(Z^m)}$$
-
-    which is the mutual-information rate for cross-entropy, where \(l_0\) is the entropy of the labels and \(\tau = 1\).
-
-    Args:
-        losses: `(M,)` summed uni-modal losses, in units of tau.
-        feature_entropy: `(M,)` summed entropies of the samples' features, nats.
-        baseline: 0-d, \(l_0 / \tau\).
-        count: `(M,)` number of samples in each sum.
-        offset: constant \(c_0\).
-
-    Returns:
-        Modal significance u `(M,)`, in the dtype of `losses`.
-
-    Raises:
-        ValueError: if a sum has another shape or dtype, or `offset` is not finite.
-        TypeError: if a sum is not a tensor.
-
-    Example:
-        >>> two = torch.tensor([2.0])
-        >>> significance_from_baseline(2 * two.log(), 2 * two.log(), two.log()[0], two)
-        tensor([0.7213])
-
-    Reference:
-        ours; reduces to Yang et al., AMSS (TPAMI 2024), for cross-entropy.
-    """
-    sums = {"losses": losses, "feature_entropy": feature_entropy, "count": count}
-    for name, values in sums.items():
-        check_tensor(name, values, "(M,)", dims=(1,))
-    if len({values.shape for values in sums.values()}) > 1:
-        raise ValueError(
-            "`losses`, `feature_entropy` and `count` should have one entry for each modality. Found shapes "
-            f"{[tuple(values.shape) for values in sums.values()]}."
-        )
-    check_tensor("baseline", baseline, "()", dims=(0,))
-    check_number("offset", offset)
-    information = wide(baseline) - wide(losses) / wide(count) + offset
-    return narrowed(information / (wide(feature_entropy) / wide(count)), losses)
 
 
 def precise(values: Tensor) -> Tensor:

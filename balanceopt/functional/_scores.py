@@ -221,10 +221,10 @@ def modal_significance(
                 f"Found shape {tuple(z.shape)}."
             )
     entropy = torch.stack([feature_entropy(z) for z in features])
-    significance = significance_from_sums(
-        cross_entropy=-row_scores(logits, targets)[1].sum(-1),
+    significance = significance_from_baseline(
+        losses=-row_scores(logits, targets)[1].sum(-1),
         feature_entropy=torch.where(targets.valid, entropy, 0).sum(-1),
-        label_counts=targets.class_counts(),
+        baseline=label_entropy(targets.class_counts()),
         count=targets.valid.sum().to(entropy.dtype).expand(len(features)),
         offset=offset,
     )
@@ -232,20 +232,24 @@ def modal_significance(
 
 
 @torch.no_grad()
-def significance_from_sums(
-    cross_entropy: Tensor, feature_entropy: Tensor, label_counts: Tensor, count: Tensor, offset: float = 0.5
+def significance_from_baseline(
+    losses: Tensor, feature_entropy: Tensor, baseline: Tensor, count: Tensor, offset: float = 0.5
 ) -> Tensor:
-    r"""Compute the modal significance from sums over micro-batches and ranks.
+    r"""Compute the modal significance from sums over micro-batches and ranks, for any loss.
+
+    $$u^m = \frac{(l_0 - \bar l^m) / \tau + c_0}{H(Z^m)}$$
+
+    which is the mutual-information rate for cross-entropy, where \(l_0\) is the entropy of the labels and \(\tau = 1\).
 
     Args:
-        cross_entropy: `(M,)` summed uni-modal cross-entropies, nats.
+        losses: `(M,)` summed uni-modal losses, in units of tau.
         feature_entropy: `(M,)` summed entropies of the samples' features, nats.
-        label_counts: `(C,)` number of samples of each class.
+        baseline: 0-d, \(l_0 / \tau\).
         count: `(M,)` number of samples in each sum.
-        offset: constant \(c_0\), in nats.
+        offset: constant \(c_0\).
 
     Returns:
-        Modal significance u `(M,)`, in the dtype of `cross_entropy`.
+        Modal significance u `(M,)`, in the dtype of `losses`.
 
     Raises:
         ValueError: if a sum has another shape or dtype, or `offset` is not finite.
@@ -253,26 +257,30 @@ def significance_from_sums(
 
     Example:
         >>> two = torch.tensor([2.0])
-        >>> significance_from_sums(2 * two.log(), 2 * two.log(), torch.ones(2), two)
+        >>> significance_from_baseline(2 * two.log(), 2 * two.log(), two.log()[0], two)
         tensor([0.7213])
 
     Reference:
-        As `modal_significance`.
+        ours; reduces to Yang et al., AMSS (TPAMI 2024), for cross-entropy.
     """
-    sums = {"cross_entropy": cross_entropy, "feature_entropy": feature_entropy, "count": count}
+    sums = {"losses": losses, "feature_entropy": feature_entropy, "count": count}
     for name, values in sums.items():
         check_tensor(name, values, "(M,)", dims=(1,))
     if len({values.shape for values in sums.values()}) > 1:
         raise ValueError(
-            "`cross_entropy`, `feature_entropy` and `count` should have one entry for each modality. Found shapes "
+            "`losses`, `feature_entropy` and `count` should have one entry for each modality. Found shapes "
             f"{[tuple(values.shape) for values in sums.values()]}."
         )
-    check_tensor("label_counts", label_counts, "(C,)", dims=(1,))
+    check_tensor("baseline", baseline, "()", dims=(0,))
     check_number("offset", offset)
-    frequency = wide(label_counts) / wide(label_counts).sum()
-    label_entropy: Tensor = torch.special.entr(frequency).sum()
-    information = label_entropy - wide(cross_entropy) / wide(count) + offset
-    return narrowed(information / (wide(feature_entropy) / wide(count)), cross_entropy)
+    information = wide(baseline) - wide(losses) / wide(count) + offset
+    return narrowed(information / (wide(feature_entropy) / wide(count)), losses)
+
+
+def label_entropy(counts: Tensor) -> Tensor:
+    """Compute the entropy in nats, 0-d, of the labels of which there are `counts` `(C,)`."""
+    entropy: Tensor = torch.special.entr(counts / counts.sum()).sum()
+    return entropy
 
 
 @torch.no_grad()

@@ -269,13 +269,13 @@ ROWS: dict[str, Row] = {
             "offset": NO_NUMBER,
         },
     ),
-    "significance_from_sums": function(
-        functional.significance_from_sums,
-        {"cross_entropy": ONES, "feature_entropy": ONES, "label_counts": torch.ones(3), "count": ONES},
+    "significance_from_baseline": function(
+        functional.significance_from_baseline,
+        {"losses": ONES, "feature_entropy": ONES, "baseline": torch.tensor(1.0), "count": ONES},
         {
-            "cross_entropy": [*NO_VECTOR, torch.ones(3)],
+            "losses": [*NO_VECTOR, torch.ones(3)],
             "feature_entropy": [*NO_VECTOR, torch.ones(3)],
-            "label_counts": NO_VECTOR,
+            "baseline": [*NO_TENSOR, torch.ones(1)],
             "count": [*NO_VECTOR, torch.ones(3)],
             "offset": NO_NUMBER,
         },

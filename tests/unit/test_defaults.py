@@ -158,7 +158,7 @@ def functional_results() -> list[Tensor]:
         f.modulation_coefficient(counts, 0.3),
         f.drop_probability(counts),
         f.modal_significance(logits[None], [logits], labels),
-        f.significance_from_sums(counts, counts, counts, counts),
+        f.significance_from_baseline(counts, counts, counts[0], counts),
         f.keep_ratio(counts),
         f.unit_importance(logits),
         f.inclusion_probabilities(counts, 2.3),

@@ -50,9 +50,9 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         lambda x, z: functional.modal_significance(x[None], [z], LABELS),
         [LOGITS, LOGITS],
     ),
-    "significance_from_sums": (
-        functional.significance_from_sums,
-        [torch.tensor([3.0, 5]), torch.tensor([4.0, 7]), torch.tensor([2.0, 1, 1]), torch.tensor([4.0, 4])],
+    "significance_from_baseline": (
+        functional.significance_from_baseline,
+        [torch.tensor([3.0, 5]), torch.tensor([4.0, 7]), torch.tensor(1.0), torch.tensor([4.0, 4])],
     ),
     "keep_ratio": (functional.keep_ratio, [torch.tensor([1.0, 2, 1])]),
     "kept_units": (lambda r: functional.kept_units(7, r), [torch.tensor([0.0, 1])]),

@@ -13,7 +13,7 @@ from balanceopt.functional import (
     feature_entropy,
     linear_logits,
     modal_significance,
-    significance_from_sums,
+    significance_from_baseline,
     true_class_score,
 )
 
@@ -245,20 +245,21 @@ def test_significance_leaves_ignored_rows_out():
     torch.testing.assert_close(modal_significance(logits, features, labels), expected)
 
 
-def test_significance_from_sums_adds_up_over_micro_batches():
+def test_significance_adds_up_over_micro_batches():
     logits, labels = torch.randn(1, 8, 4), torch.randint(4, (8,))
     z = torch.randn(8, 3)
     sums = [
         (
             torch.nn.functional.cross_entropy(logits[0, part], labels[part], reduction="sum").view(1),
             feature_entropy(z[part]).sum().view(1),
-            torch.bincount(labels[part], minlength=4).float(),
             torch.tensor([4.0]),
         )
         for part in (slice(0, 4), slice(4, 8))
     ]
-    total = [a + b for a, b in zip(*sums, strict=True)]
-    torch.testing.assert_close(significance_from_sums(*total), modal_significance(logits, [z], labels))
+    losses, entropy, count = (a + b for a, b in zip(*sums, strict=True))
+    baseline = torch.special.entr(torch.bincount(labels, minlength=4) / 8).sum()
+    found = significance_from_baseline(losses, entropy, baseline, count)
+    torch.testing.assert_close(found, modal_significance(logits, [z], labels))
 
 
 def test_entropy_of_features():

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from operator import is_
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from balanceopt._options import check_flag, check_kind, check_seed, names_of, sh
 from balanceopt._warnings import warn_user
 from balanceopt.modality import Encoders, find_module, unwrap
 from balanceopt.modulation import OGM, Modulation
-from balanceopt.monitor import LabelSource, ModalityMonitor
+from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim import SEED, AttachedModulation, attach, check_modulations
 from balanceopt.prediction import OPM
 from balanceopt.relearn import ReLearnScheduler
@@ -48,7 +48,7 @@ class Balance:
         relearn: function from the optimizer and the monitor to a `ReLearnScheduler`; None for none.
         seed: seed of all randomness, as in `attach`.
         strict: `strict` of the monitor and of `attach`; None for the default of each.
-        options: further options of the monitor.
+        options: further options of the monitor; `loss` may be the dotted name of a module of the model.
 
     Raises:
         ValueError: if a monitor is given together with a head or options; for an invalid `seed` or `strict`.
@@ -171,9 +171,8 @@ class Balance:
         encoders = _resolved(self._encoders, model, "encoders")
         head = _resolved(self._head, model, "head")
         options = dict(self._options)
-        labels = options.get("labels")
-        if isinstance(labels, str) and labels not in get_args(LabelSource):
-            options["labels"] = find_module(model, labels, "`labels`")
+        if isinstance(options.get("loss"), str):
+            options["loss"] = find_module(model, options["loss"], "`loss`")
         if self.strict is not None:
             options["strict"] = self.strict
         parts = [part for given in (encoders, head) for part in _parts(given)]

@@ -47,9 +47,9 @@ class BalanceCallback(Balance, Callback):
         seed: seed of the modulation; None for `torch.initial_seed()`, which `seed_everything` sets.
         strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
             labels and to raise after ten steps in a row without scores.
-        labels: the `labels` of `ModalityMonitor`, the dotted name of the LightningModule's loss module, or a function
-            from the batch to its labels.
-        **monitor_options: further options of `ModalityMonitor`, such as `train_only=False`.
+        labels: the `labels` of `ModalityMonitor`, or a function from the batch to its targets.
+        **monitor_options: further options of `ModalityMonitor`, such as `train_only=False`; `loss` may be the dotted
+            name of the LightningModule's loss module.
 
     Raises:
         ValueError, KeyError, NotImplementedError: when the fit starts, as `ModalityMonitor` and `attach`.
@@ -72,7 +72,7 @@ class BalanceCallback(Balance, Callback):
         relearn: ReLearn | None = None,
         seed: int | None = None,
         strict: bool | None = None,
-        labels: str | nn.Module | Callable[[Any], Tensor] | None = None,
+        labels: str | Callable[[Any], Tensor] | None = None,
         **monitor_options: Any,
     ) -> None:
         of_batch = callable(labels) and not isinstance(labels, nn.Module)

@@ -43,7 +43,7 @@ class BalanceCallback(Balance, TrainerCallback):
         seed: seed of the modulation; None for `torch.initial_seed()`, which `TrainingArguments(seed=)` sets.
         strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
             labels and to raise after ten steps in a row without scores.
-        **monitor_options: further options of `ModalityMonitor`; `labels` may be the dotted name of a loss module.
+        **monitor_options: further options of `ModalityMonitor`; `loss` may be the dotted name of a module of the model.
 
     Raises:
         ValueError, KeyError, NotImplementedError: when training starts, as `ModalityMonitor` and `attach`.

@@ -180,10 +180,12 @@ class Smooth(Lit):
 
 
 @pytest.mark.parametrize(
-    ("labels", "source"), [("criterion", "loss"), (lambda batch: batch[1], "observe")], ids=["loss", "batch"]
+    ("options", "source"),
+    [({"loss": "criterion"}, "loss"), ({"labels": lambda batch: batch[1]}, "observe")],
+    ids=["loss", "batch"],
 )
-def test_labels_come_from_where_you_say(labels, source):
-    balance = callback(labels=labels)
+def test_labels_come_from_where_you_say(options, source):
+    balance = callback(**options)
     fit(Smooth(), balance, accumulate_grad_batches=2)
     assert balance.monitor.stats()["labels"] == {source: STEPS}
 

@@ -149,6 +149,16 @@ class Health:
         if len(here) < 2:
             return f"samples had only {here}: give every encoder its batch, and labels to samples with two modalities"
         bad = [name for name, s in zip(names, score.tolist(), strict=True) if not math.isfinite(s)]
+        if self._scores.loss.scale_free and len(bad) == len(here):
+            return (
+                "a step of one sample, or of equal targets, tells no scale of the loss: take larger batches, or "
+                "accumulate gradients over several. Otherwise predictions or targets are not finite"
+            )
+        if not bad and self._scores.loss.scale_free:
+            return (
+                "predictions lie many spreads of the targets away from them: standardise the targets, or start from "
+                "their mean as the head's bias"
+            )
         if not bad:
             return "the probability of the true class is 0 for every modality (other labels than the loss's?)"
         return (

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import balanceopt as bo
 from tests.models import Concat, watch
@@ -516,6 +516,27 @@ def test_ten_steps_in_a_row_with_unusable_scores_are_an_error_that_names_the_cau
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     stats = optimizer.stats()
     assert (stats["modulated"], stats["unusable_scores"], stats["without_scores"]) == (0, 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("samples", "shift", "cause"),
+    [(1, 0.0, "a step of one sample.*larger batches"), (8, 1e4, "many spreads of the targets.*standardise")],
+)
+@pytest.mark.filterwarnings("ignore:scores are not finite")
+def test_the_cause_of_unusable_scores_of_a_regression_is_named(samples: int, shift: float, cause: str):
+    model, criterion = small_model(), nn.MSELoss()
+    optimizer = bo.ModulatedOptimizer(
+        sgd(groups_of(model), lr=0.0), watch(model, loss=criterion), bo.OGM(0.5)
+    )
+    inputs, _ = batch(0, model)
+    inputs = [x[:samples] for x in inputs]
+    target = torch.randn(samples, 5) + shift
+    for _ in range(9):
+        criterion(model(*inputs), target).backward()
+        optimizer.step()
+    criterion(model(*inputs), target).backward()
+    with pytest.raises(RuntimeError, match=cause):
+        optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore:scores are not finite")

@@ -17,4 +17,5 @@ def need(module: str) -> Any:
     except ImportError as error:
         name = module.split(".")[0]
         package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(name, name)
-        raise ImportError(f"this needs {package}: pip install 'balanceopt[demo]'") from error
+        extra = "transformers" if name == "transformers" else "demo"
+        raise ImportError(f"this needs {package}: pip install 'balanceopt[{extra}]'") from error

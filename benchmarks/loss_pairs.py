@@ -89,7 +89,7 @@ def naive_scores(case: Case) -> dict[str, float]:
 def _predictions(case: Case, *, mean: bool) -> tuple[dict[str, list[Any]], list[Any]]:
     """Run the model by hand: the predictions of each modality alone, and the joint ones."""
     outputs: dict[str, Any] = {}
-    joint = _run(case, lambda name, output: outputs.__setitem__(name, output))
+    joint = _logits(case, run_by_hand(case, lambda name, output: outputs.__setitem__(name, output)))
     features = {m: case.features.get(m, lambda x: x)(outputs[m]) for m in case.encoders}
     if case.scores == "split":
         alone, start = {}, 0
@@ -100,28 +100,32 @@ def _predictions(case: Case, *, mean: bool) -> tuple[dict[str, list[Any]], list[
     elif case.scores == "per-head":
         alone = {m: case.head[m](z) for m, z in features.items()}
     else:
-        fill = _mean if mean else torch.zeros_like
-
-        def one(m: str) -> Tensor:
-            return _run(case, lambda name, output: None if name == m else _filled(output, fill))
-
-        alone = {m: one(m) for m in case.encoders}
+        fill = averaged if mean else torch.zeros_like
+        alone = {m: _logits(case, run_by_hand(case, without(m, fill))) for m in case.encoders}
     return {m: _listed(x) for m, x in alone.items()}, _listed(joint)
 
 
-def _run(case: Case, replace: Callable[[str, Any], Any]) -> Tensor:
+def run_by_hand(case: Case, replace: Callable[[str, Any], Any]) -> Any:
     """Run the model with `replace(modality, output)` in place of the encoders' outputs; None for the output itself."""
     handles = [
         encoder.register_forward_hook(lambda module, args, output, name=name: replace(name, output))
         for name, encoder in case.encoders.items()
     ]
     try:
-        output = case.model(**case.inputs)
+        return case.model(**case.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    logits = output if isinstance(output, Tensor) else output.logits
-    return logits.movedim(-1, 1) if case.tokens else logits
+
+
+def without(alone: str, fill: Callable[[Tensor], Tensor]) -> Callable[[str, Any], Any]:
+    """Return a replacement of all encoders' outputs but that of modality `alone` by `fill` of their tensors."""
+    return lambda name, output: None if name == alone else _filled(output, fill)
+
+
+def averaged(x: Tensor) -> Tensor:
+    """Return each sample's features as the mean over the samples."""
+    return torch.stack([sum(x[1:], x[0]) / len(x)] * len(x))
 
 
 def _filled(output: Any, fill: Callable[[Tensor], Tensor]) -> Any:
@@ -134,8 +138,9 @@ def _filled(output: Any, fill: Callable[[Tensor], Tensor]) -> Any:
     return output
 
 
-def _mean(x: Tensor) -> Tensor:
-    return torch.stack([sum(x[1:], x[0]) / len(x)] * len(x))
+def _logits(case: Case, output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else output.logits
+    return logits.movedim(-1, 1) if case.tokens else logits
 
 
 # -- losses --------------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ from balanceopt.distributed import (
 )
 from balanceopt.functional import kmeans, minmax_scale, purity, reinit_strength
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.relearn._features import Classes, Forward, Samples, Source, collect_samples, is_given
+from balanceopt.relearn._classes import Classes, check_classes, fit_classes
+from balanceopt.relearn._features import Forward, Samples, Source, Split, collect_samples, is_given
 
 Normalize = Literal["minmax", "none"]
 Gap = Literal["absolute", "one-sided"]
@@ -71,7 +72,7 @@ class Options:
         check_number("lam", self.lam, at_least=0)
         check_choice("normalize", self.normalize, get_args(Normalize))
         check_function("forward", self.forward, "(model, batch)")
-        check_function("classes", self.classes, "a batch's labels that returns class indices")
+        check_classes(self.classes)
         check_count("max_samples", self.max_samples, at_least=1)
         check_flag("equal_counts", self.equal_counts)
         check_choice("gap", self.gap, get_args(Gap))
@@ -115,11 +116,13 @@ class Diagnosis:
         skipped: the reason, for each modality without a diagnosis.
         epoch: epoch of a scheduler's diagnosis, counted from 1; None for others.
         noise_gap: mean gap by modality of features that are independent of the class, in clusters of equal sizes.
+        classes: what the classes are, in words.
 
     Example:
         >>> print(Diagnosis({"a": 0.9}, {"a": 0.8}, {"a": 0.1}, {"a": 0.29}, {"a": 90}, {"a": 9}, num_clusters=3))
         modality  train purity  val purity     gap  strength  samples (train + val)
         a               0.9000      0.8000  0.1000    0.2900                 90 + 9
+        3 classes: the labels
 
     Reference:
         Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Eq. 3-5.
@@ -135,6 +138,7 @@ class Diagnosis:
     skipped: dict[str, str] = field(default_factory=dict)
     epoch: int | None = None
     noise_gap: dict[str, float] = field(default_factory=dict)
+    classes: str = "the labels"
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -157,6 +161,7 @@ class Diagnosis:
             if len(row) > 2:
                 cells[1:] = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
             lines.append("  ".join(cells))
+        lines.append(f"{self.num_clusters} classes: {self.classes}")
         if len(self.gap) > 1 and self.largest_gap is not None:
             lines.append(f"largest gap: {self.largest_gap}")
         return "\n".join(lines)
@@ -200,9 +205,13 @@ def diagnose(
         monitor: a `ModalityMonitor` on the model, required for loaders; `head=None` is enough.
         lam: factor of the re-initialisation strength, >= 0.
         normalize: `"minmax"` or `"none"`.
-        forward: function of (model, batch) that runs the model and returns the labels, for other batches.
-        classes: function from a batch's labels to class indices `(B,)`, whose number of distinct values is the number
-            of clusters; None for labels that are class indices.
+        forward: function of (model, batch) that runs the model, for other batches, and returns the labels: integers
+            `(B,)`, or any targets as `{"labels": targets}`. Labels that it does not return are the batch's.
+        classes: how targets become classes, whose number is the number of clusters. None for the rule of the
+            monitor's loss: class indices, the most probable class of soft labels, and for other losses as follows.
+            `"quantiles"` cuts numbers into ten bins, equally frequent among all training targets; `"label-set"` makes
+            a class of each of the ten most frequent sets of labels in training, and one of all others; a function
+            maps a batch's labels to class indices `(B,)`.
         max_samples: upper limit of each modality's samples in each split, over all ranks.
         equal_counts: cut the larger split into random parts of the smaller split's size, at most five, and average
             their purities, because fewer samples give a higher purity. False clusters all samples, as published.
@@ -217,7 +226,8 @@ def diagnose(
         A `Diagnosis`; `print` shows a table.
 
     Raises:
-        ValueError: for no samples, a single class, labels that are not integers, or an option outside its range.
+        ValueError: for no samples, a single class, labels that do not fit the loss or `classes`, or an option outside
+            its range.
         TypeError: for loaders without a monitor, and for data that is neither a loader nor features.
         KeyError: for features of a modality that the monitor does not have.
 
@@ -270,13 +280,15 @@ class _Held:
 
 
 def diagnose_samples(
-    modalities: Sequence[str], train: Mapping[str, Samples], val: Mapping[str, Samples], chosen: Options
+    modalities: Sequence[str], training: Split, validation: Split, chosen: Options
 ) -> Diagnosis:
     """Diagnose each modality from collected samples, with the same result on all ranks.
 
     Raises:
-        ValueError: if there are no training or no validation samples, or only one class.
+        ValueError: if there are no training or no validation samples, only one class, or targets of several kinds.
     """
+    fitted = fit_classes(training.kinds | validation.kinds, training.targets, chosen.group)
+    train, val = (split.with_classes(fitted.of) for split in (training, validation))
     held, classes = _survey(modalities, train, val, chosen.group)
     counts = {name: (sum(h.train for h in held[name]), sum(h.val for h in held[name])) for name in modalities}
     _check(counts, classes)
@@ -304,7 +316,7 @@ def diagnose_samples(
     columns: dict[str, Any] = {
         quantity: {name: row[quantity] for name, row in rows.items()} for quantity in (*nothing, *_COUNTS)
     }
-    return Diagnosis(**columns, num_clusters=clusters, skipped=skipped)
+    return Diagnosis(**columns, num_clusters=clusters, skipped=skipped, classes=fitted.name)
 
 
 def _survey(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -19,6 +19,7 @@ from balanceopt._pooling import Projection, pool_features, samples_in
 from balanceopt._torch import in_backward
 from balanceopt._undo import Undo
 from balanceopt.distributed import rank_in
+from balanceopt.functional import Loss, as_loss
 from balanceopt.monitor import (
     ModalityMonitor,
     Pass,
@@ -28,6 +29,7 @@ from balanceopt.monitor import (
     map_tensors,
     without_gradients,
 )
+from balanceopt.relearn._classes import Kind, TargetReader
 
 if TYPE_CHECKING:
     from balanceopt.relearn._diagnosis import Options
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 Features = tuple[Mapping[str, Tensor], Tensor]
 Source = Iterable[Any] | Features
 Forward = Callable[[nn.Module, Any], Any]
-Classes = Callable[[Any], Any]
 
 _LABEL_KEYS = ("labels", "label")
 # A progress bar appears after this many seconds, because short passes need none.
@@ -51,7 +52,7 @@ class Samples:
 
     Attributes:
         features: `(N, D)`, one row for each sample.
-        labels: `(N,)` int64, on the CPU.
+        labels: `(N,)` int64 class indices, on the CPU; before `fit_classes`, targets as `TargetReader` reads them.
     """
 
     features: Tensor
@@ -70,7 +71,10 @@ class Samples:
 
 
 class Reservoir:
-    """A buffer of one modality's samples, pruned to `limit` and an eighth larger between prunings."""
+    """A buffer of one modality's samples, pruned to `limit` and an eighth larger between prunings.
+
+    Classes stay as equal as can be where labels are class indices; of other targets a random choice stays.
+    """
 
     def __init__(self, limit: int) -> None:
         """Start with an empty buffer for `limit` samples."""
@@ -84,7 +88,7 @@ class Reservoir:
         return self._count
 
     def add(self, features: Tensor, labels: Tensor, keys: Tensor) -> None:
-        """Add features `(B, D)` with labels and random keys `(B,)`."""
+        """Add features `(B, D)` with labels `(B,)` or `(B, C)` and random keys `(B,)`."""
         if self._features and features.shape[1] != self._features[0].shape[1]:
             raise ValueError(
                 f"features should have the same width in every batch. Found {self._features[0].shape[1]} and "
@@ -105,7 +109,8 @@ class Reservoir:
 
     def _prune(self) -> None:
         labels, keys, features = (torch.cat(x) for x in (self._labels, self._keys, self._features))
-        index = balanced(labels, keys, self.limit)
+        classes = labels if labels.dtype == torch.int64 else torch.zeros_like(keys, dtype=torch.int64)
+        index = balanced(classes, keys, self.limit)
         self._features = [features[index.to(features.device)]]
         self._labels, self._keys, self._count = [labels[index]], [keys[index]], len(index)
 
@@ -127,6 +132,25 @@ def balanced(labels: Tensor, keys: Tensor, limit: int) -> Tensor:
     return order[torch.argsort(rank[order], stable=True)][:limit].sort().values
 
 
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Samples of the training or the validation data.
+
+    Attributes:
+        samples: each modality's samples, without modalities that have none.
+        kinds: kinds of targets of the split's batches.
+        targets: targets of the samples of all modalities, if classes are made of all training targets; else None.
+    """
+
+    samples: dict[str, Samples]
+    kinds: set[Kind]
+    targets: Tensor | None
+
+    def with_classes(self, classes: Callable[[Tensor], Tensor]) -> dict[str, Samples]:
+        """Return each modality's samples with class indices in place of targets."""
+        return {name: replace(held, labels=classes(held.labels)) for name, held in self.samples.items()}
+
+
 class Collector:
     """A collector of the pooled features of batches, by modality.
 
@@ -134,6 +158,7 @@ class Collector:
         modalities: names of the modalities.
         chosen: options of the diagnosis.
         where: source of the samples, for messages.
+        loss: loss whose targets the batches' labels are, where the options do not tell the classes.
         ignore_index: label of samples to skip.
         projections: by modality, the model's pooling of several rows for each sample; None where unknown.
     """
@@ -143,60 +168,49 @@ class Collector:
         modalities: tuple[str, ...],
         chosen: Options,
         where: str,
+        loss: Loss | None = None,
         ignore_index: int = -100,
         projections: Mapping[str, Projection | None] = MappingProxyType({}),
     ) -> None:
         self.where = where
         self._chosen = chosen
-        self._ignore_index = ignore_index
+        self._reader = TargetReader(chosen.classes, loss or as_loss(None), where, ignore_index)
         self._projections = projections
         self._generator = torch.Generator().manual_seed(chosen.seed)
+        self._targets = Reservoir(chosen.limit)
         self._reservoirs = {name: Reservoir(chosen.limit) for name in modalities}
 
     def add(self, features: Mapping[str, Tensor], labels: Any) -> None:
         """Add one batch; modalities absent from `features` are skipped.
 
         Raises:
-            ValueError: if labels are not integers, or not one for each row of features.
+            ValueError: if labels do not fit the loss or the rule of the classes, or are not one for each row of
+                features.
             TypeError: if labels are not numbers.
         """
-        indices = self._class_indices(labels)
-        keys = torch.rand(len(indices), generator=self._generator, dtype=torch.float64, device="cpu")
-        counted = (indices != self._ignore_index).nonzero()[:, 0]
+        targets, flags = self._reader.read(labels)
+        keys = torch.rand(len(targets), generator=self._generator, dtype=torch.float64, device="cpu")
+        counted = flags.nonzero()[:, 0]
         for name, z in features.items():
             projection = self._projections.get(name)
             try:
-                samples_in(name, z, len(indices), frames=projection is not None)
+                samples_in(name, z, len(targets), frames=projection is not None)
             except ValueError as error:
                 raise ValueError(f"{error} These came {self.where}.") from None
-            vectors = pool_features(z.detach(), self._chosen.pool, projection, len(indices))
-            if len(counted) < len(indices):
+            vectors = pool_features(z.detach(), self._chosen.pool, projection, len(targets))
+            if len(counted) < len(targets):
                 vectors = vectors[counted.to(vectors.device)]
             if len(counted):
-                self._reservoirs[name].add(vectors, indices[counted], keys[counted])
+                self._reservoirs[name].add(vectors, targets[counted], keys[counted])
+        if features and targets.dtype != torch.int64 and len(counted):
+            no_features = torch.empty(len(counted), 0, dtype=torch.float32, device="cpu")
+            self._targets.add(no_features, targets[counted], keys[counted])
 
-    def samples(self) -> dict[str, Samples]:
-        """Return each modality's samples, without modalities that have none."""
-        return {name: held.samples() for name, held in self._reservoirs.items() if len(held)}
-
-    def _class_indices(self, labels: Any) -> Tensor:
-        """Convert a batch's labels to class indices `(B,)`, int64 on the CPU."""
-        given = labels if self._chosen.classes is None else self._chosen.classes(labels)
-        values = to_tensor(f"labels {self.where}", given, "integers (N,), a class index each").detach()
-        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise ValueError(
-                f"labels {self.where} should be integers, a class index each. Found dtype {values.dtype}: pass "
-                "`classes=`, a function from a batch's labels to class indices, or, where they stand elsewhere in the "
-                "batch, `forward=`, a function of (model, batch) that returns them."
-            )
-        if values.dim() == 2 and values.shape[1] == 1:
-            values = values[:, 0]
-        if values.dim() != 1:
-            raise ValueError(
-                f"labels {self.where} should have shape (N,). Found {tuple(values.shape)}: pass `classes=`, a function "
-                "from a batch's labels to class indices."
-            )
-        return values.to("cpu", torch.int64)
+    def split(self) -> Split:
+        """Return the samples collected so far."""
+        samples = {name: held.samples() for name, held in self._reservoirs.items() if len(held)}
+        targets = self._targets.samples().labels if len(self._targets) else None
+        return Split(samples, self._reader.kinds, targets)
 
 
 # -- the sources of a split -----------------------------------------------------------------------------------------
@@ -221,9 +235,7 @@ def check_loader(role: str, loader: object) -> None:
         )
 
 
-def collect_samples(
-    source: Source, split: str, monitor: ModalityMonitor | None, chosen: Options
-) -> dict[str, Samples]:
+def collect_samples(source: Source, split: str, monitor: ModalityMonitor | None, chosen: Options) -> Split:
     """Collect each modality's samples from a pass over a loader, or from given features.
 
     Raises:
@@ -240,19 +252,36 @@ def collect_samples(
                 f"{split} features should be given by modality {modalities}. Found {names_of(unknown)}."
             )
         tensors = {name: _numbers(f"the {split} features of {name!r}", z) for name, z in features.items()}
-        collector = Collector(modalities, chosen, f"given with the {split} features")
+        collector = _collector(modalities, chosen, f"given with the {split} features", monitor)
         collector.add(tensors, labels)
-        return collector.samples()
+        return collector.split()
     if monitor is None:
         raise TypeError(
             f"the {split} data should be (features by modality, labels) where no monitor is given. Found "
             f"{shown(source)}: pass `monitor=` to take the features from a pass over a loader."
         )
     check_loader(f"the {split} data", source)
-    ignore_index, projections = monitor.labels.ignore_index, monitor.features.projections
-    collector = Collector(monitor.modalities, chosen, f"from the {split} loader", ignore_index, projections)
+    collector = _collector(
+        monitor.modalities, chosen, f"from the {split} loader", monitor, monitor.features.projections
+    )
     _collect(monitor, source, collector, split, chosen)
-    return collector.samples()
+    return collector.split()
+
+
+def _collector(
+    modalities: tuple[str, ...],
+    chosen: Options,
+    where: str,
+    monitor: ModalityMonitor | None,
+    projections: Mapping[str, Projection | None] = MappingProxyType({}),
+) -> Collector:
+    """Build a collector that reads targets as those of the monitor's loss; of cross-entropy without a monitor."""
+    if monitor is None:
+        return Collector(modalities, chosen, where)
+    ignore_index = monitor.labels.ignore_index
+    return Collector(
+        modalities, chosen, where, as_loss(monitor.loss, ignore_index), ignore_index, projections
+    )
 
 
 def _numbers(role: str, features: Any) -> Tensor:
@@ -314,6 +343,8 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
     if forward is not None:
         answer = forward(model, batch)
         are_labels = isinstance(answer, Tensor) and answer.dim() == 1 and not answer.is_floating_point()
+        if isinstance(answer, Mapping) and any(key in answer for key in _LABEL_KEYS):
+            return _labels_of(answer)
         return answer if are_labels else _labels_of(batch)
     labels = _labels_of(batch)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -19,9 +19,9 @@ from balanceopt._pooling import Pool
 from balanceopt._warnings import warn_user
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.relearn._base import EpochMethod
+from balanceopt.relearn._classes import Classes
 from balanceopt.relearn._diagnosis import Diagnosis, Gap, Normalize, diagnose_samples, options
 from balanceopt.relearn._features import (
-    Classes,
     Features,
     Forward,
     Source,
@@ -61,15 +61,20 @@ class ReLearnScheduler(EpochMethod):
         first: epochs before the first diagnosis, >= 1; None for `every`. Published code has `every=20, first=21`.
         lam: factor of the strength, >= 0; 0 never re-initialises.
         max_relearns: upper limit of re-initialisations, >= 0; None for no limit.
-        classes: function from a batch's labels to class indices `(B,)`, whose number of distinct values is the number
-            of clusters; None for labels that are class indices.
+        classes: how targets become classes, whose number is the number of clusters. None for the rule of the
+            monitor's loss: class indices, the most probable class of soft labels, and for other losses as follows.
+            `"quantiles"` cuts numbers into ten bins, equally frequent among all training targets; `"label-set"` makes
+            a class of each of the ten most frequent sets of labels in training, and one of all others; a function
+            maps a batch's labels to class indices `(B,)`.
         normalize: `"minmax"` scales each feature to [-1, 1] before clustering, as published code does; `"none"`.
-        forward: function of (model, batch) that runs the model and returns the labels, for other batches.
+        forward: function of (model, batch) that runs the model, for other batches, and returns the labels: integers
+            `(B,)`, or any targets as `{"labels": targets}`. Labels that it does not return are the batch's.
         optimizer_state: `"keep"`, or `"reset"` to delete the momentum of re-initialised encoders.
         initial: initial weights, as a state dict of the model, or of each encoder by modality; None for the current
             weights (of lazy and frozen parameters: at the first forward that finds them built and trainable).
         snapshot_device: device of the initial weights; None for each parameter's device.
-        max_samples: upper limit of each modality's samples in each split, over all ranks, with classes balanced.
+        max_samples: upper limit of each modality's samples in each split, over all ranks; with classes balanced, or
+            for `"quantiles"` and `"label-set"` at random.
         equal_counts: cut the larger split into random parts of the smaller split's size, at most five, and average
             their purities; False clusters all samples, as published.
         gap: `"absolute"`, as published; `"one-sided"` for $\max(0, P_D^m - P_V^m)$.
@@ -178,7 +183,7 @@ class ReLearnScheduler(EpochMethod):
             The diagnosis; None on epochs without one.
 
         Raises:
-            ValueError: for no samples, a single class, or labels that are not integers.
+            ValueError: for no samples, a single class, or labels that do not fit the loss or `classes`.
             TypeError, KeyError: if the data has another form.
         """
         diagnosis: Diagnosis | None = super().step(train=train, val=val)

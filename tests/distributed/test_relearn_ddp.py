@@ -209,9 +209,50 @@ def of_doubles(rank):
     return bo.diagnose((features, labels), (features, labels), monitor=watch_two(), seed=0)
 
 
-def watch_two():
+TARGETS: dict[Any, Any] = {
+    "quantiles": lambda draw, n: torch.randn(n, generator=draw),
+    "label-set": lambda draw, n: (torch.rand(n, 5, generator=draw) < 0.4).float(),
+}
+
+
+def splits_of_targets(rule):
+    """Training and validation features with targets that are no classes."""
+    draw = torch.Generator().manual_seed(7)
+    sizes = [sum(cuts) for cuts in CUTS]
+    return [({"a": torch.randn(n, 3, generator=draw)}, TARGETS[rule](draw, n)) for n in sizes]
+
+
+def of_targets(rank):
+    """Classes of all ranks' training targets, cut unevenly, and where one rank has no training sample."""
+    results = []
+    for rule in TARGETS:
+        for cuts in (CUTS, ((60, 0), CUTS[1])):
+            parts = []
+            for (x, y), sizes in zip(splits_of_targets(rule), cuts, strict=True):
+                rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+                parts.append(({m: z[rows] for m, z in x.items()}, y[rows]))
+            results.append(bo.diagnose(*parts, classes=rule, seed=0))
+    kinds = torch.rand(4) if rank else torch.arange(4)
+    features = {"a": torch.randn(4, 2)}
+    monitor = watch_two(loss=lambda prediction, target: prediction - target)
+    with pytest.raises(ValueError, match="of one kind in all training and validation batches") as error:
+        bo.diagnose((features, kinds), (features, kinds), monitor=monitor)
+    return results, str(error.value)
+
+
+def test_classes_of_targets_are_those_of_one_process(tmp_path):
+    (first, said), (second, other) = on_ranks(of_targets, tmp_path)
+    assert first == second
+    assert said == other
+    expected = [
+        bo.diagnose(*splits_of_targets(rule), classes=rule, seed=0) for rule in TARGETS for _ in range(2)
+    ]
+    assert first == expected
+
+
+def watch_two(**options):
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3) for name in ("a", "b")})
-    return bo.ModalityMonitor(model, {"a": "a", "b": "b"})
+    return bo.ModalityMonitor(model, {"a": "a", "b": "b"}, **options)
 
 
 def alone(rank):

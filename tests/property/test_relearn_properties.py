@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import balanceopt as bo
+from balanceopt.functional import as_loss
+from balanceopt.relearn._classes import TargetReader, fit_classes
 from balanceopt.relearn._features import balanced
 
 seeds = st.integers(0, 2**16)
@@ -63,6 +65,61 @@ def test_arguments_are_not_changed(seed):
     bo.diagnose((x, y), (v, w), seed=seed)
     for part, copy in zip((x, v), copies, strict=True):
         assert all(torch.equal(part[m], copy[m]) for m in part)
+
+
+# Classes of targets that are none
+
+whole = st.lists(st.integers(-40, 40), min_size=8, max_size=50)
+RISING = (lambda y: 3 * y - 7, lambda y: y**3, torch.exp, lambda y: y.clamp(min=0) * 9 + y)
+
+
+def classes_of(train, val, rule, sizes=(50,)):
+    """Classes of both splits, read in batches of other `sizes`."""
+    reader = TargetReader(rule, as_loss(None), "here", -100)
+    read = [torch.cat([reader.read(part)[0] for part in split.split(sizes[0])]) for split in (train, val)]
+    fitted = fit_classes(reader.kinds, read[0], False)
+    return [fitted.of(rows) for rows in read]
+
+
+@given(seeds, whole, whole, st.sampled_from(RISING))
+def test_a_rising_function_of_the_targets_leaves_the_diagnosis_as_it_is(seed, train, val, rising):
+    y, w = (torch.tensor(values, dtype=torch.float64) / 4 for values in (train, val))
+    assume(y.unique().numel() > 1)
+    draw = torch.Generator().manual_seed(seed)
+    x, v = ({m: torch.randn(len(t), 2, generator=draw) for m in ("a", "b")} for t in (y, w))
+    assume(len(classes_of(y, w, "quantiles")[0].unique()) <= len(w))
+    found = bo.diagnose((x, y), (v, w), classes="quantiles", seed=seed)
+    assert bo.diagnose((x, rising(y)), (v, rising(w)), classes="quantiles", seed=seed) == found
+
+
+@given(seeds, whole, whole, st.integers(1, 9))
+def test_bins_do_not_depend_on_the_order_or_the_batches_and_their_cuts_are_those_of_training(
+    seed, train, val, size
+):
+    y, w = torch.tensor(train), torch.tensor(val)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    of_train, of_val = classes_of(y, w, "quantiles")
+    again, of_some = classes_of(y[order], w[::2], "quantiles", (size,))
+    assert torch.equal(again, of_train[order])
+    assert torch.equal(of_some, of_val[::2])
+    both, classes = torch.cat([y, w]), torch.cat([of_train, of_val])
+    assert (classes[both.argsort()].diff() >= 0).all()
+    assert all(len(classes[both == value].unique()) == 1 for value in both.unique())
+
+
+rows_of_labels = st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=40)
+
+
+@given(seeds, rows_of_labels, rows_of_labels)
+def test_label_sets_do_not_depend_on_the_order_of_samples(seed, train, val):
+    y, w = torch.tensor(train), torch.tensor(val)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    of_train, of_val = classes_of(y, w, "label-set")
+    again, same = classes_of(y[order].float(), w.long(), "label-set", (3,))
+    assert torch.equal(again, of_train[order])
+    assert torch.equal(same, of_val)
+    unseen = [row not in train for row in val]
+    assert len(of_val[unseen].unique()) <= 1
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 60), seeds)

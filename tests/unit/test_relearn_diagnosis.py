@@ -137,7 +137,8 @@ class TestOptions:
         with pytest.raises(ValueError, match=r"class index each. Found dtype torch.float64: pass `classes=`"):
             bo.diagnose(*targets, seed=0)
         found = bo.diagnose(*targets, seed=0, classes=lambda labels: (4 * labels).long())
-        assert found == bo.diagnose((x, y), (v, w), seed=0)
+        of_labels = bo.diagnose((x, y), (v, w), seed=0)
+        assert found == dataclasses.replace(of_labels, classes=found.classes)
         one_hot = [(x, torch.nn.functional.one_hot(y)), (v, torch.nn.functional.one_hot(w))]
         assert found == bo.diagnose(*one_hot, seed=0, classes=lambda labels: labels.argmax(1))
 
@@ -265,7 +266,7 @@ class TestTable:
         assert lines[0].split("  ")[0] == "modality"
         assert len({len(line) for line in lines[:3]}) == 1
         assert lines[1].endswith("60 + 60")
-        assert lines[3] == "largest gap: near"
+        assert lines[3:] == ["3 classes: the labels", "largest gap: near"]
 
     def test_frozen(self):
         found: Any = bo.diagnose(*given())
@@ -277,4 +278,4 @@ class TestTable:
         with pytest.warns(UserWarning, match="left out"):
             found = bo.diagnose(train, val)
         assert found.largest_gap is None
-        assert len(str(found).splitlines()) == 3
+        assert len(str(found).splitlines()) == 4

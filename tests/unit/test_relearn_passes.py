@@ -34,7 +34,8 @@ from tests.relearning import OPTIONS, loaders, random_streams, samples, schedule
 
 
 def features_of(monitor, loader, **given):
-    return collect_samples(loader, "training", monitor, options(0, monitor.group, **{**OPTIONS, **given}))
+    chosen = options(0, monitor.group, **{**OPTIONS, **given})
+    return collect_samples(loader, "training", monitor, chosen).samples
 
 
 def eval_features(model, loader, name):

@@ -18,7 +18,7 @@ def collected(labels, limit, *, sizes=(7, 20), width=2):
         rows = slice(at, at + sizes[i % len(sizes)])
         collector.add({"a": features[rows]}, labels[rows])
         at, i = rows.stop, i + 1
-    return collector.samples()["a"]
+    return collector.split().samples["a"]
 
 
 @pytest.mark.parametrize("limit", [1, 10, 33, 90, 1000])

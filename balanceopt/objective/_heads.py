@@ -1,27 +1,23 @@
-"""Uni-modal heads: linear heads on each modality's features, and losses of the uni-modal logits."""
+"""Uni-modal heads: linear heads on each modality's features, or each modality's part of the shared head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from balanceopt._options import check_kind
 from balanceopt._pooling import Pool, pool_features, samples_in
 from balanceopt._torch import after_backward, backward_number, version_of
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import Group, active_group
-from balanceopt.functional import as_targets, wide
-from balanceopt.monitor import ModalityMonitor, two_classes
+from balanceopt.monitor import ModalityMonitor
 
 HeadKind = Literal["own", "shared"]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class OwnHead(nn.LazyLinear):
@@ -121,7 +117,12 @@ class Heads:
             )
 
     def logits(
-        self, name: str, features: Tensor, samples: int | None = None, present: Tensor | None = None
+        self,
+        name: str,
+        features: Tensor,
+        samples: int | None = None,
+        present: Tensor | None = None,
+        positions: int = 1,
     ) -> Tensor:
         """Return the uni-modal logits of a modality's features, attached to the graphs of features and head.
 
@@ -130,14 +131,31 @@ class Heads:
             features: `(B, ...)` features, or several rows for each sample (frames).
             samples: number of samples B; None if unknown.
             present: bool `(B,)`, samples that have the modality; None if not given by the user.
+            positions: number T of positions of a sample that the logits are for, as of features `(B, T, D)`.
 
         Returns:
-            `(B, C)` logits; rows only of samples with the modality where the encoder ran only on these.
+            `(B, C)` logits, or `(B, T, C)` for several positions; rows only of samples with the modality where the
+            encoder ran only on these.
 
         Raises:
-            ValueError: if the features do not have the width of the head, or the shared head does not have
+            ValueError: if the features lack the positions or the width of the head, or the shared head does not have
                 `out_features` outputs.
         """
+        if positions == 1:
+            return self._logits(name, features, samples, present)
+        if features.dim() != 3 or features.shape[1] != positions:
+            raise ValueError(
+                f"the targets have {positions} positions (tokens, pixels) or labels a sample, and the features of "
+                f"{name!r}, of shape {tuple(features.shape)}, no vector for each: a head on them gives one prediction "
+                "a sample. What works: tokens (B, positions, D) by the monitor's `select=`, or weight 0 for this "
+                "modality; for several labels a sample, nn.BCEWithLogitsLoss() as the monitor's `loss=`."
+            )
+        samples_in(name, features, samples, present, frames=False)  # raises for another number of samples
+        rows = self._logits(name, features.flatten(0, 1), features.shape[0] * positions, None)
+        by_sample: Tensor = rows.unflatten(0, (-1, positions))
+        return by_sample
+
+    def _logits(self, name: str, features: Tensor, samples: int | None, present: Tensor | None) -> Tensor:
         project = self.monitor.features.projections.get(name)
         samples = samples_in(name, features, samples, present, frames=project is not None)
         if self.shared:
@@ -221,57 +239,3 @@ class GradientAverage:
             if width:
                 build(head, width)
         self._all_built = bool(widths.all())
-
-
-def as_target(labels: Tensor, logits: Tensor, name: str, ignore_index: int) -> Tensor:
-    """Return class indices `(B,)`, or class probabilities `(B, C)`, on the logits' device.
-
-    Raises:
-        ValueError: if there is not one label for each row of the logits, or (checked without device synchronisation)
-            labels lie outside [0, C) or are no probabilities.
-    """
-    target = labels.to(logits.device)
-    classes = logits.shape[-1]
-    target = target.flatten() if target.dim() == 2 and target.shape[1] == 1 else target
-    if classes == 1 and target.dim() == 1:
-        if target.is_floating_point():  # targets of BCEWithLogitsLoss, hard or soft
-            pairs = torch.stack([1 - target, target], 1)
-            target = torch.where(target.unsqueeze(1) == ignore_index, 0, pairs)
-        target = target.long() if target.dtype == torch.bool else target
-    soft = target.is_floating_point() and target.dim() == 2
-    if target.shape[:1] != logits.shape[:1] or (target.dim() != 1 and not soft):
-        raise ValueError(
-            f"`labels` should have one entry for each of the {len(logits)} samples of {name!r}. "
-            f"Found shape {tuple(target.shape)}."
-        )
-    try:
-        as_targets(target, max(classes, 2), ignore_index)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} The objective has heads of out_features = {classes}; for other targets give it `loss=`, a "
-            "function of (logits, labels)."
-        ) from None
-    return target if soft else target.long()
-
-
-def mean_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Return the mean cross-entropy over rows with a valid label; 0 without any."""
-    soft = target.is_floating_point()
-    total = row_cross_entropy(logits, target, ignore_index).sum()
-    count = target.sum(1) > 0 if soft else target != ignore_index
-    return total / count.sum().clamp(min=1)
-
-
-def row_cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Return the `(B,)` cross-entropies of the rows, in float32 or wider; 0 for rows without a valid label."""
-    logits = wide(two_classes(logits))
-    if target.is_floating_point():
-        return F.cross_entropy(logits, target.to(logits.dtype), reduction="none")
-    return F.cross_entropy(logits, target, reduction="none", ignore_index=ignore_index)
-
-
-def loss_of(loss: Loss, logits: Tensor, labels: Any) -> Tensor:
-    """Return the user's loss of uni-modal logits, without a module's hooks, which should see the loop's calls only."""
-    value = loss.forward(logits, labels) if isinstance(loss, nn.Module) else loss(logits, labels)
-    check_kind("what `loss` returns", value, Tensor, "a tensor, the loss of the logits")
-    return value

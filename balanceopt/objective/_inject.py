@@ -32,13 +32,12 @@ from balanceopt.monitor import (
     tensors_in,
     two_classes,
 )
-from balanceopt.objective._heads import Heads, Loss, loss_of, row_cross_entropy
+from balanceopt.objective._heads import Heads
+from balanceopt.objective._loss import UnimodalLoss, share_of_modality, with_modality
 
 _NOTHING_ADDED = "no uni-modal gradient is added"
 # Number of backwards without a gradient at the joint logits before a warning.
 _IDLE_BACKWARDS = 10
-# Function of a modality's name and uni-modal logits that returns the loss and the gradient at the loss.
-Weigh = Callable[[str, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(eq=False)
@@ -63,15 +62,16 @@ class _Seen:
 class Injection:
     """Hooks on clean encoder outputs, and on the shared head's parameters, that add uni-modal gradients.
 
-    The gradient at the joint logits (or at the loss) is the first in every backward. It gives labels and scale; all
-    uni-modal gradients are computed then, and each is added to the joint gradient of the same tensor.
+    The gradient at the loss module's result, or at the joint logits where there is no module, is the first in every
+    backward. It weighs the uni-modal losses, whose gradients are all computed then; each is added to the joint gradient
+    of the same tensor. The target is that of the module's call, or labels given or read from the gradient.
 
     Attributes:
         handles: handles of the hooks outside the monitor.
     """
 
     def __init__(
-        self, monitor: ModalityMonitor, heads: Heads, weight: Mapping[str, float], loss: Loss | None
+        self, monitor: ModalityMonitor, heads: Heads, weight: Mapping[str, float], loss: UnimodalLoss
     ) -> None:
         """Prepare to add the gradients of `heads` times `weight`; `hook` registers the hooks.
 
@@ -87,12 +87,13 @@ class Injection:
         self._idle_backwards: set[int] | None = set()
         self._hooked: set[nn.Parameter] = set()
         self._doubtful = DeferredCounts(("rows", "doubtful"), _refuse_doubtful)
-        if loss is not None and not isinstance(loss, nn.Module):
+        criterion = loss.criterion
+        if criterion is not None and not isinstance(criterion, nn.Module):
             raise ValueError(
-                "with inject=True `loss` should be the loss module that the loop calls. Found a function: its calls "
-                "can't be seen."
+                "with inject=True `loss` should be the loss module that the loop calls, of the monitor or the "
+                "objective. Found a function: its calls can't be seen."
             )
-        if loss is None and monitor.head is None:
+        if criterion is None and monitor.head is None:
             raise ValueError(
                 "inject=True reads labels and scale from the gradient at the joint logits. Build the monitor with "
                 "`head=`, or pass `loss=`, the loss module that the loop calls."
@@ -110,8 +111,9 @@ class Injection:
         enter(self)
         self.handles.append(CallWatch(self.monitor, "inject=True", _NOTHING_ADDED))
         self.monitor.hooks.outputs.add(self._on_output)
-        if isinstance(self.loss, nn.Module):
-            self.handles.append(self.loss.register_forward_hook(WeakHook(self._on_loss), with_kwargs=True))
+        if isinstance(self.loss.criterion, nn.Module):
+            hook = WeakHook(self._on_loss)
+            self.handles.append(self.loss.criterion.register_forward_hook(hook, with_kwargs=True))
             return
         self.monitor.hooks.gradients.add(self._on_gradient)
         # In late fusion every head is hooked, because the gradient may reach any of the heads first.
@@ -177,7 +179,8 @@ class Injection:
         doubtful = doubtful | misfit | (scale < 0) | (vanished if current.labels is None else misfit)
         rows = torch.tensor(len(labels), dtype=torch.int64, device=doubtful.device)
         self._doubtful.add(rows=rows, doubtful=doubtful.sum())
-        self._make(seen, current, len(labels), partial(self._weigh_rows, labels, scale, current))
+        labels = torch.where(labels == INVALID, self.monitor.labels.ignore_index, labels)
+        self._make(seen, current, labels, scale)
 
     def _on_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook the gradient at the loss, where the loop calls the loss on the joint logits."""
@@ -187,27 +190,38 @@ class Injection:
         seen: _Seen | None = current.notes.get(self._key)
         logits = args[0] if args else kwargs.get("input")
         target = args[1] if len(args) > 1 else kwargs.get("target")
-        if seen is not None and target is not None and _is_joint(logits, current):
-            weigh = partial(self._weigh_loss, target, current)
-            samples = len(target) if isinstance(target, Tensor) and target.dim() else None
-            output.register_hook(
-                lambda gradient: self._make(seen, current, samples, partial(weigh, gradient.detach()))
-            )
+        if seen is not None and isinstance(target, Tensor) and _is_joint(logits, current):
+            target = target.detach()
+            output.register_hook(lambda gradient: self._make(seen, current, target, gradient.detach()))
 
-    def _make(self, seen: _Seen, current: Pass, samples: int | None, weigh: Weigh) -> None:
-        """Compute all uni-modal gradients of a pass; store those of encoder outputs, add those of heads."""
+    def _make(self, seen: _Seen, current: Pass, target: Tensor, at_loss: Tensor) -> None:
+        """Compute all uni-modal gradients of a pass; store those of encoder outputs, add those of heads.
+
+        Args:
+            seen: state of the pass's forward.
+            current: the pass.
+            target: target of the joint loss.
+            at_loss: gradient at the joint loss, or at its values; the uni-modal losses get the same.
+        """
         self._idle_backwards = None
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "inject=True can't follow backward(create_graph=True): the added gradient has no derivative. Add "
                 "objective(labels) to the loss."
             )
+        target, positions = self.loss.by_sample(target, current.samples)
         for name, output in seen.outputs.items():
             leaves: list[Tensor] = []
+            present = current.present.get(name)
             with torch.enable_grad(), seen.autocast():
                 features = self.monitor.features.of(name, map_tensors(partial(_leaf, leaves), output))
-                logits = self.heads.logits(name, features, samples, current.present.get(name))
-                value, scale = weigh(name, logits)
+                logits = self.heads.logits(name, features, len(target), present, positions)
+                # The values of rows are masked, because selecting rows synchronises the device.
+                selects = self.loss.criterion is not None or len(logits) != len(target)
+                chosen = with_modality(logits, target, present) if selects else (logits, target)
+                value = self.loss.values(name, *chosen)
+            scale = self.weight[name] * share_of_modality(at_loss, present, len(target), selects=selects)
+            scale = scale.sum() if value.dim() == 0 else scale.reshape_as(value)
             params = self.heads.parameters(name)
             inputs = [*leaves, *params]
             gradients = torch.autograd.grad(value, inputs, scale.to(value.dtype), allow_unused=True)
@@ -247,35 +261,11 @@ class Injection:
         self._idle_backwards.add(backward_number())
         if len(self._idle_backwards) == _IDLE_BACKWARDS:
             self._idle_backwards = None
+            uncalled = "the loss module (`loss=`) was not called on the joint logits"
             warn_user(
                 f"{_IDLE_BACKWARDS} backwards reached encoders and not the joint logits: {_NOTHING_ADDED}. Likely "
-                f"causes: {'the loss module was not called' if self.loss else self.monitor.silence()}."
+                f"causes: {self.monitor.silence() if self.loss.criterion is None else uncalled}."
             )
-
-    def _weigh_rows(
-        self, labels: Tensor, scale: Tensor, current: Pass, name: str, logits: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        present = current.present.get(name)
-        if present is not None:  # the mean is over the samples with the modality
-            part = torch.where(present.to(scale.device), scale, 0)
-            scale = part * (scale.sum() / part.sum().clamp(min=torch.finfo(part.dtype).tiny))
-            if len(logits) != len(labels):  # the encoder ran only on these samples
-                rows = present.to(scale.device).nonzero()[:, 0]
-                labels, scale = labels[rows], scale[rows]
-        return row_cross_entropy(logits, labels, INVALID), self.weight[name] * scale
-
-    def _weigh_loss(
-        self, target: Any, current: Pass, gradient: Tensor, name: str, logits: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        assert self.loss is not None
-        present = current.present.get(name)
-        if present is not None:
-            rows = present.to(logits.device).nonzero()[:, 0]
-            logits, target = logits[rows] if len(logits) == len(target) else logits, target[rows]
-            gradient = gradient[rows] if gradient.dim() else gradient
-            if len(rows) == 0:
-                return logits.sum(), torch.zeros_like(gradient.sum())
-        return loss_of(self.loss, logits, target), self.weight[name] * gradient
 
     def _labels(self, current: Pass, logits: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return class indices `(B,)`, -100 for rows without a valid label, and bool `(B,)`, doubtful rows."""
@@ -285,7 +275,7 @@ class Injection:
             if not self.monitor.labels.recovers:
                 raise RuntimeError(
                     "inject=True needs the labels by the time of backward: call monitor.observe(labels) before it, or "
-                    "pass `loss=`, the loss module that your loop calls."
+                    "build the monitor with `loss=`, the loss module that your loop calls."
                 )
             read = recover_labels(gradient, logits)
             unknown = (read.labels == INVALID) & torch.isfinite(gradient).all(1) & (gradient != 0).any(1)
@@ -297,7 +287,8 @@ class Injection:
         if labels.numel() != rows:
             raise ValueError(
                 f"inject=True without `loss=` needs a class index for each of the {rows} rows of the logits. Found "
-                f"labels of shape {tuple(labels.shape)}; for soft labels pass `loss=`, the loss module of your loop."
+                f"labels of shape {tuple(labels.shape)}; for other targets build the monitor with `loss=`, the loss "
+                "module that your loop calls."
             )
         ignore = self.monitor.labels.ignore_index if current.ignore_index is None else current.ignore_index
         targets = as_targets(labels.to(logits.device).flatten().long(), classes, ignore)
@@ -324,10 +315,12 @@ def _is_joint(logits: Any, current: Pass) -> bool:
     """Whether `logits` are the pass's joint logits; any tensor counts where the joint logits are unknown."""
     if not isinstance(logits, Tensor) or current.logits is None:
         return isinstance(logits, Tensor)
+    if logits.numel() != current.logits.numel():
+        return False
     same = logits.detach().to(current.logits.dtype)
-    return same.numel() == current.logits.numel() and torch.equal(
-        same.reshape_as(current.logits), current.logits
-    )
+    # Losses of torch take the classes in dimension 1, before positions.
+    layouts = (same, same.movedim(1, -1)) if same.dim() > 2 else (same,)
+    return any(torch.equal(x.reshape(current.logits.shape), current.logits) for x in layouts)
 
 
 def _refuse_doubtful(counts: dict[str, int]) -> None:
@@ -335,6 +328,6 @@ def _refuse_doubtful(counts: dict[str, int]) -> None:
         raise RuntimeError(
             f"the gradient at the joint logits is not that of a plain cross-entropy in {counts['doubtful']} of "
             f"{counts['rows']} rows (label smoothing, regression or another loss, other labels than given, a "
-            "temperature), so inject=True can't have labels and scale exactly. Pass `loss=`, the loss module that your "
-            "loop calls on the logits, or add objective(labels) to the loss."
+            "temperature), so inject=True can't have labels and scale exactly. Build the monitor with `loss=`, the "
+            "loss module that your loop calls on the logits, or add objective(labels) to the loss."
         )

@@ -26,45 +26,41 @@ from balanceopt._options import (
 from balanceopt._pooling import Pool, check_pool
 from balanceopt._torch import holds_compiled_code, in_backward
 from balanceopt.distributed import active_group, shared_seed
-from balanceopt.functional import wide
+from balanceopt.functional import LossFunction, wide
 from balanceopt.monitor import COMPILED, CallWatch, ModalityMonitor, Pass, require_scores
-from balanceopt.objective._heads import (
-    HeadKind,
-    Heads,
-    Loss,
-    OwnHead,
-    as_target,
-    loss_of,
-    mean_cross_entropy,
-)
+from balanceopt.objective._heads import HeadKind, Heads, OwnHead
 from balanceopt.objective._inject import Injection, remove_handles
+from balanceopt.objective._loss import UnimodalLoss, with_modality
 
 
 class UnimodalObjective(nn.Module):
-    r"""Uni-modal losses: train each encoder to predict the label alone, in addition to the joint loss.
+    r"""Uni-modal losses: train each encoder to predict the target alone, in addition to the joint loss.
 
     $$L = L_{\text{joint}} + \sum_m w^m L(h^m(z^m), y)$$
 
     with the encoders' clean features z of the latest forward (before any drop) and a linear head h for each modality:
-    a separate one, trained with the model, or the modality's part of the shared head. In the loop:
-    `loss = loss + objective(labels)`. With `inject=True` there is no call: the same gradients are added at the
+    a separate one, trained with the model, or the modality's part of the shared head. L is the monitor's loss. In the
+    loop: `loss = loss + objective(labels)`. With `inject=True` there is no call: the same gradients are added at the
     encoders' outputs during backward. Keep a reference to the objective: garbage collection removes its hooks.
 
     Args:
         monitor: a `ModalityMonitor` on the model.
-        out_features: number of logits C; 1 for a single logit of two classes.
+        out_features: number of outputs C of a head: classes, labels or numbers; 1 for a single logit of two classes.
         heads: `"own"` for separate heads, with the width of the first features: give `objective.parameters()` to the
-            optimizer too. `"shared"` for the shared head's uni-modal logits, `W^m z^m + b / M`, or late fusion's heads.
+            optimizer too. `"shared"` for the shared head's uni-modal logits, `W^m z^m + b / M`, or late fusion's heads;
+            in a regression these add up to the prediction, and are refused.
         weight: weight of the uni-modal losses, >= 0, or a mapping from modality to weight.
-        inject: add the gradients during backward. Labels and scale come from the gradient at the joint logits (exact
-            for plain cross-entropy, with any loss scale or accumulation), or from `loss`.
-        loss: function of (logits, labels); None for cross-entropy, averaged over the samples with a valid label. With
-            `inject` the loss module that the loop calls on the joint logits.
+        inject: add the gradients during backward. Target and scale come from the calls of the loss, a module, on the
+            joint logits; without one from the gradient at the joint logits, exact for plain cross-entropy with any
+            loss scale or accumulation.
+        loss: loss module, or function of (prediction, target), in place of the monitor's. A module is called as it is;
+            values for each sample are averaged. None for the monitor's; where that is None, cross-entropy, averaged
+            over the samples with a valid label.
         pool: reduction of features with more dimensions to `(B, D)`; `"auto"` for that of the head's input.
         seed: seed of the separate heads' initial weights; None for `torch.initial_seed()` of the first rank, read now.
 
     Raises:
-        ValueError: for an option outside its range, or one that is incompatible with the monitor.
+        ValueError: for an option outside its range, or one that is incompatible with the monitor or the loss.
         TypeError: if `monitor` is no `ModalityMonitor`.
         NotImplementedError: for `inject` with a sharded shared head.
 
@@ -82,7 +78,7 @@ class UnimodalObjective(nn.Module):
     """
 
     monitor: ModalityMonitor
-    loss: Loss | None
+    loss: nn.Module | LossFunction | None
 
     def __init__(
         self,
@@ -92,14 +88,16 @@ class UnimodalObjective(nn.Module):
         heads: HeadKind = "own",
         weight: float | Mapping[str, float] = 1.0,
         inject: bool = False,
-        loss: Loss | None = None,
+        loss: nn.Module | LossFunction | None = None,
         pool: Pool = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__()
         weights = _checked(monitor, out_features, heads, weight)
         check_flag("inject", inject)
-        check_function("loss", loss, "(logits, labels)")
+        check_function("loss", loss, "(prediction, target)")
+        loss = monitor.loss if loss is None else loss
+        self._criterion = UnimodalLoss(monitor, loss, out_features, shared=heads == "shared")
         check_pool(pool)
         check_seed(seed)
         self.heads: HeadKind = heads
@@ -109,7 +107,7 @@ class UnimodalObjective(nn.Module):
         self.own_heads = nn.ModuleList(_made_heads(monitor, out_features, seed) if heads == "own" else [])
         self._heads = Heads(monitor, self.own_heads, out_features, pool)
         self._live = LiveFeatures(monitor)
-        self._injection = Injection(monitor, self._heads, weights, loss) if inject else None
+        self._injection = Injection(monitor, self._heads, weights, self._criterion) if inject else None
         if self._injection is None:
             monitor.hooks.outputs.add(self._live.on_output)
             self._live.watch = CallWatch(monitor, None, "it has no uni-modal loss")
@@ -132,28 +130,30 @@ class UnimodalObjective(nn.Module):
         """Return the weighted sum of the modalities' losses, a scalar.
 
         Args:
-            labels: `(B,)` class indices, or the targets of `loss`.
+            labels: target of the loss, such as `(B,)` class indices, or `(B, C)` numbers. Class indices `(B, T)` and
+                numbers `(B, T, C)` are for the positions of features `(B, T, D)`.
 
         Raises:
             RuntimeError: before any forward of the model, or with `inject=True`, which adds the gradient already.
-            ValueError: if there is not one label for each sample, or labels lie outside [0, out_features).
-            TypeError: if labels are no numbers, or `loss` returns no tensor.
+            ValueError: if there is not one target for each sample, or the targets do not fit the loss, `out_features`
+                or the features' positions.
+            TypeError: if labels are no numbers, or the loss returns no tensor.
         """
         if self.inject:
             raise RuntimeError(
                 "inject=True adds the uni-modal gradients already: leave the objective out of the loss."
             )
-        if self.loss is None:
-            labels = to_tensor("labels", labels, "class indices (B,)")
+        target = to_tensor("labels", labels, "the loss's target, such as class indices (B,)")
         if not any(self.weight.values()):
-            device = labels.device if isinstance(labels, Tensor) else torch.device("cpu")
-            return torch.zeros((), dtype=torch.float32, device=device)
-        features, present = self._live.of_latest()
-        losses = [
-            self.weight[name] * self._loss(name, z, labels, present.get(name))
-            for name, z in features.items()
-            if self.weight[name]
-        ]
+            return torch.zeros((), dtype=torch.float32, device=target.device)
+        features, present, samples = self._live.of_latest()
+        target, positions = self._criterion.by_sample(target, samples)
+        losses = []
+        for name, z in features.items():
+            if self.weight[name]:
+                logits = self._heads.logits(name, z, len(target), present.get(name), positions)
+                chosen = with_modality(logits, target, present.get(name))
+                losses.append(self.weight[name] * self._criterion.mean(name, *chosen))
         if torch.is_grad_enabled():
             self._heads.warn_if_untrained()
         total = torch.stack([wide(loss) for loss in losses]).sum()
@@ -229,20 +229,6 @@ class UnimodalObjective(nn.Module):
         # A copy is inert, because hooks exist on the original monitor's model only.
         return {**self.__dict__, "_live": LiveFeatures(self.monitor), "_injection": None}
 
-    def _loss(self, name: str, features: Tensor, labels: Tensor, present: Tensor | None) -> Tensor:
-        samples = len(labels) if isinstance(labels, Tensor) and labels.dim() else None
-        logits = self._heads.logits(name, features, samples, present)
-        if present is not None:
-            rows = present.to(logits.device).nonzero()[:, 0]
-            labels = labels.to(logits.device)[rows]
-            logits = logits[rows] if len(logits) == samples else logits
-        if self.loss is None:
-            ignore_index = self.monitor.labels.ignore_index
-            return mean_cross_entropy(logits, as_target(labels, logits, name, ignore_index), ignore_index)
-        if len(logits) == 0:
-            return logits.sum()
-        return loss_of(self.loss, logits, labels.to(logits.device))
-
     def _touched(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return 0 with a gradient for heads unused in this rank's batch, so that ranks average the same heads."""
         names = [n for n in self.monitor.modalities if n not in features or not self.weight[n]]
@@ -260,8 +246,8 @@ class LiveFeatures:
         self.watch: CallWatch | None = None
         self.forget()
 
-    def of_latest(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return features by modality, and bool `(B,)` flags of samples with each modality, where given.
+    def of_latest(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int | None]:
+        """Return features by modality, bool `(B,)` flags of samples with each modality, where given, and B, if known.
 
         Raises:
             RuntimeError: if there was no forward, or the features carry no gradient to a trained encoder.
@@ -281,8 +267,9 @@ class LiveFeatures:
                     f"the features of {name!r} carry no gradient to their encoder, as under reentrant activation "
                     "checkpointing. Use checkpoint(..., use_reentrant=False), or inject=True."
                 )
-        present = {} if self._pass is None or not torch.is_grad_enabled() else self._pass.present
-        return features, dict(present)
+        if self._pass is None or not torch.is_grad_enabled():
+            return features, {}, None
+        return features, dict(self._pass.present), self._pass.samples
 
     def forget(self) -> None:
         """Release all features."""

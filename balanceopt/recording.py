@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+from collections.abc import Callable
 from os import PathLike
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +14,12 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._files import check_path, replacing
-from balanceopt._options import check_count, shown
+from balanceopt._options import check_count, check_function, shown
+from balanceopt.monitor import ModalityMonitor
+from balanceopt.relearn import EpochMethod
+from balanceopt.signals import StepSignals
+
+Log = Callable[[str, float, int], object]
 
 
 class Row(NamedTuple):
@@ -39,42 +46,73 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 class Recorder:
-    """Record scores, ratios, coefficients and all other quantities that methods report, at every step.
+    """Record what training does with each modality, at every step.
+
+    Of a `ModalityMonitor` the recorder records plain training, with any optimizer and without a wrapper: `score` and
+    `ratio`, and the signals `gradient_norm`, `gradient_share`, `update_ratio`, `feature_norm`, `effective_rank` and
+    `agreement`, of this rank's samples (docs/watching.md). Of a method, all quantities that it reports. A value that is
+    no number (NaN: a modality without samples) makes no row.
+
+    Keep a reference to the recorder: it stops when it is garbage-collected. It keeps its sources alive.
 
     Args:
-        *sources: `ModulatedOptimizer`, what `attach` returns, `OPM`, `ReLearnScheduler`.
+        *sources: `ModalityMonitor`, `ModulatedOptimizer`, what `attach` returns, or any method, such as an `OPM` or a
+            `ReLearnScheduler`.
         every: interval in steps between records, at least 1.
+        log: function `(name, value, step)` called for each row, such as TensorBoard's `writer.add_scalar`; names are
+            `balance/ratio/audio`. From an accelerator rows come in batches, so that no step waits for the device.
 
     Raises:
         ValueError: if `every` is not a whole number of at least 1.
-        TypeError: if a source has no listeners.
+        TypeError: if a source has no listeners, or `log` is no function.
 
     Example:
-        >>> recorder = Recorder()
-        >>> recorder.rows()
+        >>> import torch, balanceopt as bo
+        >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 2) for m in ("a", "b")})
+        >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"}, head={"a": "a", "b": "b"})
+        >>> with Recorder(monitor, every=10) as recorder:
+        ...     recorder.rows()
         []
     """
 
-    def __init__(self, *sources: Source, every: int = 1) -> None:
+    def __init__(self, *sources: Source | ModalityMonitor, every: int = 1, log: Log | None = None) -> None:
         check_count("every", every, at_least=1)
+        check_function("log", log, "(name, value, step)")
         for source in sources:
-            if not isinstance(getattr(source, "listeners", None), list):
+            if not isinstance(source, ModalityMonitor) and not isinstance(
+                getattr(source, "listeners", None), list
+            ):
                 raise TypeError(
-                    "a source should be a ModulatedOptimizer, what `attach` returns, an OPM or a ReLearnScheduler. "
-                    f"Found {shown(source)}."
+                    "a source should be a ModalityMonitor, a ModulatedOptimizer, what `attach` returns, or a method "
+                    f"such as OPM or ReLearnScheduler. Found {shown(source)}."
                 )
         self.every = every
+        self.log = log
         self._rows: list[Row] = []
         self._waiting: list[tuple[int, str, tuple[str, ...], Tensor]] = []
-        self._sources = sources
-        # Sources hold the recorder weakly, so that an unreachable recorder is freed and stops recording.
-        listener = _WeakListener(WeakMethod(self._hear))
-        self._remove = finalize(self, _stop_listening, [source.listeners for source in sources], listener)
-        for source in sources:
-            source.listeners.append(listener)
+        # A method that only its recorder refers to goes on.
+        self._sources: list[Source] = [
+            StepSignals(source, every=every) if isinstance(source, ModalityMonitor) else source
+            for source in sources
+        ]
+        signals = [source for source in self._sources if isinstance(source, StepSignals)]
+        heard = []
+        for source in self._sources:
+            # A monitor's scores come in every step; a method's would come a second time.
+            others = () if isinstance(source, StepSignals) or not signals else ("score", "ratio")
+            interval = 1 if isinstance(source, EpochMethod) else every
+            # Sources hold the recorder weakly, so that an unreachable recorder is freed and stops recording.
+            heard.append((source.listeners, _WeakListener(WeakMethod(self._hear), interval, others)))
+        self._remove = finalize(self, _stop_listening, heard, signals)
+        self._remove.atexit = False
+        for listeners, listener in heard:
+            listeners.append(listener)
 
     def rows(self) -> list[Row]:
         """Return all recorded rows in the order of recording."""
+        for source in self._sources:
+            if isinstance(source, StepSignals):
+                source.check()
         self._fetch()
         return list(self._rows)
 
@@ -121,6 +159,7 @@ class Recorder:
     def remove(self) -> None:
         """Stop recording, keeping the recorded rows; a second call is a no-op."""
         self._remove()
+        self._fetch()
 
     def __enter__(self) -> Recorder:
         return self
@@ -131,37 +170,57 @@ class Recorder:
         self.remove()
 
     def _hear(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
-        if step % self.every:
-            return
         self._waiting.append((step, quantity, modalities, values.detach().clone()))
         if on_host(values) is not None or len(self._waiting) >= _WAITING:
             self._fetch()
 
     def _fetch(self) -> None:
-        for step, quantity, modalities, values in self._waiting:
-            numbers = values.cpu().tolist()
-            self._rows += [
-                Row(step, quantity, name, float(x)) for name, x in zip(modalities, numbers, strict=True)
-            ]
-        self._waiting.clear()
+        """Read the waiting values from their devices, and log them."""
+        waiting, self._waiting = self._waiting, []
+        new = []
+        for step, quantity, modalities, values in waiting:
+            numbers = zip(modalities, values.cpu().tolist(), strict=True)
+            new += [Row(step, quantity, name, float(x)) for name, x in numbers if not math.isnan(x)]
+        self._rows += new
+        for row in new if self.log is not None else ():
+            self.log(f"balance/{row.quantity}/{row.modality}", row.value, row.step)  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy holds the rows and hears no source.
+        self._fetch()
+        return {**self.__dict__, "log": None, "_sources": [], "_remove": _nothing}
 
 
 class _WeakListener:
-    """A listener that passes values to a recorder until the recorder is freed."""
+    """A listener that passes values to a recorder until the recorder is freed.
 
-    def __init__(self, hear: WeakMethod[Any]) -> None:
+    Args:
+        hear: the recorder's method.
+        every: interval in steps, or in epochs, between values.
+        others: quantities that another source reports.
+    """
+
+    def __init__(self, hear: WeakMethod[Any], every: int, others: tuple[str, ...]) -> None:
         self._hear = hear
+        self._every = every
+        self._others = others
 
     def __call__(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
         hear = self._hear()
-        if hear is not None:
+        if hear is not None and step % self._every == 0 and quantity not in self._others:
             hear(step, quantity, modalities, values)
 
 
-def _stop_listening(lists: list[list[Any]], listener: _WeakListener) -> None:
-    for listeners in lists:
+def _stop_listening(heard: list[tuple[list[Any], _WeakListener]], signals: list[StepSignals]) -> None:
+    for listeners, listener in heard:
         if listener in listeners:
             listeners.remove(listener)
+    for source in signals:
+        source.remove()
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 def _as_text(name: str) -> str:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import balanceopt as bo
+from benchmarks.resnet import ResNet18
 from benchmarks.speed_options import Options
 from benchmarks.speed_report import Growth, Section
 from benchmarks.speed_training import Training
@@ -59,6 +60,56 @@ def added(
     return found[0], found[1]
 
 
+class Bypassed(nn.Module):
+    """An encoder with a ResNet-18's weights, which only hands on features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weights = ResNet18(width=width)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+class Standing(torch.optim.Optimizer):
+    """An optimizer whose step does nothing, so that only what is around it takes time."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Do nothing."""
+
+
+def recorded(options: Options, batch: int) -> tuple[Contender, Contender]:
+    """A training step on the weights and gradients of two ResNet-18, without and with a recorder of the monitor."""
+    found = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        width = 4 if options.quick else 64
+        model = Bare(6)
+        model.encoders = nn.ModuleDict({f"m{i}": Bypassed(width) for i in range(2)})
+        model = model.to(options.device)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        inputs = [torch.randn(batch, FEATURES, device=options.device) for _ in range(2)]
+        labels = torch.randint(6, (batch,), device=options.device)
+        monitor = bo.ModalityMonitor(model, dict(model.encoders.items()), head="head")
+        optimizer = Standing(model.parameters(), {})
+        recorder = bo.Recorder(monitor) if watched else None
+
+        def run(
+            model: Any = model,
+            inputs: Any = inputs,
+            labels: Any = labels,
+            optimizer: Any = optimizer,
+            kept: Any = recorder,
+        ) -> None:
+            F.cross_entropy(model(*inputs), labels).backward()
+            optimizer.step()
+
+        found.append(Contender(run))
+    return found[0], found[1]
+
+
 def difference(without: Timing, with_: Timing) -> Timing:
     """What was added, by medians."""
     extra = max(with_.median - without.median, 0.0)
@@ -81,6 +132,9 @@ def run(options: Options) -> list[Section | Growth]:
     timings = measure({reference: whole}, max(3, options.repetitions // 3), options.device, warm_up=1)
     timings["scores, split head"] = cost(options, batch)
     timings["scores, zero-out"] = cost(options, batch, scores="zero-out")
+    without, watched = recorded(options, batch)
+    rows = measure({"without": without, "with": watched}, 3 * options.repetitions, options.device)
+    timings["recorder, all signals"] = difference(rows["without"], rows["with"])
     notes = {
         name: f"{100 * timing.ratio_to(timings[reference]):.2f} %"
         for name, timing in timings.items()

@@ -38,6 +38,8 @@ from balanceopt.functional._scores import (
     true_class_score,
 )
 from balanceopt.functional._scores import row_scores as row_scores
+from balanceopt.functional._signals import AnswerKind as AnswerKind
+from balanceopt.functional._signals import agreement, effective_rank
 from balanceopt.functional._target_classes import (
     LabelSetClasses,
     QuantileClasses,
@@ -52,9 +54,11 @@ __all__ = [
     "LabelSetClasses",
     "QuantileClasses",
     "adaptive_coefficient",
+    "agreement",
     "centred_predictions",
     "discrepancy_ratio",
     "drop_probability",
+    "effective_rank",
     "feature_entropy",
     "inclusion_probabilities",
     "inclusion_probabilities_padded",

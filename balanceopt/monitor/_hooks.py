@@ -54,6 +54,8 @@ Transform = Callable[[str, Pass, Any], Any]
 Tap = Callable[[str, Any, Pass | None], None]
 LogitListener = Callable[[Pass, Tensor], None]
 GradientListener = Callable[[Pass, Tensor], None]
+StepListener = Callable[[torch.optim.Optimizer, bool], None]
+StepEnd = Callable[[torch.optim.Optimizer], None]
 
 
 class Hooks:
@@ -67,6 +69,9 @@ class Hooks:
         logits: functions `(pass, logits)` called with the joint logits `(N, C)`.
         gradients: functions `(pass, gradient)` called with the gradient `(N, C)` at the joint logits of backwards that
             go to parameters.
+        before_step: functions `(optimizer, has_closure)` called at the start of a modulated step, before any gradient
+            is changed; `optimizer` is the base.
+        after_step: functions `(optimizer)` called at the end of a modulated step, when its update is scaled.
         passes: passes in progress.
         answers: finds the logits in a head's output.
     """
@@ -90,6 +95,8 @@ class Hooks:
         self.outputs: Listeners[Tap] = Listeners()
         self.logits: Listeners[LogitListener] = Listeners()
         self.gradients: Listeners[GradientListener] = Listeners()
+        self.before_step: Listeners[StepListener] = Listeners()
+        self.after_step: Listeners[StepEnd] = Listeners()
         self.features = scorer.features
         self.answers = answers
         self.handles: list[Hook] = []

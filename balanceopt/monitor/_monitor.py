@@ -21,7 +21,7 @@ from balanceopt._options import (
 )
 from balanceopt._torch import holds_compiled_code, is_compiled
 from balanceopt.distributed import Group, check_group
-from balanceopt.functional import LossFunction, as_loss
+from balanceopt.functional import Loss, LossFunction, as_loss
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
 from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._choice import choose_logits
@@ -80,7 +80,8 @@ class ModalityMonitor:
         head: module, modules by modality, the model itself, or None.
         group: process group over which scores are summed.
         loss: the loss that scores are made of, as given.
-        hooks: registries of listeners: `hooks.transforms`, `.outputs`, `.logits`, `.gradients`, with `add` and `drop`.
+        hooks: registries of listeners: `hooks.transforms`, `.outputs`, `.logits`, `.gradients`, `.before_step`,
+            `.after_step`, with `add` and `drop`.
         features: choice of the feature tensor in an encoder's output: `features.of(modality, output)`.
         labels: source of labels: `labels.ignore_index`, `labels.recovers`.
         unimodal: kind of uni-modal logits: `unimodal.live`, `.columns`, `.layout()`; None for features only.
@@ -318,6 +319,11 @@ class ModalityMonitor:
             return "the monitor's hooks were removed"
         compiled = self._was_compiled or is_compiled(self.model) or holds_compiled_code()
         return why_silent(self._scorer.seen, compiled=compiled)
+
+    @property
+    def criterion(self) -> Loss:
+        """The loss as scores need it; of `loss`, or cross-entropy."""
+        return self._scorer.loss
 
     @property
     def latest(self) -> Pass | None:

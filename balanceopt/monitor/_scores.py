@@ -199,6 +199,11 @@ class ScoreBuffer:
         host = on_host(scores.count)
         return None if host is not None and not host.any() else scores
 
+    def take_local(self) -> Scores | None:
+        """Return this rank's scores since the last take or discard, and clear the buffer; no collective."""
+        scores, self._sums = self.peek(), None
+        return scores
+
     def peek(self) -> Scores | None:
         """Return this rank's scores since the last take or discard, without clearing the buffer."""
         self._fold()

@@ -98,7 +98,7 @@ class AttachedModulation:
         self._depth -= 1
         if self._depth <= 0:
             self._depth, self._wrapped = 0, None
-            self._engine.updates.finish()
+            self._engine.finish()
 
     def _before_save(self, optimizer: torch.optim.Optimizer) -> None:
         self._engine.before_save()

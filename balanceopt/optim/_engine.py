@@ -86,7 +86,7 @@ class Engine:
     def begin(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
         """Begin a step: modulate the gradients; with a closure, return it with modulation after each evaluation.
 
-        The adaptor ends the step by `updates.finish()`, or by `updates.reset()` after an exception.
+        The adaptor ends the step by `finish()`, or by `updates.reset()` after an exception.
 
         Raises:
             TypeError: if `closure` is no function.
@@ -102,6 +102,8 @@ class Engine:
         self._number, self._seed, epoch = self._state.read()
         for modulation in self.modulations:
             modulation.epoch = epoch  # written each step: optimizers may share a modulation
+        for listener in self.monitor.hooks.before_step:
+            listener(self.optimizer, closure is not None)
         if closure is None:
             self._act()
             return None
@@ -121,6 +123,12 @@ class Engine:
             return loss
 
         return modulated
+
+    def finish(self) -> None:
+        """End a step: scale the base optimizer's update."""
+        self.updates.finish()
+        for listener in self.monitor.hooks.after_step:
+            listener(self.optimizer)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -146,7 +146,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         except BaseException:
             engine.updates.reset()
             raise
-        engine.updates.finish()
+        engine.finish()
         for after in self._optimizer_step_post_hooks.values():
             after(self, args, kwargs)
         return result

@@ -26,7 +26,7 @@ LAYERS = [
     {"monitor"},
     {"modulation"},
     {"optim", "prediction", "objective"},
-    {"relearn"},
+    {"relearn", "signals"},
     {"recording", "plotting", "integrations"},
 ]
 OPTIONAL = ["accelerate", "lightning", "matplotlib", "sklearn", "torch_optimizer", "tqdm", "transformers"]

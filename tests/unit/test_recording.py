@@ -76,7 +76,7 @@ def test_every_is_a_count(every: Any):
 @pytest.mark.parametrize("wrong", [3, None, "optimizer", bo.Recorder, torch.nn.Linear(1, 1)])
 def test_a_refused_source_leaves_no_listener_on_the_others(wrong: Any):
     source = Source()
-    with pytest.raises(TypeError, match="a source should be a ModulatedOptimizer, what `attach` returns"):
+    with pytest.raises(TypeError, match="a source should be a ModalityMonitor, a ModulatedOptimizer"):
         bo.Recorder(source, wrong)
     assert source.listeners == []
 

@@ -114,11 +114,10 @@ def collectives(training: Run) -> dict[str, Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_one_small_collective_a_step(trained: list[Any], ranks: int, method: str):
     sums = ("all_reduce", 4 * 2 + 5)  # four sums for each of two modalities, counts of five classes
-    scores = ("all_reduce", 2 * 2)
     for rank in trained:
         sent = rank["collectives"][method]
         assert sent["step"] == ([] if method == "OPM" else [sums])
-        assert sent["forward and backward"] == ([scores] * 2 if method in DROPPING else [])  # two forwards
+        assert sent["forward and backward"] == ([sums] * 2 if method in DROPPING else [])  # two forwards
 
 
 # -- groups ------------------------------------------------------------------------------------------------------

@@ -197,16 +197,21 @@ class Features:
 
 def samples_first(encoder: nn.Module, output: Any, x: Tensor) -> Tensor:
     """Transpose an output tensor of torch's recurrent layers to have the samples along dimension 0."""
-    layer = unwrap(encoder)
-    if not isinstance(layer, nn.RNNBase) or x.dim() != 3:
-        return x
-    return x if layer.batch_first and x is output[0] else x.transpose(0, 1)
+    return x.transpose(0, 1) if sample_dim(encoder, output, x, None) else x
 
 
-def samples_in_second(encoder: nn.Module) -> bool:
-    """Tell whether outputs `(T, B, D)` of an encoder, one of torch's recurrent layers, have samples in dimension 1."""
+def sample_dim(encoder: nn.Module, output: Any, x: Tensor, samples: int | None) -> int:
+    """Return the dimension of an output tensor of an encoder along which the samples are.
+
+    Of torch's recurrent layers the layer tells: states are `(L, B, H)`. Of other encoders a tensor `(T, B, D)` is known
+    by its sizes: T is no multiple of the number of `samples`, which is B.
+    """
     layer = unwrap(encoder)
-    return isinstance(layer, nn.RNNBase) and not layer.batch_first
+    if x.dim() != 3:
+        return 0
+    if isinstance(layer, nn.RNNBase):
+        return 0 if layer.batch_first and x is output[0] else 1
+    return int(bool(samples) and x.shape[0] % samples != 0 and x.shape[1] == samples)  # type: ignore[operator]
 
 
 def edge_of(x: Tensor) -> Edge:

@@ -15,7 +15,7 @@ from balanceopt._torch import AFTER_FORWARD, BEFORE_FORWARD
 from balanceopt.modality import modules_outside
 from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._columns import projection_onto
-from balanceopt.monitor._features import Features, samples_in_second
+from balanceopt.monitor._features import Features, sample_dim
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._logits import UnimodalLogits
 from balanceopt.monitor._outputs import is_differentiable, map_tensors, tensors_in
@@ -95,7 +95,8 @@ class ZeroOut(UnimodalLogits):
         state = State(undo, current.replayed, current.written_parameters)
         state.quieten(current.hooks)
         for name, outputs in current.outputs.items():
-            undo.set(vars(self.encoders[name]), "forward", _Cached(outputs, self._stand_in(name, alone)))
+            stand_in = self._stand_in(name, alone, current.samples)
+            undo.set(vars(self.encoders[name]), "forward", _Cached(outputs, stand_in))
         if self.head is not self.model:
             stop = _Stop(current.answering_call)
             hooks = vars(self.head)[AFTER_FORWARD]
@@ -119,11 +120,13 @@ class ZeroOut(UnimodalLogits):
         assert logits is not None
         return self.answers.rows(self.head, logits).float()
 
-    def _stand_in(self, name: str, alone: str) -> Callable[[Tensor], Tensor]:
-        """Return the function of an encoder's output tensors that the run of modality `alone` sees."""
+    def _stand_in(self, name: str, alone: str, samples: int | None) -> Callable[[Any], Any]:
+        """Return the function of an encoder's output that makes what the run of modality `alone` sees."""
         if name == alone:
-            return Tensor.clone
-        return _zeros if self.fill == "zero" else partial(_mean, samples_in_second(self.encoders[name]))
+            return partial(map_tensors, Tensor.clone)
+        if self.fill == "zero":
+            return partial(map_tensors, _zeros)
+        return partial(_average, self.encoders[name], samples)
 
     def _look(self, alone: str, current: Pass) -> _Look | None:
         """Register pre-hooks that search, once, for the projection of the modality's features in the fusion."""
@@ -174,15 +177,15 @@ class _Look:
 class _Cached:
     """Forward that returns copies of an encoder's outputs, or what stands in for them, in the order of calls."""
 
-    def __init__(self, outputs: Sequence[Any], copied: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, outputs: Sequence[Any], stand_in: Callable[[Any], Any]) -> None:
         self.outputs = outputs
-        self.copied = copied
+        self.stand_in = stand_in
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.outputs[self.calls % len(self.outputs)]
         self.calls += 1
-        return map_tensors(self.copied, output)
+        return self.stand_in(output)
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -190,9 +193,13 @@ def _zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x) if is_differentiable(x) else x.clone()
 
 
-def _mean(samples_second: bool, x: Tensor) -> Tensor:
-    """Return features averaged over the batch, in the same shape; copy masks and indices among an encoder's outputs."""
-    if not is_differentiable(x) or x.dim() == 0:
-        return x.clone()
-    dim = 1 if samples_second and x.dim() == 3 else 0
-    return x.mean(dim, keepdim=True).expand_as(x).contiguous()
+def _average(encoder: nn.Module, samples: int | None, output: Any) -> Any:
+    """Return an encoder's output averaged over the samples, in the same shapes; copy masks and indices in it."""
+
+    def mean(x: Tensor) -> Tensor:
+        if not is_differentiable(x) or x.dim() == 0:
+            return x.clone()
+        dim = sample_dim(encoder, output, x, samples)
+        return x.mean(dim, keepdim=True).expand_as(x).contiguous()
+
+    return map_tensors(mean, output)

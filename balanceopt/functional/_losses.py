@@ -260,15 +260,17 @@ class BinaryCrossEntropy(Loss):
     @torch.no_grad()
     def measure(self, predictions: Tensor, target: Tensor, present: Tensor | None = None) -> SampleLosses:
         y = wide(target.detach())
+        missing = y.isnan()
+        y = torch.where(missing, 0, y)
         seen = on_host(y)
         if seen is not None and seen.size and not (seen.min() >= 0 and seen.max() <= 1):
             raise ValueError(
                 f"`target` of nn.BCEWithLogitsLoss should lie in [0, 1]. Found entries from {seen.min():g} to "
-                f"{seen.max():g}. Give labels that do not count a `weight` of 0."
+                f"{seen.max():g}. Labels that do not count are NaN here, or have a `weight` of 0."
             )
         # In the target's shape, to which the user's loss broadcasts them.
         positive, negative = self._weight("pos_weight", y) * y, 1 - y
-        weight = self._weight("weight", y)
+        weight = torch.where(missing, 0, self._weight("weight", y))
         positive, negative = (_as_outputs(x * weight, predictions) for x in (positive, negative))
         total = (positive + negative).sum((1, 2))
         valid = total > 0
@@ -315,7 +317,7 @@ class Regression(Loss):
 
     The baseline of MSE is that of the targets' mean, their variance, from sums that add. That of the others is the
     loss of the targets' median (the mean of the two middle ones), which no sums tell: their parts are the targets
-    themselves, one row for each sample and position, as small as the targets that the loop holds anyway.
+    themselves, each with its weight. Entries whose target is NaN do not count; the others of a sample count alike.
     """
 
     scale_free = True
@@ -334,9 +336,13 @@ class Regression(Loss):
     @torch.no_grad()
     def measure(self, predictions: Tensor, target: Tensor, present: Tensor | None = None) -> SampleLosses:
         f, y = wide(predictions), _as_outputs(wide(target.detach()), predictions)
-        values = self._elementwise(by_output(f, 1), y.unsqueeze(0)).mean((2, 3))
-        parts = self._moments(y) if self.adds else self._target_rows(y)
-        return SampleLosses(values, torch.ones_like(y[:, 0, 0], dtype=torch.bool), parts)
+        counts = ~y.isnan()
+        y = torch.where(counts, y, 0)
+        total = counts.sum((1, 2))
+        weight = counts / total.clamp(min=1)[:, None, None].to(y.dtype)
+        values = _times(weight, self._elementwise(by_output(f, 1), y.unsqueeze(0))).sum((2, 3))
+        parts = self._moments(y, weight) if self.adds else self._target_rows(y, weight)
+        return SampleLosses(values, total > 0, parts)
 
     def residual(self, prediction: Tensor, target: Tensor) -> Tensor | None:
         return wide(prediction) - wide(target)
@@ -351,35 +357,32 @@ class Regression(Loss):
             return F.smooth_l1_loss(f, y, reduction="none", beta=self.module.beta)
         return (f - y).abs()
 
-    def _moments(self, y: Tensor) -> Tensor:
-        """Sum each output's mean and mean square over the positions, and 1 for each sample."""
-        y = precise(y)
-        count = y.new_full((1,), len(y))
-        return torch.cat([y.mean(2).sum(0), (y * y).mean(2).sum(0), count])
+    def _moments(self, y: Tensor, weight: Tensor) -> Tensor:
+        """Sum each output, its square, and the weights, `(3 outputs,)`; the weights of a sample sum to 1."""
+        y, weight = precise(y), precise(weight)
+        return torch.cat([(weight * x).sum((0, 2)) for x in (y, y * y, torch.ones_like(y))])
 
-    def _target_rows(self, y: Tensor) -> Tensor:
-        """Return outputs and weight of each position, `(N, outputs + 1)`; the weights of a sample sum to 1."""
-        rows = y.movedim(1, 2).flatten(0, 1)
-        return torch.cat([rows, torch.full_like(rows[:, :1], 1 / max(y.shape[2], 1))], 1)
+    def _target_rows(self, y: Tensor, weight: Tensor) -> Tensor:
+        """Return outputs and weights of each position, `(N, 2 outputs)`; the weights of a sample sum to 1."""
+        return torch.cat([x.movedim(1, 2).flatten(0, 1) for x in (y, weight)], 1)
 
     @torch.no_grad()
     def baseline(self, parts: Tensor) -> Tensor:
         if self.adds:
-            sums, squares = parts[:-1].chunk(2)
-            count = parts[-1]
-            mean, square = sums / count, squares / count
+            sums, squares, weight = parts.chunk(3)
+            mean, square = sums / weight, squares / weight
             variance = square - mean**2
             exact = variance > _ROUNDING * torch.finfo(parts.dtype).eps * square
-            baseline = torch.where(exact, variance, torch.where(variance.isnan(), variance, 0)).mean()
-            return torch.where(count > 1.5, baseline, torch.nan)
-        y, weight = parts[:, :-1], parts[:, -1]
+            variance = torch.where(exact | variance.isnan(), variance, 0)
+            return _mean_loss(torch.where(weight > 0, weight * variance, 0), weight)
+        y, weight = parts.chunk(2, 1)
         if not len(y):
             return parts.new_full((), torch.nan)
-        ordered = y.sort(0).values
-        median = (ordered[(len(y) - 1) // 2] + ordered[len(y) // 2]) / 2
-        losses = self._elementwise(median.unsqueeze(0), y).mean(1)
-        count = weight.sum()
-        return torch.where(count > 1.5, (weight * losses).sum() / count, torch.nan)
+        ordered = torch.where(weight > 0, y, torch.inf).sort(0).values
+        count = (weight > 0).sum(0)
+        middle = torch.stack([(count - 1).clamp(min=0) // 2, (count // 2).clamp(max=len(y) - 1)])
+        median = ordered.gather(0, middle).mean(0)
+        return _mean_loss(_times(weight, self._elementwise(median.unsqueeze(0), y)), weight)
 
 
 class FunctionLoss(Loss):
@@ -567,7 +570,8 @@ def likelihood_score(
         predictions: `(..., B, ...)`, logits or outputs, with any leading dimensions, such as modalities. Classes are in
             the dimension after the samples'. Without the leading dimensions the shape is the target's (with class
             indices, the target's with the classes inserted); a last dimension of 1 may be missing in the target.
-        target: `(B, ...)`, what the loss takes. For a function, integers are class indices.
+        target: `(B, ...)`, what the loss takes. For a function, integers are class indices. Entries that are NaN do not
+            count in binary cross-entropy and regression.
         loss: a loss module of torch, its function, or any function; None for cross-entropy.
         baseline: \(l_0 > 0\), of the losses that are scaled by it; None for that of the target (the loss of its mean
             for MSE, of its median for L1, smooth L1 and Huber), or for a function the mean loss of the predictions.
@@ -674,6 +678,12 @@ def _rows(values: Tensor, first: int) -> Tensor:
 def _times(share: Tensor, losses: Tensor) -> Tensor:
     """Multiply losses by shares; 0 at a share of 0, where an infinite loss does not count."""
     return torch.where(share > 0, share * losses, 0)
+
+
+def _mean_loss(losses: Tensor, weight: Tensor) -> Tensor:
+    """Divide the sum of weighted losses by the number of samples, whose weights sum to 1; NaN for fewer than two."""
+    samples = weight.sum()
+    return torch.where(samples > 1.5, losses.sum() / samples, torch.nan)
 
 
 def _class_shares(targets: Targets, share: Tensor) -> Tensor:

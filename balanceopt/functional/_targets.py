@@ -100,5 +100,5 @@ def _refuse_improbable(probabilities: Tensor, given: torch.dtype) -> None:
         raise ValueError(
             "soft `labels` should be probabilities, none negative, with a sum of 1 in each row (or 0, for rows that do "
             f"not count). Found entries from {seen.min():g} to {seen.max():g}, and sums from {sums.min():g} to "
-            f"{sums.max():g}."
+            f"{sums.max():g}. Several labels a sample and regression need their own loss, as `loss=` of the monitor."
         )

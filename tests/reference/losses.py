@@ -64,6 +64,8 @@ def binary_cross_entropy(
     """The mean over C labels, each as often as its weights say."""
     total = mass = 0.0
     for c, (z, y) in enumerate(zip(leaves(sample), leaves(label), strict=True)):
+        if math.isnan(y):
+            continue
         w = 1.0 if weight is None else weight[c]
         positive = w * y * (1.0 if pos_weight is None else pos_weight[c])
         negative = w * (1 - y)
@@ -89,21 +91,26 @@ def smooth(beta: float) -> Callable[[float, float], float]:
     return lambda f, y: huber(beta)(f, y) / beta if beta else abs(f - y)
 
 
-def regression(sample: Nested, target: Nested, of: Callable[[float, float], float]) -> float:
-    pairs = list(zip(leaves(sample), leaves(target), strict=True))
-    return sum(of(f, y) for f, y in pairs) / len(pairs)
+def regression(sample: Nested, target: Nested, of: Callable[[float, float], float]) -> float | None:
+    """The mean over the entries with a target; None where all are NaN."""
+    pairs = [(f, y) for f, y in zip(leaves(sample), leaves(target), strict=True) if not math.isnan(y)]
+    return sum(of(f, y) for f, y in pairs) / len(pairs) if pairs else None
 
 
 def regression_baseline(targets: Nested, of: Callable[[float, float], float]) -> float:
-    """The loss of each output's mean (MSE) or median, over samples and positions."""
-    middle = statistics.fmean if of is square else statistics.median
+    """The loss of each output's best mean (MSE), or median, over samples and positions with a target."""
     samples = [positions_of(t) if isinstance(t, list) else [[t]] for t in targets]
-    outputs = len(samples[0][0])
-    constant = [middle([row[k] for rows in samples for row in rows]) for k in range(outputs)]
-    losses = [
-        statistics.fmean(of(constant[k], row[k]) for row in rows for k in range(outputs)) for rows in samples
-    ]
-    return statistics.fmean(losses)
+    entries = []  # output, target, part of its sample
+    for rows in samples:
+        known = [(k, y) for row in rows for k, y in enumerate(row) if not math.isnan(y)]
+        entries.append([(k, y, 1 / len(known)) for k, y in known])
+    flat = [entry for sample in entries for entry in sample]
+    constant = {}
+    for k in {k for k, _, _ in flat}:
+        own = [(y, w) for output, y, w in flat if output == k]
+        mean = sum(w * y for y, w in own) / sum(w for _, w in own)
+        constant[k] = mean if of is square else statistics.median(y for y, _ in own)
+    return statistics.fmean(sum(w * of(constant[k], y) for k, y, w in sample) for sample in entries if sample)
 
 
 def entropy(frequencies: Sequence[float]) -> float:

@@ -142,6 +142,35 @@ def test_regression(loss, of, shape, samples):
     )
 
 
+@pytest.mark.parametrize(("loss", "of"), REGRESSIONS)
+@pytest.mark.parametrize("shape", [(1,), (4,), (3, 5)])
+def test_numbers_that_are_missing_do_not_count(loss, of, shape):
+    predictions, target = randn(M, B, *shape), randn(B, *shape) + 3
+    target[torch.rand(B, *shape) < 0.4] = torch.nan
+    target[0], target[1], target[2] = torch.nan, 2.0, 5.0  # a sample without any, and two that are whole
+    predictions[:, target.isnan()] = torch.inf
+    scale = naive.regression_baseline(target.tolist(), of)
+    expect(
+        likelihood_score(predictions, target, loss),
+        by_sample(predictions, target, lambda f, y: naive.regression(f, y, of)),
+        scale,
+    )
+
+
+@pytest.mark.parametrize("pos_weight", [None, [3.0, 1.0, 0.2, 10.0]])
+def test_labels_that_are_missing_do_not_count(pos_weight):
+    predictions, target = randn(M, B, C), torch.rand(B, C, dtype=torch.float64).round()
+    target[torch.rand(B, C) < 0.4] = torch.nan
+    target[0] = torch.nan
+    predictions[:, target.isnan()] = torch.nan
+    loss = nn.BCEWithLogitsLoss(pos_weight=None if pos_weight is None else torch.tensor(pos_weight))
+    expect(
+        likelihood_score(predictions, target, loss),
+        by_sample(predictions, target, lambda f, y: naive.binary_cross_entropy(f, y, None, pos_weight)),
+        rel=1e-6,
+    )
+
+
 @pytest.mark.parametrize("shape", [(B,), (B, 5)])
 def test_function(shape):
     predictions, target = randn(M, *shape), randn(*shape)

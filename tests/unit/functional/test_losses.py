@@ -177,7 +177,7 @@ def test_descriptions(criterion, target, kind, classes, recovers, scale_free, ad
         (None, LOGITS, torch.zeros(5), "`predictions` should have shape"),
         (nn.CrossEntropyLoss(torch.ones(4)), LOGITS, INDICES, "one entry for each of the 3 classes"),
         (nn.BCEWithLogitsLoss(), LOGITS, NUMBERS * 9, r"should lie in \[0, 1\].*`weight` of 0"),
-        (nn.BCEWithLogitsLoss(), LOGITS, NUMBERS.new_full((5, 3), torch.nan), r"should lie in \[0, 1\]"),
+        (nn.BCEWithLogitsLoss(), LOGITS, NUMBERS.new_full((5, 3), torch.inf), r"should lie in \[0, 1\]"),
         (nn.BCEWithLogitsLoss(torch.ones(2)), LOGITS, torch.ones(5, 3), "`loss.weight` should have a shape"),
         (
             nn.BCEWithLogitsLoss(pos_weight=torch.ones(5, 1, 1)),

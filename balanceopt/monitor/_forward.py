@@ -56,7 +56,6 @@ class Pass:
         logits: joint logits `(N, C)`, N rows.
         shape: shape of the joint logits as the head returned them.
         classes_first: whether classes are dimension 1 there, before positions.
-        counted: bool `(N,)`, rows that count where targets are recovered from the gradient; None for all.
         unimodal: each modality's logits `(N, C)` float32; None before the forward's end.
         entropies: each modality's feature entropy by sample `(B,)`, where a consumer asked for it.
         present: bool `(B,)` by modality, the samples that have the modality; without an entry all samples.
@@ -68,6 +67,7 @@ class Pass:
         head_calls: number of calls of heads.
         answering_call: number of the head call that made `logits`.
         listening: number of logits tensors with a gradient hook; only the last tensor's gradient counts.
+        nodes: numbers of the autograd nodes of the heads' outputs.
         vectors: each modality's clean features `(N, D_m)` as the head gets them, where the projection is known.
         ignore_index: ignored label of the loss module that gave the labels; None if it has none.
         broke_off: whether the forward raised an exception.
@@ -105,7 +105,6 @@ class Pass:
     logits: Tensor | None = None
     shape: torch.Size = field(default_factory=torch.Size)
     classes_first: bool = False
-    counted: Tensor | None = None
     unimodal: dict[str, Tensor] | None = None
     entropies: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
@@ -117,6 +116,7 @@ class Pass:
     head_calls: int = 0
     answering_call: int = 0
     listening: int = 0
+    nodes: set[int] = field(default_factory=set)
     vectors: dict[str, Tensor] = field(default_factory=dict)
     ignore_index: int | None = None
     broke_off: bool = False
@@ -216,6 +216,22 @@ class Passes:
         if self.current is None and self.loose is not None:
             self.latest = self.loose
         return self.current or self.loose
+
+    def of_loss(self, prediction: Tensor) -> Pass | None:
+        """Return the pass whose logits a loss's prediction is made of; None for another head's prediction."""
+        passes = {node: current for current in self._alive if not current.closed for node in current.nodes}
+        waiting, seen = [prediction.grad_fn], set()
+        oldest = min(passes, default=0)
+        while passes and waiting:
+            node = waiting.pop()
+            number = number_of_node(node)
+            if number in passes:
+                return passes[number]
+            if node is not None and node not in seen and number > oldest:
+                seen.add(node)
+                waiting.extend(following for following, _ in node.next_functions)
+        # Without a node of its logits, as of a loss within the model, a pass can't be told from others.
+        return None if self.latest is None or self.latest.nodes else self.latest
 
     def backward_reached(self, current: Pass) -> None:
         """Record that backward has reached the pass's logits."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from balanceopt._sharding import is_sharded
-from balanceopt._torch import in_backward, is_batched, next_node
+from balanceopt._torch import in_backward, is_batched, next_node, number_of_node
 from balanceopt._undo import Undo
 from balanceopt.distributed import Group
 from balanceopt.monitor._answers import Answers
@@ -236,7 +236,7 @@ class Hooks:
     ) -> None:
         # A pass in eval mode between a forward and its backward may call the loss too, but makes no graph.
         if any(term.requires_grad for term in tensors_in(output)):
-            self._labels.from_loss(self.passes.latest, module, args, kwargs)
+            self._labels.from_loss(self.passes.of_loss, module, args, kwargs)
 
     @outside_graphs
     def _on_gradient(self, current: Pass, head: nn.Module, call: int, gradient: Tensor) -> None:
@@ -313,6 +313,7 @@ class Hooks:
         """Register a hook that runs when backward reaches the logits."""
         if logits.requires_grad:
             current.listening += 1
+            current.nodes.add(number_of_node(logits.grad_fn))
             logits.register_hook(partial(self._on_gradient, current, head, current.listening))
 
     def _refuse_reentrant_head(self, output: Any) -> None:

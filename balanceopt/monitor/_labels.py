@@ -5,15 +5,15 @@ Labels are copied on arrival, since the loop may reuse its buffers before the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from balanceopt.functional import Loss
+from balanceopt.functional import Loss, as_loss
 from balanceopt.monitor._forward import Observed, Pass
-from balanceopt.monitor._outputs import first_tensor
+from balanceopt.monitor._outputs import tensors_in
 
 LabelSource = Literal["auto", "observe", "loss", "model", "gradient"]
 
@@ -81,21 +81,33 @@ class Labels:
 
     def from_loss(
         self,
-        current: Pass | None,
+        pass_of: Callable[[Tensor], Pass | None],
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
-        """Read labels and `ignore_index` from a loss module's call on the pass's logits."""
-        if current is None or current.closed or not self.allows("loss"):
+        """Read labels and `ignore_index` from a loss module's call.
+
+        Args:
+            pass_of: finds the pass whose logits a prediction is made of.
+            module: the loss module.
+            args: its arguments.
+            kwargs: its keyword arguments.
+
+        Raises:
+            ValueError: if a loss of numbers repeats its prediction to compare it with the target.
+        """
+        prediction, target = call_of_loss(args, kwargs)
+        current = None if prediction is None else pass_of(prediction)
+        if prediction is None or current is None or current.closed or not self.allows("loss"):
             return
-        logits = first_tensor((args, kwargs))
-        if logits is not None and current.logits is not None and logits.numel() != current.logits.numel():
-            return  # the loss of an auxiliary head, which has other labels
+        if current.logits is not None and prediction.numel() != current.logits.numel():
+            return  # a loss of some of the logits, or of a head inside the model
+        if target is not None and isinstance(module, _OF_ENTRIES):
+            _refuse_repeated(prediction, target)
         if current.label_source in ("gradient", "model"):
-            labels = labels_of_loss(args, kwargs)
-            if labels is not None:
-                current.labels, current.label_source = labels, "loss"
+            if target is not None:
+                current.labels, current.label_source = target.detach().clone(), "loss"
             current.ignore_index = getattr(module, "ignore_index", None)
 
     def forget(self) -> None:
@@ -109,12 +121,11 @@ class Labels:
             current.labels, current.label_source = labels, "observe"
 
 
+# Losses of torch that compare entry by entry, and broadcast.
+_OF_ENTRIES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 # Losses of torch whose targets are no class for each sample.
 _OTHER_TARGETS = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
+    *_OF_ENTRIES,
     nn.PoissonNLLLoss,
     nn.GaussianNLLLoss,
     nn.KLDivLoss,
@@ -138,6 +149,8 @@ def refuse_loss(module: nn.Module, loss: Loss) -> None:
     """
     of_classes = isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss))
     of_numbers = isinstance(module, _OTHER_TARGETS)
+    if of_numbers:
+        as_loss(module)  # raises for a loss that has no score
     if (of_numbers and loss.has_classes) or (of_classes and not loss.has_classes and loss.rowwise):
         raise ValueError(
             f"the loss to watch should have the targets of the loss that scores are made of. Found "
@@ -164,7 +177,25 @@ def labels_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, classes:
     return None
 
 
-def labels_of_loss(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return a copy of the target of a loss call `(prediction, target)`."""
+def call_of_loss(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None] | tuple[None, None]:
+    """Return prediction and target of a loss call `(prediction, target)`; None for what is no tensor."""
     target = args[1] if len(args) > 1 else kwargs.get("target", kwargs.get("labels"))
-    return target.detach().clone() if isinstance(target, Tensor) else None
+    target = target if isinstance(target, Tensor) else None
+    prediction = next((x for x in tensors_in((args, kwargs)) if x is not target), None)
+    if prediction is None:
+        return None, None
+    if target is not None and target.requires_grad and not prediction.requires_grad:
+        return target, prediction  # MSE and L1 are called either way round
+    return prediction, target
+
+
+def _refuse_repeated(prediction: Tensor, target: Tensor) -> None:
+    """Raise if prediction and target broadcast to more entries than the prediction has."""
+    if torch.broadcast_shapes(prediction.shape, target.shape).numel() > prediction.numel():
+        raise ValueError(
+            "the loss should compare each prediction with its own target. Found a prediction of shape "
+            f"{tuple(prediction.shape)} and a target of shape {tuple(target.shape)}, which broadcasting compares each "
+            f"with several others. Give both one shape, such as target.view_as(prediction)."
+        )

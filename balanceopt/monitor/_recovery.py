@@ -35,6 +35,8 @@ NO_CLASSES = (
 _FEWEST_ROWS, _FEWEST_ROWS_OF_MODEL = 32, 4
 # Under cross-entropy no row contradicts its label, so half of the rows is far above rounding.
 _REFUTED_PART = 0.5
+# Of numbers no clear entry contradicts; among targets of another batch half of the entries on one side do, or more.
+_REFUTED_PART_OF_NUMBERS = 0.25
 # Largest difference by rounding, in bfloat16 too, between labels smoothed by the same amount.
 _ALIKE = 0.01
 
@@ -295,18 +297,22 @@ def _refuse_graded(counts: dict[str, int]) -> None:
 
 
 def refuse_contradicted(source: str, counts: dict[str, int]) -> None:
-    """Raise where most entries of the gradient contradict the targets of a `source`.
+    """Raise where the gradient contradicts the targets of a `source` in many entries above or below them.
+
+    Each side counts by itself, since of labels that are mostly 0 the few others tell the batch.
 
     Raises:
         RuntimeError: naming the source and the number of entries.
     """
-    rows, refuted = counts["rows"], counts["refuted"]
-    if rows >= _FEWEST_ROWS and refuted > _REFUTED_PART * rows:
-        raise RuntimeError(
-            f"the targets from {_WORDS[source]} are not those of the loss: the gradient at the logits has the other "
-            f"sign than prediction - target in {refuted} of {rows} entries (another task's targets, a second loss, a "
-            "sum over the loss's sign). Give the targets of the head's output by monitor.observe(targets)."
-        )
+    for side in ("above", "below"):
+        rows, refuted = counts[side], counts[f"{side} refuted"]
+        if rows >= _FEWEST_ROWS and refuted > _REFUTED_PART_OF_NUMBERS * rows:
+            raise RuntimeError(
+                f"the targets from {_WORDS[source]} are not those of the loss: the gradient at the logits has the "
+                f"other sign than prediction - target in {refuted} of {rows} entries {side} their target (another "
+                "batch's or task's targets, a second loss, a loss that is maximised). Give the targets of the head's "
+                "output by monitor.observe(targets)."
+            )
 
 
 def refuse_foreign(counts: dict[str, int]) -> None:

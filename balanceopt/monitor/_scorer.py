@@ -179,11 +179,8 @@ class Scorer:
         samples = done.samples if done.samples and rows % done.samples == 0 else max(rows, 1)
         logits = torch.stack([done.unimodal.get(name, absent) for name in self.modalities])
         everyone = torch.ones(samples if rows else 0, dtype=torch.bool, device=logits.device)
-        counted = everyone if done.counted is None else done.counted.view(len(everyone), -1).any(1)
         present = [
-            _by_sample(done.present.get(name, everyone), everyone) & counted
-            if name in done.unimodal
-            else ~everyone
+            _by_sample(done.present.get(name, everyone), everyone) if name in done.unimodal else ~everyone
             for name in self.modalities
         ]
         valid = target != self.labels.ignore_index if self.loss.has_classes and target.dim() == 1 else None

@@ -123,9 +123,7 @@ class NumberTargets(PassTargets):
             target = done.labels.to(done.logits.device)
             if not self.loss.rowwise:
                 return target
-            target = as_target_rows(target, done)
-            self._compare(done, target)
-            return target
+            return self._compared_with(done, as_target_rows(target, done))
         if not done.gradients:
             return None
         if not (self.loss.recovers and self.labels.recovers):
@@ -141,31 +139,46 @@ class NumberTargets(PassTargets):
         return {"rows": counts["rows"], "ambiguous": counts["foreign"]}
 
     def _recovered(self, done: Pass, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Read hard labels from the sign of `s (sigmoid(logit) - label)`; rows without a gradient do not count."""
+        """Read hard labels from the sign of `s (sigmoid(logit) - label)`; NaN in rows without a gradient."""
         told = torch.isfinite(gradient) & (gradient != 0)
         # A gradient of 0 in a row with others is the residual of a saturated logit, rounded.
         labels = torch.where(told, gradient < 0, logits > 0)
         off = off_residual(gradient, logits, torch.where(told, labels.long(), INVALID)).any(1)
-        done.counted = told.any(1)
-        self._rows.add(rows=done.counted.sum(), foreign=off.sum())
-        return labels.to(torch.float32)
+        counts = told.any(1, keepdim=True)
+        self._rows.add(rows=counts.sum(), foreign=off.sum())
+        return torch.where(counts, labels.to(torch.float32), torch.nan)
 
-    def _compare(self, done: Pass, target: Tensor) -> None:
-        """Count the entries whose residual has another sign than the gradient."""
+    def _compared_with(self, done: Pass, target: Tensor) -> Tensor:
+        """Compare a target with the gradient; return it with NaN for what the loop's loss leaves out.
+
+        Such entries have a gradient of exactly 0 although the prediction is wrong. Entries whose residual has another
+        sign than the gradient are counted.
+        """
         assert done.logits is not None
         residual = self.loss.residual(done.logits, target)
         if residual is None or not done.gradients:
-            return
+            return target
         size = residual.abs()
         tells = size > _CLEAR_RESIDUAL * torch.where(torch.isfinite(size), size, 0).amax()
-        refuted = torch.zeros_like(tells)
+        refuted, graded = torch.zeros_like(tells), torch.zeros_like(tells)
         for gradient in done.gradients:
             refuted |= tells & (gradient * residual < 0)
+            graded |= gradient != 0
         if done.label_source not in self._compared:
             self._compared[done.label_source] = DeferredCounts(
-                ("rows", "refuted"), partial(refuse_contradicted, done.label_source)
+                ("above", "above refuted", "below", "below refuted"),
+                partial(refuse_contradicted, done.label_source),
             )
-        self._compared[done.label_source].add(rows=tells.sum(), refuted=refuted.sum())
+        above, below = tells & (residual > 0), tells & (residual < 0)
+        self._compared[done.label_source].add(
+            **{
+                "above": above.sum(),
+                "above refuted": (above & refuted).sum(),
+                "below": below.sum(),
+                "below refuted": (below & refuted).sum(),
+            }
+        )
+        return torch.where(tells & ~graded, torch.nan, target)
 
 
 def pass_targets(labels: Labels, loss: Loss, *, strict: bool) -> PassTargets:

@@ -20,6 +20,7 @@ from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
 from balanceopt.prediction import OPM, ForwardMethod
 from balanceopt.recording import Recorder
 from balanceopt.relearn import Diagnosis, EpochMethod, ReLearnScheduler, diagnose
+from balanceopt.reporting import Report, report
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "OPM",
     "ReLearnScheduler",
     "Recorder",
+    "Report",
     "StepContext",
     "UnimodalObjective",
     "attach",
@@ -48,4 +50,5 @@ __all__ = [
     "diagnose",
     "functional",
     "modality_groups",
+    "report",
 ]

@@ -27,7 +27,7 @@ LAYERS = [
     {"modulation"},
     {"optim", "prediction", "objective"},
     {"relearn", "signals"},
-    {"recording", "plotting", "integrations"},
+    {"recording", "plotting", "reporting", "integrations"},
 ]
 OPTIONAL = ["accelerate", "lightning", "matplotlib", "sklearn", "torch_optimizer", "tqdm", "transformers"]
 

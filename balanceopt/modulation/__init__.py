@@ -3,6 +3,7 @@
 from balanceopt.modulation._agm import AGM
 from balanceopt.modulation._amss import AMSS
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, StepContext
+from balanceopt.modulation._hiding import Hiding
 from balanceopt.modulation._masks import MaskScale
 from balanceopt.modulation._ogm import OGM
 from balanceopt.modulation._scaling import GradientScaling, UpdateScaling
@@ -12,6 +13,7 @@ __all__ = [
     "AGM",
     "AMSS",
     "GradientScaling",
+    "Hiding",
     "MaskScale",
     "MaskUnits",
     "Modulation",

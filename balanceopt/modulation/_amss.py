@@ -16,6 +16,7 @@ from balanceopt.modulation._base import Modulation, OptimizerHintWarning, StepCo
 from balanceopt.modulation._cancelling import cancels_constant_factor
 from balanceopt.modulation._masks import Masks, MaskScale, part_of
 from balanceopt.modulation._units import UnitRule, check_units, find_units
+from balanceopt.monitor import ModalityMonitor
 
 # Number of cached sets of masks: with alternating losses the parameters with a gradient alternate too.
 _REMEMBERED = 4
@@ -93,7 +94,7 @@ class AMSS(Modulation):
         self.min_ndim = min_ndim
         self._masks: dict[Any, Masks] = {}
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
+    def check(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor) -> None:
         """Warn where the base optimizer cancels the masks or the weights of kept units."""
         if isinstance(optimizer, torch.optim.LBFGS):
             warn_user(

@@ -16,6 +16,7 @@ from balanceopt.monitor import ModalityMonitor, Scores
 
 Tell = Callable[[str, Tensor], None]
 ScaleUpdate = Callable[[Sequence[nn.Parameter], Tensor], None]
+Hide = Callable[[Sequence[nn.Parameter]], None]
 
 
 class OptimizerHintWarning(UserWarning):
@@ -46,7 +47,7 @@ class StepContext:
     """Inputs and callbacks of a modulation in one optimizer step.
 
     Attributes:
-        scores: scores of the samples of all ranks that the gradients come from.
+        scores: scores of the samples of all ranks that the gradients come from; of no samples in a step without scores.
         modalities: names of the modalities, in the order of the scores.
         slots: parameters with a gradient, by modality; empty where the optimizer holds none of the encoder's.
         optimizer: the base optimizer.
@@ -55,6 +56,7 @@ class StepContext:
         report: function that passes a quantity `(M,)`, by name, to the recorders.
         count: function that adds a 0-d count of an irregularity, by name, to `stats()`.
         scale_update: function that scales this step's update of parameters by a factor, 0-d or broadcastable.
+        hide: function that hides parameters from the base optimizer in this step, after all methods have acted.
         monitor: monitor of the model; None where a modulation is called without a monitor.
         held: index of each parameter of the optimizer, by id.
     """
@@ -68,6 +70,7 @@ class StepContext:
     report: Tell = field(default=lambda name, values: None)
     count: Tell = field(default=lambda name, count: None)
     scale_update: ScaleUpdate = field(default=lambda params, factor: None)
+    hide: Hide = field(default=lambda params: None)
     monitor: ModalityMonitor | None = None
     held: Mapping[int, int] = field(default_factory=dict)
 
@@ -88,6 +91,8 @@ class Modulation(Method, ABC):
         unit: unit of the window: `"step"`, or `"epoch"`, set by `set_epoch`.
 
     Attributes:
+        needs_scores: whether a step without scores is left to the base optimizer. A method that needs none acts in every
+            step of its window, also with a single modality and with a monitor without a head.
         needs_entropy: whether `step.scores.feature_entropy` is needed.
         engine: weak reference to the engine of the modulated optimizer; None outside of an optimizer.
 
@@ -98,6 +103,7 @@ class Modulation(Method, ABC):
         docs/adding.md.
     """
 
+    needs_scores: ClassVar[bool] = True
     needs_entropy: ClassVar[bool] = False
     engine: ref[Any] | None = None
 
@@ -105,8 +111,8 @@ class Modulation(Method, ABC):
     def modulate(self, step: StepContext) -> None:
         """Change gradients in place, or scale the update by `step.scale_update`."""
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Warn or raise where the base optimizer is incompatible with the method."""
+    def check(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor) -> None:
+        """Warn or raise where the base optimizer or the monitor is incompatible with the method."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "engine": None}

@@ -16,6 +16,7 @@ from balanceopt.modulation._base import Slot, StepContext
 from balanceopt.modulation._noise import Noise, scale_and_add_noise_
 from balanceopt.modulation._noise_compiled import warm_up
 from balanceopt.modulation._scaling import ApplyTo, GradientScaling
+from balanceopt.monitor import ModalityMonitor
 
 
 class OGM(GradientScaling):
@@ -80,10 +81,10 @@ class OGM(GradientScaling):
         self.noise_scale = noise_scale
         self.ratio: RatioReduction = ratio
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
+    def check(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor) -> None:
         """Warn where the base optimizer cancels the coefficients; compile the noise's kernel."""
         if self.alpha > 0:
-            super().check(optimizer)
+            super().check(optimizer, monitor)
         if self.noise == "compiled" and self.noise_scale > 0:
             for device in {p.device for group in optimizer.param_groups for p in group["params"]}:
                 warm_up(device)

@@ -18,6 +18,7 @@ from balanceopt._torch import foreach_add_, foreach_lerp_, foreach_mul_, foreach
 from balanceopt._warnings import warn_user
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, StepContext
 from balanceopt.modulation._cancelling import cancels_constant_factor
+from balanceopt.monitor import ModalityMonitor
 
 ApplyTo = Literal["grad", "update"]
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -29,8 +30,8 @@ class GradientScaling(Modulation):
     $$g^m \leftarrow k^m g^m \quad \text{or} \quad \theta^m \leftarrow \theta^m_{\text{before}} + k^m (\theta^m -
     \theta^m_{\text{before}})$$
 
-    A subclass defines `coefficients`. For unusable scores and non-finite coefficients the factor is 1; non-finite
-    gradients stay unchanged.
+    A subclass defines `coefficients`. The factor is 1 for non-finite coefficients, and for unusable scores if the method
+    needs scores; non-finite gradients stay unchanged.
 
     Args:
         apply_to: `"grad"` scales gradients, a factor that Adam and similar cancel; `"update"` scales the update of any
@@ -73,7 +74,7 @@ class GradientScaling(Modulation):
     def coefficients(self, step: StepContext) -> Tensor:
         """Return the `(M,)` coefficients of this step; 1 leaves a modality unchanged."""
 
-    def check(self, optimizer: torch.optim.Optimizer) -> None:
+    def check(self, optimizer: torch.optim.Optimizer, monitor: ModalityMonitor) -> None:
         """Warn where the base optimizer cancels the coefficients."""
         if self.apply_to == "grad" and cancels_constant_factor(optimizer):
             name = type(self).__name__
@@ -87,14 +88,16 @@ class GradientScaling(Modulation):
     def modulate(self, step: StepContext) -> None:
         """Scale by the step's coefficients, 1 where scores are unusable or the coefficient is non-finite."""
         scores = step.scores
-        step.report("score", scores.mean_score)
+        if self.needs_scores:
+            step.report("score", scores.mean_score)
         k = self.coefficients(step)
         if k.shape != scores.score.shape:
             raise ValueError(
                 f"{type(self).__name__}.coefficients should return one factor for each of {step.modalities}. "
                 f"Found shape {tuple(k.shape)}."
             )
-        k = torch.where(scores.usable & torch.isfinite(k), k, 1)
+        scaled = torch.isfinite(k)
+        k = torch.where(scaled & scores.usable if self.needs_scores else scaled, k, 1)
         step.report("coefficient", k)
         slots = {
             name: [slot for slot in step.slots.get(name, ()) if slot.parameter.dim() >= self.min_ndim]

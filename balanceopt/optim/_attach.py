@@ -154,7 +154,8 @@ def attach(
 
     Args:
         optimizer: the base optimizer; for Accelerate's wrapper, its `.optimizer`.
-        monitor: a `ModalityMonitor` on the model that the optimizer trains, built with a head.
+        monitor: a `ModalityMonitor` on the model that the optimizer trains, with a head unless no modulation
+            needs scores.
         modulation: the method, `OGM()` (that is OGM-GE) by default, or several to act in order.
         seed: seed of all randomness; None for the seed of a checkpoint in the groups, else `torch.initial_seed()` of
             the first rank, read now.

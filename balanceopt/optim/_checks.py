@@ -147,7 +147,7 @@ def check_arguments(
     Raises:
         TypeError: if an argument has another type.
         ValueError: if the optimizer is modulated already, or does not train the monitor's model; or the monitor has no
-            head.
+            head, and a modulation needs scores.
     """
     check_kind("`optimizer`", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
@@ -162,7 +162,9 @@ def check_arguments(
                 f"this {type(modulation).__name__} keeps a state, and acts in another optimizer already. Build one for "
                 "each optimizer, or call that optimizer's remove() first."
             )
-    require_scores(monitor, type(chosen[0]).__name__)
+    for modulation in chosen:
+        if modulation.needs_scores:
+            require_scores(monitor, type(modulation).__name__)
     held = {id(p) for p in unwrap(monitor.model).parameters()}
     if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(

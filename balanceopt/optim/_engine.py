@@ -15,7 +15,7 @@ from balanceopt._sharding import local_part
 from balanceopt._torch import holds_compiled_code
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import sum_over_ranks
-from balanceopt.modulation import Modulation, Slot, StepContext, UpdateScaling
+from balanceopt.modulation import Hiding, Modulation, Slot, StepContext, UpdateScaling
 from balanceopt.monitor import ModalityMonitor, Scores, compiled_before
 from balanceopt.optim._checks import (
     check_arguments,
@@ -60,9 +60,10 @@ class Engine:
         self._owners = Owners(optimizer, monitor)
         self._owners.refresh()
         for modulation in chosen:
-            modulation.check(optimizer)
+            modulation.check(optimizer, monitor)
         warn_of_known_defects(optimizer)
-        if len(monitor.modalities) == 1:
+        self._needs_scores = any(modulation.needs_scores for modulation in chosen)
+        if len(monitor.modalities) == 1 and self._needs_scores:
             warn_user(
                 f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: "
                 "every step is the base optimizer's."
@@ -70,12 +71,15 @@ class Engine:
         self._state = State(optimizer, monitor, chosen, seed)
         # All checks come before this line and all changes after it, so that an error changes nothing.
         self.accumulator = monitor.scores(needs_entropy=any(m.needs_entropy for m in chosen))
+        if not self._needs_scores:
+            self.accumulator.remove()  # so that the monitor computes no scores
         claim(self, optimizer, chosen)
         self._state.begin()
         self.removed = False
         self._number, self._seed, _ = self._state.read()  # of the current step
         self._has_own_groups = steps_others(optimizer)
-        self.updates = UpdateScaling()
+        self._updates = UpdateScaling()
+        self._hiding = Hiding()
         self._seen: list[tuple[int, list[int]]] = []
         self._looked = False
         self._health = Health(monitor, strict=strict)
@@ -86,7 +90,7 @@ class Engine:
     def begin(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
         """Begin a step: modulate the gradients; with a closure, return it with modulation after each evaluation.
 
-        The adaptor ends the step by `finish()`, or by `updates.reset()` after an exception.
+        The adaptor ends the step by `finish()`, or by `cancel()` after an exception.
 
         Raises:
             TypeError: if `closure` is no function.
@@ -96,7 +100,8 @@ class Engine:
             raise TypeError(f"`closure` should be a function that returns the loss. Found {shown(closure)}.")
         if self.removed:
             raise _removed(self.optimizer)
-        self.updates.reset(has_closure=closure is not None)
+        self._hiding.forget()
+        self._updates.reset(has_closure=closure is not None)
         self.refresh()
         # Read here, because a step has one number however often its closure runs.
         self._number, self._seed, epoch = self._state.read()
@@ -116,19 +121,26 @@ class Engine:
             )
 
         def modulated() -> Any:
+            self._hiding.end()
             with torch.enable_grad():
                 loss = closure()
-            self.updates.restart()
+            self._updates.restart()
             self._act()
             return loss
 
         return modulated
 
     def finish(self) -> None:
-        """End a step: scale the base optimizer's update."""
-        self.updates.finish()
+        """End a step: scale the base optimizer's update, and put hidden gradients back."""
+        self._updates.finish()
+        self._hiding.end()
         for listener in self.monitor.hooks.after_step:
             listener(self.optimizer)
+
+    def cancel(self) -> None:
+        """End a step that raised: parameters stay as the base optimizer left them, hidden gradients come back."""
+        self._updates.reset()
+        self._hiding.end()
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +198,7 @@ class Engine:
         """
         if self.removed:
             return
-        self.updates.reset()
+        self.cancel()
         self.accumulator.remove()
         if keep_state:
             self._state.save()
@@ -204,7 +216,7 @@ class Engine:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _act(self) -> None:
         """Modulate the gradients, count the step."""
-        scores = self.accumulator.take()
+        scores = self.accumulator.take() if self._needs_scores else None
         slots, gradients = self._owners.slots()
         if scores is not None and not gradients:
             self._health.warn(
@@ -212,45 +224,63 @@ class Engine:
                 "scores came, but no parameter of this optimizer has a gradient: nothing was updated. Build the "
                 "optimizer after `fully_shard` or a move that replaces parameters.",
             )
-        if (scores is None and not self._any_nonzero(gradients)) or not gradients:
+        if not gradients:
             return
         balances = len(self.monitor.modalities) > 1
-        acting = [m for m in self.modulations if balances and not m.removed and m.is_open(self._number)]
+        acting = [
+            m
+            for m in self.modulations
+            if (balances or not m.needs_scores) and not m.removed and m.is_open(self._number)
+        ]
+        without_need = [m for m in acting if not m.needs_scores]
+        if scores is None and self._needs_scores:
+            if self._any_nonzero(gradients):
+                if len(without_need) < len(acting):
+                    self._health.without_scores()
+            elif not without_need:
+                return
+        ready = acting if scores is not None else without_need
         if not acting:
             self._health.outside_window()
-        elif scores is None:
-            self._health.without_scores()
-        else:
-            self._modulate(acting, scores, slots)
+        elif ready:
+            self._modulate(ready, scores, slots)
         self._state.write(STEP, self._number + 1)
 
-    def _modulate(self, acting: Sequence[Modulation], scores: Scores, slots: dict[str, list[Slot]]) -> None:
+    def _modulate(
+        self, acting: Sequence[Modulation], scores: Scores | None, slots: dict[str, list[Slot]]
+    ) -> None:
         if not self._looked:  # once: a loop treats `.grad` alike in every step
             refuse_shared_gradients(slot for scaled in slots.values() for slot in scaled)
-            self._refuse_compiled(slots)
+            if self._needs_scores:
+                self._refuse_compiled(slots)
             self._looked = True
         if not any(slots.values()):
             self._health.warn(
                 "idle", "no encoder's parameter in this optimizer has a gradient: nothing was modulated."
             )
         counts: dict[str, Tensor] = {}
+        names = self.monitor.modalities
         for modulation in acting:
             modulation.modulate(
                 StepContext(
-                    scores=scores,
-                    modalities=self.monitor.modalities,
+                    scores=Scores.zeros(len(names), 0, device_of(self.optimizer))
+                    if scores is None
+                    else scores,
+                    modalities=names,
                     slots=slots,
                     optimizer=self.optimizer,
                     seed=self._seed,
                     number=self._number,
                     report=partial(self._report, modulation),
                     count=partial(_count, counts, modulation),
-                    scale_update=self.updates.scale,
+                    scale_update=self._updates.scale,
+                    hide=self._hiding.add,
                     monitor=self.monitor,
                     held=self._owners.held,
                 )
             )
-        self._health.modulated(scores, counts)
+        self._hiding.begin()
+        self._health.modulated(scores if any(m.needs_scores for m in acting) else None, counts)
 
     def _refuse_compiled(self, slots: dict[str, list[Slot]]) -> None:
         """Raise where compiled code bypassed the hooks of an encoder."""

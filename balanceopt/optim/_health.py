@@ -74,18 +74,31 @@ class Health:
             )
         self.warn("silent", f"no scores since the last step: the step was left unmodulated ({why}).")
 
-    def modulated(self, scores: Scores, counts: dict[str, Tensor]) -> None:
+    def modulated(self, scores: Scores | None, counts: dict[str, Tensor]) -> None:
         """Count a step in which methods acted, and judge the counts that can be read without synchronising.
 
         Args:
-            scores: the step's scores.
+            scores: the step's scores; None where no method that acted needs scores.
             counts: the irregularities that the methods found in the step, 0-d.
 
         Raises:
             RuntimeError: after ten steps in a row whose scores are unusable or equal.
         """
-        self._silent = 0
         self._steps["modulated"] += 1
+        self._counts.add(**(counts if scores is None else self._with_usability(scores, counts)))
+        seen = self._counts.arrived()
+        if seen is None:
+            return
+        self._seen = seen
+        for name, message in _ODDITIES.items():
+            if seen[name]:
+                self.warn(name, message)
+        if self._strict:
+            self._judge(seen)
+
+    def _with_usability(self, scores: Scores, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a step's counts with those of the usability of its scores."""
+        self._silent = 0
         self._scores = scores
         unusable = ~scores.usable.any()
         if "unusable_scores" in counts:
@@ -96,16 +109,7 @@ class Health:
             classes = scores.label_counts.numel()  # 0 for losses without classes
             equal = ((scores.mean_score * classes - 1).abs() < _EQUAL).all() & (classes > 0)
             counts |= {_TELLING: ~equal, _EQUAL_STEPS: equal}
-        self._counts.add(**counts)
-        seen = self._counts.arrived()
-        if seen is None:
-            return
-        self._seen = seen
-        for name, message in _ODDITIES.items():
-            if seen[name]:
-                self.warn(name, message)
-        if self._strict:
-            self._judge(seen)
+        return counts
 
     def stats(self) -> dict[str, int]:
         """Return counts of steps modulated, without scores and outside the window, and those of methods, by name."""

@@ -28,7 +28,8 @@ class ModulatedOptimizer(torch.optim.Optimizer):
     Args:
         optimizer: the base optimizer. Its groups may carry `"modality"` tags; parameters without a tag belong to the
             encoder that holds them.
-        monitor: a `ModalityMonitor` on the model that the optimizer trains, built with a head.
+        monitor: a `ModalityMonitor` on the model that the optimizer trains, with a head unless no modulation
+            needs scores.
         modulation: the method, `OGM()` (that is OGM-GE) by default, or several to act in order.
         seed: seed of all randomness, a function of (seed, step, parameter); None for the seed of an earlier wrapper or
             a checkpoint in the groups, else `torch.initial_seed()` of the first rank, read now.
@@ -144,7 +145,7 @@ class ModulatedOptimizer(torch.optim.Optimizer):
             wrapped = engine.begin(closure)
             result = self.optimizer.step() if wrapped is None else self.optimizer.step(wrapped)
         except BaseException:
-            engine.updates.reset()
+            engine.cancel()
             raise
         engine.finish()
         for after in self._optimizer_step_post_hooks.values():

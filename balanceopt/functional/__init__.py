@@ -5,7 +5,12 @@ Names outside `__all__` are for the rest of the package.
 
 from balanceopt.functional._clustering import KMeansResult, kmeans, minmax_scale, purity
 from balanceopt.functional._coefficients import CoefficientForm as CoefficientForm
-from balanceopt.functional._coefficients import adaptive_coefficient, drop_probability, modulation_coefficient
+from balanceopt.functional._coefficients import (
+    adaptive_coefficient,
+    drop_probability,
+    modulation_coefficient,
+    priority_coefficients,
+)
 from balanceopt.functional._dtypes import wide as wide
 from balanceopt.functional._kept_predictions import KeptPredictions as KeptPredictions
 from balanceopt.functional._kept_predictions import StepLosses as StepLosses
@@ -71,6 +76,7 @@ __all__ = [
     "minmax_scale",
     "modal_significance",
     "modulation_coefficient",
+    "priority_coefficients",
     "purity",
     "quantile_classes",
     "recover_labels",

@@ -60,6 +60,41 @@ def modulation_coefficient(ratio: Tensor, alpha: float, form: CoefficientForm = 
 
 
 @torch.no_grad()
+def priority_coefficients(accuracy: Tensor, boost: float = 1.5, damp: float = 0.5) -> Tensor:
+    r"""Compute coefficients that speed up the modality that is best alone, and slow the others (PDMP).
+
+    $$k^m = \text{boost} \text{ if } m = \operatorname{argmax}_j a^j, \text{ else } \text{damp}$$
+
+    Args:
+        accuracy: `(M,)` accuracies, or other scores, of models trained on each modality alone.
+        boost: coefficient of the best modality, the first of several equal ones; >= 0.
+        damp: coefficient of the others, >= 0.
+
+    Returns:
+        `(M,)` coefficients; 1 for all where an accuracy is NaN.
+
+    Raises:
+        ValueError: if `accuracy` is not a real tensor `(M,)`, or an option is negative or not finite.
+        TypeError: if `accuracy` is not a tensor.
+
+    Example:
+        >>> priority_coefficients(torch.tensor([0.6, 0.8, 0.7]))
+        tensor([0.5000, 1.5000, 0.5000])
+
+    Reference:
+        Wei et al., Rethinking Balanced Multimodal Learning via Performance-Dominant Modality Prioritization, 2026; the
+        form of its coefficients is ours.
+    """
+    check_tensor("accuracy", accuracy, "(M,)", dims=(1,), empty=False)
+    check_number("boost", boost, at_least=0)
+    check_number("damp", damp, at_least=0)
+    a = wide(accuracy)
+    best = torch.arange(len(a), dtype=torch.int64, device=a.device) == a.argmax()
+    k = torch.where(best, boost, torch.full_like(a, damp))
+    return narrowed(torch.where(a.isnan().any(), 1, k), accuracy)
+
+
+@torch.no_grad()
 def drop_probability(ratio: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Tensor:
     r"""Compute the probability of dropping a sample's features of each modality.
 

@@ -3,6 +3,7 @@
 from balanceopt.modulation._agm import AGM
 from balanceopt.modulation._amss import AMSS
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, StepContext
+from balanceopt.modulation._fixed import FixedModulation
 from balanceopt.modulation._hiding import Hiding
 from balanceopt.modulation._masks import MaskScale
 from balanceopt.modulation._ogm import OGM
@@ -12,6 +13,7 @@ from balanceopt.modulation._units import MaskUnits, attention_heads
 __all__ = [
     "AGM",
     "AMSS",
+    "FixedModulation",
     "GradientScaling",
     "Hiding",
     "MaskScale",

@@ -91,7 +91,7 @@ class Modulation(Method, ABC):
         unit: unit of the window: `"step"`, or `"epoch"`, set by `set_epoch`.
 
     Attributes:
-        needs_scores: whether a step without scores is left to the base optimizer. A method that needs none acts in every
+        needs_scores: whether a step without scores is left to the base optimizer. A method without need acts in every
             step of its window, also with a single modality and with a monitor without a head.
         needs_entropy: whether `step.scores.feature_entropy` is needed.
         engine: weak reference to the engine of the modulated optimizer; None outside of an optimizer.

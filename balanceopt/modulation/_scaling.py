@@ -30,7 +30,7 @@ class GradientScaling(Modulation):
     $$g^m \leftarrow k^m g^m \quad \text{or} \quad \theta^m \leftarrow \theta^m_{\text{before}} + k^m (\theta^m -
     \theta^m_{\text{before}})$$
 
-    A subclass defines `coefficients`. The factor is 1 for non-finite coefficients, and for unusable scores if the method
+    A subclass defines `coefficients`. The factor is 1 for non-finite coefficients, and for unusable scores if it
     needs scores; non-finite gradients stay unchanged.
 
     Args:

@@ -35,6 +35,11 @@ METHODS = [
         partial(bo.OGM, 0.5, noise=False, apply_to="update"),
         limit=partial(bo.OGM, 0, noise=False, apply_to="update"),
     ),
+    Method(
+        "Fixed",
+        partial(bo.FixedModulation, {"audio": 0.5}),
+        limit=partial(bo.FixedModulation, {"audio": 1, "visual": 1}),
+    ),
     Method("AGM", bo.AGM, limit=partial(bo.AGM, 0)),
     Method("AGM update", partial(bo.AGM, apply_to="update"), limit=partial(bo.AGM, 0, apply_to="update")),
     # All units are kept where the ratios are clamped to 1; the offset makes every significance positive.

@@ -223,6 +223,20 @@ class TestInTheLoop:
         loss.backward()
         assert all(bool(torch.isfinite(p.grad).all()) for p in objective.parameters())
 
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [("MSE", torch.float64), ("MSE", torch.bfloat16), ("MSE", torch.int64), ("multi-label", torch.bool)],
+    )
+    def test_targets_of_another_dtype(self, name, dtype):
+        kind = KINDS[name]
+        model, _, objective = world(kind)
+        model.float(), objective.float()
+        inputs, target = [x.float() for x in inputs_of(model)], kind.target().to(dtype)
+        model(*inputs)
+        loss = objective(target)
+        torch.testing.assert_close(loss, written_out(kind, model, objective, inputs, target.float()))
+        loss.backward()
+
     @every_module
     def test_hooks_of_the_module_see_the_loops_calls_alone(self, kind):
         model, monitor, objective = world(kind)

@@ -64,7 +64,7 @@ class TargetReader:
 
         Returns:
             Class indices int64 `(B,)`, numbers float64 `(B,)` for bins, or bool `(B, C)` for label sets; and flags bool
-            `(B,)` of the samples that count; on the CPU.
+            `(B,)` of the samples that count, none of whose targets is missing; on the CPU.
 
         Raises:
             ValueError: if the targets have another shape or dtype than their kind.
@@ -73,7 +73,6 @@ class TargetReader:
         given = self._classes(targets) if callable(self._classes) else targets
         values = to_tensor(f"labels {self._where}", given, "integers (N,), a class index each").detach().cpu()
         rule = self._rule(values)
-        everyone = torch.ones(len(values) if values.dim() else 0, dtype=torch.bool, device="cpu")
         if rule == "quantiles":
             rows = self._numbers(values)
         elif rule == "label-set":
@@ -81,12 +80,19 @@ class TargetReader:
         elif rule == "binary":
             rows = (values.flatten() > 0.5).long()
         elif rule == "soft labels":
-            rows, everyone = self._most_probable(values)
+            rows = self._most_probable(values)
         else:
             rows = self._indices(values)
-            everyone = rows != self._ignore_index
+        if rule in ("labels", "function"):
+            counts = rows != self._ignore_index
+        elif rule == "soft labels":
+            counts = values.sum(1) > 0
+        else:  # NaN is a missing target, as for the scores
+            counts = (
+                ~values.isnan().reshape(len(values), -1).any(1) if len(values) else rows.new_empty(0).bool()
+            )
         self.kinds.add(Kind(rule, rows.shape[1] if rule == "label-set" else 0))
-        return rows, everyone
+        return rows, counts
 
     def _rule(self, values: Tensor) -> str:
         if isinstance(self._classes, str):
@@ -117,15 +123,15 @@ class TargetReader:
             )
         return values.long()
 
-    def _most_probable(self, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _most_probable(self, values: Tensor) -> Tensor:
         try:
-            valid = as_targets(values, values.shape[1], self._ignore_index).valid
+            as_targets(values, values.shape[1], self._ignore_index)
         except ValueError as error:
             raise ValueError(
                 f"labels {self._where} should be integers, a class index each, or class probabilities (N, C): {error} "
                 f'For several labels a sample pass `classes="label-set"`, else {_FUNCTION}.'
             ) from None
-        return values.argmax(1), valid
+        return values.argmax(1)
 
     def _numbers(self, values: Tensor) -> Tensor:
         if values.dim() == 2 and values.shape[1] == 1:
@@ -137,10 +143,9 @@ class TargetReader:
                 f"ones. Pass {_FUNCTION}, such as bins of the output that matters: "
                 "`classes=lambda y: torch.bucketize(y[:, 0].contiguous(), cuts)`."
             )
-        if not bool(torch.isfinite(values).all()):
+        if bool(values.isinf().any()):
             raise ValueError(
-                f"targets {self._where} should be finite. Found NaN or infinity. Pass {_FUNCTION}, and the monitor's "
-                "`ignore_index` for samples that do not count."
+                f"targets {self._where} should be finite, or NaN for those that do not count. Found infinity."
             )
         return values.double()
 

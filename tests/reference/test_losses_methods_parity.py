@@ -38,7 +38,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def means(losses: Sequence[Sequence[float]], tau: float, baseline: float, entropies: Any) -> Means:
+def means(losses: Any, tau: float, baseline: float, entropies: Any) -> Means:
     return Means(
         [mean([naive.score(x, tau) for x in row]) for row in losses],
         [mean(row) / tau for row in losses],
@@ -69,7 +69,7 @@ def of_labels(model: Concat, inputs: list[Tensor], target: Tensor) -> Means:
     features = features_of(model, inputs)
     unimodal = oracle.split(model.head, features)
     losses = [
-        [naive.binary_cross_entropy(f, y) or 0.0 for f, y in zip(rows, target.tolist(), strict=True)]
+        [naive.binary_cross_entropy(f, y) for f, y in zip(rows, target.tolist(), strict=True)]
         for rows in unimodal
     ]
     frequencies = [mean(column) for column in zip(*target.tolist(), strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 from collections import Counter
 from typing import Any
 
@@ -150,12 +151,26 @@ def test_ignored_samples_do_not_count():
     assert diagnose(None, empty, equal_counts=False).train_count == {"audio": 90, "visual": 90}
 
 
+@pytest.mark.parametrize("case", ["mse", "mse (N, 1)", "binary", "multi-label"])
+def test_samples_with_a_missing_target_do_not_count(case):
+    loss, targets, *_ = CASES[case]
+    missing = [y.clone() for y in targets]
+    missing[0].view(ROWS[0], -1)[::3, -1] = float("nan")
+    seen = torch.arange(ROWS[0]) % 3 > 0
+    (train, val), (y, w) = features(), missing
+    without = ({m: x[seen] for m, x in train.items()}, y[seen])
+    monitor = watch(Concat(), loss=loss)
+    found = bo.diagnose((train, y), (val, w), monitor=monitor, seed=0)
+    assert found == bo.diagnose(without, (val, w), monitor=monitor, seed=0)
+    assert not any(math.isnan(p) for p in found.train_purity.values())
+
+
 MULTI = [torch.ones(n, 3) for n in ROWS]
 REFUSED: list[tuple[Any, Any, list[torch.Tensor], str]] = [
     (nn.MSELoss(), None, MULTI, r"one number a sample to be cut into bins. Found shape \(120, 3\).*Pass `classes=`, a"),
     (nn.L1Loss(), None, [y[..., None] for y in MULTI], "with several outputs or positions no bins are the right ones"),
     (absolute, None, MULTI, "no bins are the right ones"),
-    (nn.MSELoss(), None, [y / 0 for y in numbers()], "should be finite. Found NaN or infinity"),
+    (nn.MSELoss(), None, [y.abs() / 0 for y in numbers()], "should be finite, or NaN .* Found infinity"),
     (BCE, None, [y[..., None] for y in label_sets()], r"\(N, C\), 0 or 1 for each of C labels.*shape \(120, 6, 1"),
     (None, None, numbers(), r'class index each. Found dtype torch.float32: pass `classes=`.*"quantiles" for numbers'),
     (None, None, label_sets(), r'none negative.*For several labels a sample pass `classes="label-set"`'),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from balanceopt._options import check_tensor
+from balanceopt._options import check_number, check_tensor
 from balanceopt.functional._dtypes import wide
 from balanceopt.functional._targets import as_targets
 
@@ -48,7 +48,7 @@ class RecoveredScale(NamedTuple):
 
 
 @torch.no_grad()
-def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
+def recover_labels(grad: Tensor, logits: Tensor, label_smoothing: float = 0.0) -> RecoveredLabels:
     r"""Recover the labels of a batch from the gradient of the batch's cross-entropy loss.
 
     $$\frac{\partial L}{\partial \text{logits}_{ic}} = s_i \left(p_{ic} - 1[c = y_i]\right), \quad s_i > 0$$
@@ -58,17 +58,21 @@ def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
     clearly negative entry is the label; without one, the most probable class is the label if its gradient is rounded
     to zero. Several negative entries mean label smoothing \(\epsilon\) or another term on the logits: the entries
     other than the label's lie on the line \(s (p - \epsilon / C)\), and the label is the class whose removal leaves
-    the best line; with C <= 3 no line is determined, and the row has no label.
+    the best line; with C <= 3 no line is determined, and the row has no label. Where \(\epsilon\) is known, the label
+    is the one class for which the gradient is parallel to \(p - (1 - \epsilon) 1[c = y] - \epsilon / C\), for any C; a
+    row that fits several classes has no label.
 
     Args:
         grad: `(B, C)`, gradient of the loss with respect to `logits`, at any positive scale.
         logits: `(B, C)`, the joint logits.
+        label_smoothing: \(\epsilon\) of the loss, if known; 0 for none or an unknown one.
 
     Returns:
         `RecoveredLabels(labels, ambiguous)`.
 
     Raises:
-        ValueError: if the shapes differ or are not `(B, C)` with C >= 2, or the numbers are complex.
+        ValueError: if the shapes differ or are not `(B, C)` with C >= 2, the numbers are complex, or `label_smoothing`
+            is not in [0, 1].
         TypeError: if `grad` or `logits` is not a tensor.
 
     Example:
@@ -81,9 +85,13 @@ def recover_labels(grad: Tensor, logits: Tensor) -> RecoveredLabels:
         ours (docs/concepts.md); the papers' code needs the labels in the loop.
     """
     _check_pair(grad, logits)
+    check_number("label_smoothing", label_smoothing, at_least=0, at_most=1)
     grad = grad if grad.is_floating_point() else wide(grad)
     where = _with_float64(grad.device)
-    result = _read(grad.to(where).double(), logits.to(where).double(), torch.finfo(grad.dtype).eps)
+    g, z, rounding = grad.to(where).double(), logits.to(where).double(), torch.finfo(grad.dtype).eps
+    result = _read(g, z, rounding)
+    if label_smoothing:
+        result = _read_smoothed(g, z, rounding, label_smoothing, *result)
     return RecoveredLabels(*(x.to(grad.device) for x in result))
 
 
@@ -200,6 +208,25 @@ def _read(g: Tensor, logits: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
             labels = torch.where(several | doubtful & exact, off_the_line, labels)
         readable |= usable & several
     return torch.where(readable, labels, INVALID), usable & several
+
+
+def _read_smoothed(
+    g: Tensor, logits: Tensor, rounding: float, smoothing: float, labels: Tensor, ambiguous: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Replace labels and ambiguous flags of rows whose gradient fits a known label smoothing."""
+    largest = g.abs().amax(1, keepdim=True)
+    usable = (torch.isfinite(largest) & (largest > 0)).squeeze(1)
+    g = torch.where(usable.unsqueeze(1), g / largest, 0)
+    h = logits.softmax(1) - smoothing / g.shape[1]
+    # Inner products with the residual h - (1 - smoothing) 1[c = y] of each class y in turn.
+    along = (g * h).sum(1, keepdim=True) - (1 - smoothing) * g
+    squares = (h * h).sum(1, keepdim=True) - 2 * (1 - smoothing) * h + (1 - smoothing) ** 2
+    size = (g * g).sum(1, keepdim=True)
+    across = size - along.clamp(min=0) ** 2 / squares.clamp(min=1e-300)
+    parallel = across <= max(_TOLERANCE, 4 * rounding) ** 2 * size
+    fits = torch.where(usable, parallel.sum(1), 0)
+    labels = torch.where(fits > 0, torch.where(fits == 1, across.argmin(1), INVALID), labels)
+    return labels, ambiguous & (fits == 0)
 
 
 def _proportional_without(label: Tensor, g: Tensor, p: Tensor, rounding: float) -> Tensor:

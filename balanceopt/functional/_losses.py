@@ -80,6 +80,7 @@ class Loss(ABC):
             be concatenated.
         rowwise: whether predictions and targets may be reshaped, with positions last; False for a user's function,
             which takes them as the loop has them.
+        label_smoothing: that of a cross-entropy; 0 for other losses.
     """
 
     has_classes = False
@@ -87,6 +88,7 @@ class Loss(ABC):
     scale_free = False
     adds = True
     rowwise = True
+    label_smoothing = 0.0
 
     @abstractmethod
     def kind(self, target: Tensor) -> TargetKind:
@@ -165,6 +167,11 @@ class CrossEntropy(Loss):
         """Label of positions that do not count."""
         return self._ignore_index if self.module is None else self.module.ignore_index
 
+    @property
+    def label_smoothing(self) -> float:  # type: ignore[override]
+        """That of the module; 0 for plain cross-entropy."""
+        return 0.0 if self.module is None else self.module.label_smoothing
+
     def kind(self, target: Tensor) -> TargetKind:
         return "probabilities" if target.is_floating_point() else "class indices"
 
@@ -201,11 +208,11 @@ class CrossEntropy(Loss):
     @property
     def _is_plain(self) -> bool:
         """Whether each label counts alike and is hard."""
-        return self.module is None or (self.module.weight is None and not self.module.label_smoothing)
+        return self.module is None or (self.module.weight is None and not self.label_smoothing)
 
     def _weighted(self, targets: Targets, dtype: torch.dtype) -> tuple[Targets, Tensor]:
         """Return smoothed, weighted labels with rows that sum to 1, and how much each row counts, `(N,)`."""
-        smoothing = 0.0 if self.module is None else self.module.label_smoothing
+        smoothing = self.label_smoothing
         weight = None if self.module is None else self.module.weight
         if weight is not None:
             weight = weight.detach().to(targets.valid.device, dtype)

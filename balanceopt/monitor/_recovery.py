@@ -52,8 +52,13 @@ class Recovery:
         self._single = False
         self._warn = WarnOnce()
 
-    def labels(self, gradients: Sequence[Tensor], logits: Tensor) -> Tensor:
+    def labels(self, gradients: Sequence[Tensor], logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Recover labels `(N,)`, each from the first backward that shows the row's label; -100 if no backward does.
+
+        Args:
+            gradients: gradients at the logits, one for each backward.
+            logits: joint logits `(N, C)`.
+            label_smoothing: that of the loss, if known.
 
         Raises:
             RuntimeError: if the loss is no cross-entropy, or too many rows are doubtful, under `strict` or with too
@@ -64,7 +69,7 @@ class Recovery:
         pairs, single = two_classes(logits), logits.shape[-1] == 1
         for gradient in gradients:
             g = of_two_classes(gradient)
-            read = recover_labels(g, pairs)
+            read = recover_labels(g, pairs, label_smoothing)
             unknown = labels == INVALID
             labels = torch.where(unknown, read.labels, labels)
             ambiguous |= unknown & read.ambiguous
@@ -227,24 +232,31 @@ class Agreement:
         top = two_classes(logits).argmax(1, keepdim=True)
         index = labels.clamp(0, max(logits.shape[1], 2) - 1).unsqueeze(1)
         following = index.roll(-1, 0)
-        pulled, shifted, graded = (torch.zeros_like(valid) for _ in range(3))
+        pulled, pulled_most, following_most, graded = (torch.zeros_like(valid) for _ in range(4))
         for gradient in gradients:
             g = of_two_classes(gradient)
             pulled |= (g.gather(1, index) < 0).squeeze(1)
-            shifted |= (g.gather(1, following) < 0).squeeze(1)
+            if positions:  # under label smoothing other classes than the label may be pulled too, but less
+                least = g.amin(1, keepdim=True)
+                pulled_most |= ((g.gather(1, index) == least) & (least < 0)).squeeze(1)
+                following_most |= ((g.gather(1, following) == least) & (least < 0)).squeeze(1)
             at_top = g.gather(1, top)
             graded |= (torch.isfinite(at_top) & (at_top != 0)).squeeze(1)
         tells = valid & graded & (index != top).squeeze(1)
+        differs = (tells if logits.shape[1] < 3 else valid) & (index != following).squeeze(1)
         refuted = tells & ~pulled
-        if not positions:
-            shifted = torch.zeros_like(shifted)
         first = source not in self._counts
         if first:
             self._counts[source] = DeferredCounts(
-                ("rows", "refuted", "shifted"), partial(self._judge, source)
+                ("rows", "refuted", "shifted", "unshifted"), partial(self._judge, source)
             )
         counts = self._counts[source]
-        counts.add(rows=tells.sum(), refuted=refuted.sum(), shifted=(refuted & shifted).sum())
+        counts.add(
+            rows=tells.sum(),
+            refuted=refuted.sum(),
+            shifted=(differs & following_most).sum(),
+            unshifted=(differs & pulled_most).sum(),
+        )
         if (
             first
             and source == "model"
@@ -258,13 +270,15 @@ class Agreement:
     def _judge(self, source: str, counts: dict[str, int]) -> None:
         rows, refuted = counts["rows"], counts["refuted"]
         of_model = source == "model" and not self.shift
-        fewest = _FEWEST_ROWS_OF_MODEL if of_model else _FEWEST_ROWS
-        if self.refuted or rows < fewest or refuted <= _REFUTED_PART * rows:
-            return
-        shift = counts["shifted"] > _REFUTED_PART * refuted
-        if shift and of_model:
+        shift = counts["shifted"] > counts["unshifted"]
+        if (
+            shift and of_model
+        ):  # one row is enough, since a cross-entropy pulls no other label more than its own
             self.shift = True
             del self._counts[source]  # counts of the labels as they were given
+            return
+        fewest = _FEWEST_ROWS_OF_MODEL if of_model else _FEWEST_ROWS
+        if self.refuted or rows < fewest or refuted <= _REFUTED_PART * rows:
             return
         found = (
             f"the labels from {_WORDS[source]} are not those of the loss: the gradient at the logits contradicts them "

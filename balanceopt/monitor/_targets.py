@@ -61,7 +61,7 @@ class ClassTargets(PassTargets):
         if target is None and done.gradients and self._recovery is not None:
             assert done.logits is not None
             done.label_source = "gradient"
-            target = self._recovery.labels(done.gradients, done.logits)
+            target = self._recovery.labels(done.gradients, done.logits, self.loss.label_smoothing)
             target = torch.where(target == INVALID, self.labels.ignore_index, target)
         return target
 

@@ -149,3 +149,25 @@ def test_empty_batch():
 def test_shapes_that_do_not_fit(grad, logits):
     with pytest.raises(ValueError, match=r"the same shape \(B, C\), C >= 2"):
         recover_labels(grad, logits)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sure", [0.5, 6.0])
+def test_labels_under_a_known_smoothing_are_those_of_the_loss_or_none(classes, dtype, sure):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (200,), generator=generator)
+    logits = sure * torch.randn(200, classes, generator=generator)
+    g = gradient(logits, lambda x: F.cross_entropy(x, labels, label_smoothing=0.1)).to(dtype)
+    found = recover_labels(g, logits, label_smoothing=0.1)
+    told = found.labels != -100
+    assert (found.labels == labels)[told].float().mean() > 0.99
+    assert found.ambiguous.float().mean() < 0.01
+    if classes > 2 or sure < 1:  # a row of two classes that are both possible at some scale has no label
+        assert told.float().mean() > 0.95
+
+
+def test_a_gradient_that_does_not_fit_the_known_smoothing_is_read_as_without():
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    g = gradient(logits, lambda x: F.cross_entropy(x, torch.arange(50) % 6))
+    assert recover_labels(g, logits, label_smoothing=0.3).labels.equal(torch.arange(50) % 6)

@@ -603,8 +603,8 @@ class NextToken(Labelled):
         super().__init__(encoder=Tokens)
 
 
-def shifted_loss(logits, labels):
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+def shifted_loss(logits, labels, **options):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), **options)
 
 
 def tokens(seed, size=32):
@@ -612,7 +612,7 @@ def tokens(seed, size=32):
     return batch(size)[0], torch.randint(5, (size, 3), generator=generator)
 
 
-@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("size", [1, 8, 32])
 def test_labels_that_the_model_shifts_are_aligned_from_the_first_batch_on(size):
     model = NextToken()
     with watch(model) as monitor, watch(model, labels="gradient") as oracle:
@@ -625,6 +625,22 @@ def test_labels_that_the_model_shifts_are_aligned_from_the_first_batch_on(size):
             assert want is not None
             torch.testing.assert_close(sums.score, want.score, rtol=0, atol=0)
         assert monitor.stats()["labels"] == {"model": 3}
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 30.0])  # as of a pretrained model, which rules most classes out
+def test_labels_that_the_model_shifts_and_smooths_are_aligned(sharpness):
+    model = NextToken()
+    with torch.no_grad():
+        model.head.weight.mul_(sharpness)
+    with watch(model) as monitor, watch(model, labels="observe") as oracle:
+        scores, expected = monitor.scores(), oracle.scores()
+        inputs, labels = tokens(0)
+        oracle.observe(torch.cat([labels[:, 1:], torch.full((32, 1), -100)], 1))
+        shifted_loss(model(*inputs, labels=labels), labels, label_smoothing=0.3).backward()
+        sums, want = scores.take(), expected.take()
+        assert sums is not None
+        assert want is not None
+        torch.testing.assert_close(sums.score, want.score, rtol=0, atol=0)
 
 
 def test_labels_that_the_model_shifts_are_aligned_where_only_they_are_allowed():

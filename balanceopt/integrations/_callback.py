@@ -154,23 +154,28 @@ class Balance:
         watched: Callable[[nn.Module, list[nn.Module]], nn.Module],
         optimizers: Sequence[torch.optim.Optimizer],
         *,
+        loss: nn.Module | None = None,
         resumed: bool = False,
     ) -> None:
         """Start a run, `resumed` where a checkpoint is loaded already.
 
-        The monitor hooks the part of `model` that `watched(model, encoders and heads)` returns.
+        The monitor hooks the part of `model` that `watched(model, encoders and heads)` returns; its loss is `loss` if
+        the user has not given one.
         """
         if self._owns_monitor:
-            self._monitor = self._build(model, watched)
+            self._monitor = self._build(model, watched, loss)
         self._attach(optimizers)
         self._beside.start(self.monitor, self._trained(optimizers)[0], self._hear, resumed=resumed)
 
     def _build(
-        self, model: nn.Module, watched: Callable[[nn.Module, list[nn.Module]], nn.Module]
+        self,
+        model: nn.Module,
+        watched: Callable[[nn.Module, list[nn.Module]], nn.Module],
+        loss: nn.Module | None,
     ) -> ModalityMonitor:
         encoders = _resolved(self._encoders, model, "encoders")
         head = _resolved(self._head, model, "head")
-        options = dict(self._options)
+        options = {"loss": loss, **self._options}
         if isinstance(options.get("loss"), str):
             options["loss"] = find_module(model, options["loss"], "`loss`")
         if self.strict is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from balanceopt._warnings import warn_user
 from balanceopt.integrations._callback import Balance, Methods, Prediction, ReLearn, WhichEncoders, WhichHead
@@ -27,7 +28,8 @@ class BalanceCallback(Balance, TrainerCallback):
     From the start of training to its end a monitor hooks the model, and the modulation is attached to the
     optimizer inside Accelerate's wrapper. The modulation acts once an optimizer step, after gradient clipping.
     Parameters belong to the encoder that holds them, whatever groups the optimizer has. The step counter and the seed
-    are in the optimizer's param groups, and so in every checkpoint's `optimizer.pt`.
+    are in the optimizer's param groups, and so in every checkpoint's `optimizer.pt`. Without `loss=` the scores are
+    those of cross-entropy, with the Trainer's `label_smoothing_factor`.
 
     The Trainer does not notify callbacks of an exception: call `remove()` after one, or train again.
 
@@ -91,7 +93,10 @@ class BalanceCallback(Balance, TrainerCallback):
         resumed = state.global_step > 0
         if resumed and self.modulation != () and STEP not in optimizer.param_groups[0]:
             warn_user(BARE_STATE)
-        self._start(kwargs["model"], lambda model, parts: model, [optimizer], resumed=resumed)
+        # With label smoothing the Trainer takes `labels` away from the model, so that only the gradient tells them.
+        smoothing = args.label_smoothing_factor
+        loss = nn.CrossEntropyLoss(label_smoothing=smoothing) if smoothing else None
+        self._start(kwargs["model"], lambda model, parts: model, [optimizer], loss=loss, resumed=resumed)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Step re-learning and set the methods' epoch."""

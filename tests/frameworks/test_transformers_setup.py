@@ -155,6 +155,6 @@ class AdaLomo:
     ],
 )
 def test_what_has_no_gradients_to_modulate_is_refused(gpus, optimizer, message):
-    args, state = SimpleNamespace(n_gpu=gpus), SimpleNamespace(global_step=0)
+    args, state = SimpleNamespace(n_gpu=gpus, label_smoothing_factor=0.0), SimpleNamespace(global_step=0)
     with pytest.raises(NotImplementedError, match=message):
         callback().on_train_begin(args, state, None, model=Net(), optimizer=optimizer)

@@ -6,6 +6,7 @@ from balanceopt.modality import modality_groups
 from balanceopt.modulation import (
     AGM,
     AMSS,
+    MLB,
     OGM,
     FixedModulation,
     GradientScaling,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AGM",
     "AMSS",
+    "MLB",
     "MaskUnits",
     "MaskedSubnetworkSGD",
     "OGM",

@@ -32,6 +32,7 @@ METHODS: dict[str, Callable[[], list[bo.modulation.Modulation]]] = {
     "OGM-GE": lambda: [bo.OGM(0.5)],
     "OGM update": lambda: [bo.OGM(0.5, noise=False, apply_to="update")],
     "AGM": lambda: [bo.AGM(0.5)],
+    "MLB": lambda: [bo.MLB(0.5)],
     "Fixed": lambda: [bo.FixedModulation({"audio": 0.5, "visual": 1.5})],
     "OPM": list,
     "AMSS": lambda: [bo.AMSS()],

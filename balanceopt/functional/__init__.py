@@ -7,6 +7,7 @@ from balanceopt.functional._clustering import KMeansResult, kmeans, minmax_scale
 from balanceopt.functional._coefficients import CoefficientForm as CoefficientForm
 from balanceopt.functional._coefficients import (
     adaptive_coefficient,
+    balance_coefficient,
     drop_probability,
     modulation_coefficient,
     priority_coefficients,
@@ -60,6 +61,7 @@ __all__ = [
     "QuantileClasses",
     "adaptive_coefficient",
     "agreement",
+    "balance_coefficient",
     "centred_predictions",
     "discrepancy_ratio",
     "drop_probability",

@@ -95,6 +95,51 @@ def priority_coefficients(accuracy: Tensor, boost: float = 1.5, damp: float = 0.
 
 
 @torch.no_grad()
+def balance_coefficient(
+    score: Tensor, alpha: float = 0.5, beta: float = 2.0, present: Tensor | None = None
+) -> Tensor:
+    r"""Compute MLB's coefficient k on each modality's gradient: above 1 for the weaker ones, below 1 for the stronger.
+
+    $$r^m = \frac{1}{M-1} \sum_{j \ne m} s^j / s^m, \qquad
+    k^m = 1 + (\beta - 1) \tanh(\alpha (r^m - 1)) \text{ if } r^m > 1, \text{ else } 1 + \tanh(\alpha (r^m - 1))$$
+
+    Equal scores, and a single modality, have k = 1 exactly.
+
+    Args:
+        score: `(M,)` mean scores, >= 0.
+        alpha: strength, >= 0; at 0 every coefficient is 1.
+        beta: largest coefficient, >= 1; 2 is the symmetric form.
+        present: bool `(M,)`; False leaves a modality out of every mean, with k = 1. None for all True.
+
+    Returns:
+        `(M,)` in [1 - tanh(alpha), beta].
+
+    Raises:
+        ValueError: if `score` or `present` has another shape or dtype, or an option is outside its range.
+        TypeError: if `score` or `present` is not a tensor.
+
+    Example:
+        >>> balance_coefficient(torch.tensor([0.8, 0.2]), alpha=0.5, beta=10.0)
+        tensor([0.6416, 9.1463])
+
+    Reference:
+        Kontras et al., Improving Multimodal Learning with Multi-Loss Gradient Modulation, BMVC 2024.
+    """
+    check_tensor("score", score, "(M,)", dims=(1,), empty=False)
+    check_number("alpha", alpha, at_least=0)
+    check_number("beta", beta, at_least=1)
+    s = wide(score)
+    here = present_or_all(present, s)
+    # r - 1 from differences, which are exactly 0 for equal scores.
+    ahead = torch.where(here, s - s.unsqueeze(1), 0).sum(1)
+    excess = torch.where(ahead == 0, 0, ahead / (s * (here.sum() - 1)))
+    excess = excess.clamp(max=torch.finfo(s.dtype).max)  # an infinite one times an alpha of 0 is NaN
+    largest = torch.where(excess > 0, beta - 1, torch.ones_like(s))
+    k = (1 + largest * torch.tanh(alpha * excess)).clamp(max=beta)
+    return narrowed(torch.where(here, k, 1), score)
+
+
+@torch.no_grad()
 def drop_probability(ratio: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Tensor:
     r"""Compute the probability of dropping a sample's features of each modality.
 

@@ -6,6 +6,7 @@ from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, 
 from balanceopt.modulation._fixed import FixedModulation
 from balanceopt.modulation._hiding import Hiding
 from balanceopt.modulation._masks import MaskScale
+from balanceopt.modulation._mlb import MLB
 from balanceopt.modulation._ogm import OGM
 from balanceopt.modulation._scaling import GradientScaling, UpdateScaling
 from balanceopt.modulation._units import MaskUnits, attention_heads
@@ -16,6 +17,7 @@ __all__ = [
     "FixedModulation",
     "GradientScaling",
     "Hiding",
+    "MLB",
     "MaskScale",
     "MaskUnits",
     "Modulation",

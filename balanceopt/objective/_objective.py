@@ -167,6 +167,13 @@ class UnimodalObjective(nn.Module):
         """Return the separate head of the modality `name`."""
         return self._heads.of(name)
 
+    def unimodal_logits(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the heads' logits `(B, C)` of features by modality, so that a monitor makes scores of them.
+
+        The monitor comes first: `ModalityMonitor(..., scores=lambda features: objective.unimodal_logits(features))`.
+        """
+        return {name: self._heads.logits(name, z) for name, z in features.items()}
+
     def remove(self) -> None:
         """Remove every hook. May be called twice."""
         self.monitor.hooks.outputs.drop(self._live.on_output)

@@ -30,6 +30,7 @@ METHODS: dict[str, Callable[[], bo.Modulation]] = {
     "OGM": partial(bo.OGM, 0.5, noise=False),
     "OGM-GE": partial(bo.OGM, 0.5),
     "AGM": bo.AGM,
+    "MLB": bo.MLB,
     "Fixed": partial(bo.FixedModulation, {"audio": 0.5}),
     "AMSS": bo.AMSS,
     "AMSS+": partial(bo.AMSS, scale="unbiased"),

@@ -78,10 +78,11 @@ def _grid(options: argparse.Namespace, folder: Path | None) -> Grid:
         FileNotFoundError: if a set that was asked for by name needs a file that is not there.
         ValueError: for a row that no set has.
     """
-    there = [name for name, found in SETS.items() if found.file is None or _has(folder, found.file)]
-    if options.sets is None and len(there) < len(SETS):
-        lacking = sorted({str(found.file) for name, found in SETS.items() if name not in there})
-        print(f"Without {', '.join(lacking)} in --data: only {', '.join(there)}.")
+    lacking = {name: what for name, found in SETS.items() if (what := found.lacks(folder)) is not None}
+    there = [name for name in SETS if name not in lacking]
+    if options.sets is None and lacking:
+        what = ", ".join(sorted(set(lacking.values())))
+        print(f"Without {what} (files in --data, packages of the extra evidence): only {', '.join(there)}.")
     names = options.sets or there
     rows = {}
     for name in names:
@@ -106,10 +107,6 @@ def _run(grid: Grid, results: Results, folder: Path | None, workers: int, second
                 progress.step(results[job])
     finally:
         progress.close()
-
-
-def _has(folder: Path | None, file: str) -> bool:
-    return folder is not None and (folder / file).is_file()
 
 
 def _parser() -> argparse.ArgumentParser:

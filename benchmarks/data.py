@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.extras import need
+from benchmarks.extras import file_of, need
+from benchmarks.tasks import CLASS, LABELS, NUMBER, Task
 from benchmarks.views import VIEWS
 
 # First sample of each writer's block in scikit-learn's digits: the file keeps each writer's samples together, the
@@ -31,7 +34,7 @@ MFEAT_ORIGIN = (
 
 @dataclass(frozen=True)
 class Split:
-    """Samples: each modality's tensor `(N, ...)`, labels `(N,)`, and who each is from `(N,)` where that is known."""
+    """Samples: each modality's tensor `(N, ...)`, labels `(N,)` or targets `(N, C)`, and who each is from, if known."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
@@ -50,10 +53,11 @@ class MultimodalData:
         train: what models and normalisation statistics are fitted on.
         val: for choices.
         test: for the numbers that are reported.
-        num_classes: C.
+        num_classes: C; the number of labels or numbers for other tasks.
         about: what each modality is, for a reader.
         protocol: how it was split, for a reader.
         examples: a test sample of each class, for each modality, as it was before normalisation.
+        task: what the targets are.
     """
 
     name: str
@@ -64,6 +68,7 @@ class MultimodalData:
     about: dict[str, str]
     protocol: str
     examples: dict[str, Tensor]
+    task: Task = CLASS
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -179,18 +184,98 @@ def mfeat(
     known = sorted(set(arrays) - {"label"})
     if len(views) < 2 or not set(views) <= set(known):
         raise ValueError(f"`views` should be two or more of {known}. Found {tuple(views)}.")
-    order = np.random.default_rng(seed).permutation(len(arrays["label"]))
-    if test is not None:
-        order = np.concatenate([order[~np.isin(order, test)][: 2 * train_samples], test])
     return _assemble(
         "mfeat",
         {view: torch.tensor(arrays[view], dtype=torch.float32) for view in views},
         torch.tensor(arrays["label"], dtype=torch.int64),
-        (order[:train_samples], order[train_samples : 2 * train_samples], order[2 * train_samples :]),
+        _drawn(len(arrays["label"]), seed, train_samples, train_samples, test),
         about={view: f"{arrays[view].shape[1]} {_MFEAT_VIEWS.get(view, 'features')}" for view in views},
         protocol=f"handwritten numerals in {len(views)} views, only {train_samples} of them for training",
         per_feature=views,
     )
+
+
+def diabetes(
+    *, train_samples: int = 200, val_samples: int = 60, seed: int = 0, test: np.ndarray | None = None
+) -> MultimodalData:
+    """How far a diabetes went within a year, of 442 patients, from who they are, from body and from blood.
+
+    Scikit-learn's copy of the set of B. Efron, T. Hastie, I. Johnstone and R. Tibshirani, Least Angle Regression,
+    Annals of Statistics 2004. The target is standardised over the training samples.
+
+    Args:
+        train_samples: for training.
+        val_samples: for validation; the rest is for the test.
+        seed: of the split.
+        test: indices for the test instead; training and validation samples are then among the others.
+
+    Raises:
+        ImportError: without scikit-learn (extra `demo`).
+    """
+    loaded = need("sklearn.datasets").load_diabetes(scaled=False)
+    return _assemble(
+        "diabetes",
+        _columns(loaded.data, {"person": slice(0, 2), "body": slice(2, 4), "blood": slice(4, 10)}),
+        torch.tensor(loaded.target, dtype=torch.float32)[:, None],
+        _drawn(len(loaded.target), seed, train_samples, val_samples, test),
+        about={
+            "person": "age and sex",
+            "body": "body mass index and blood pressure",
+            "blood": "six measurements of blood serum",
+        },
+        protocol=f"how far a diabetes went within a year, {train_samples} patients for training",
+        per_feature=("person", "body", "blood"),
+        task=NUMBER,
+    )
+
+
+def yeast(
+    path: str | Path | None = None,
+    *,
+    train_samples: int = 600,
+    val_samples: int = 200,
+    seed: int = 0,
+    test: np.ndarray | None = None,
+) -> MultimodalData:
+    """Which of 14 functions a gene of yeast has, from its expression and from its relatives in other genomes.
+
+    The set of A. Elisseeff and J. Weston, A kernel method for multi-labelled classification, NIPS 2001, which joins the
+    two kinds of data of P. Pavlidis, J. Weston, J. Cai and W. Noble, Learning gene functional classifications from
+    multiple data types, 2002: 79 measurements on microarrays, and phylogenetic profiles over 24 genomes. The columns
+    have no names; that the first 79 are the microarrays' shows in the correlations, which are smallest between the
+    columns before and after that place. A copy comes with river.
+
+    Args:
+        path: of a file like river's yeast.csv.gz; None for river's.
+        train_samples: for training.
+        val_samples: for validation; the rest is for the test.
+        seed: of the split.
+        test: indices for the test instead; training and validation samples are then among the others.
+
+    Raises:
+        ImportError: without river (extra `evidence`).
+    """
+    path = file_of("river", "datasets/yeast.csv.gz") if path is None else Path(path)
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        names, *rows = csv.reader(file)
+    values = np.array(rows, dtype=np.float64)
+    features = sum(name.startswith("Att") for name in names)
+    return _assemble(
+        "yeast",
+        _columns(values, {"expression": slice(0, _MICROARRAYS), "phylogeny": slice(_MICROARRAYS, features)}),
+        torch.tensor(values[:, features:], dtype=torch.float32),
+        _drawn(len(values), seed, train_samples, val_samples, test),
+        about={
+            "expression": f"{_MICROARRAYS} measurements on microarrays",
+            "phylogeny": f"relatives in {features - _MICROARRAYS} other genomes",
+        },
+        protocol=f"functions of genes, {train_samples} genes for training",
+        per_feature=("expression", "phylogeny"),
+        task=LABELS,
+    )
+
+
+_MICROARRAYS = 79
 
 
 def load(path: str | Path | None, seed: int) -> MultimodalData:
@@ -242,6 +327,20 @@ def _parts(test: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndar
     return rest[held:], rest[:held], test
 
 
+def _drawn(
+    count: int, seed: int, train: int, val: int, test: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of train, val and test, drawn at random; the rest is for the test, or the given ones are."""
+    order = np.random.default_rng(seed).permutation(count)
+    if test is not None:
+        order = np.concatenate([order[~np.isin(order, test)][: train + val], test])
+    return order[:train], order[train : train + val], order[train + val :]
+
+
+def _columns(values: np.ndarray, columns: Mapping[str, slice]) -> dict[str, Tensor]:
+    return {name: torch.tensor(values[:, part], dtype=torch.float32) for name, part in columns.items()}
+
+
 def _assemble(
     name: str,
     views: Mapping[str, Tensor],
@@ -253,9 +352,12 @@ def _assemble(
     per_feature: Collection[str] = (),
     noise: tuple[str, int] | None = None,
     groups: np.ndarray | None = None,
+    task: Task = CLASS,
 ) -> MultimodalData:
     whose = None if groups is None else torch.from_numpy(groups)
     train, val, test = (torch.from_numpy(part) for part in parts)
+    if task is NUMBER:
+        labels = (labels - labels[train].mean(dim=0)) / labels[train].std(dim=0)
     inputs = {m: _standardised(view, train, per_feature=m in per_feature) for m, view in views.items()}
     if noise is not None:
         modality, seed = noise
@@ -265,16 +367,20 @@ def _assemble(
         Split({m: x[part] for m, x in inputs.items()}, labels[part], None if whose is None else whose[part])
         for part in (train, val, test)
     )
-    first = torch.stack([test[labels[test] == label][0] for label in labels[test].unique()])
+    if task.has_classes:
+        first = torch.stack([test[labels[test] == label][0] for label in labels[test].unique()])
+    else:
+        first = test[:1]
     return MultimodalData(
         name=name,
         train=train_split,
         val=val_split,
         test=test_split,
-        num_classes=int(labels.max()) + 1,
+        num_classes=task.outputs(labels),
         about=about,
         protocol=protocol,
         examples={m: view[first] for m, view in views.items()},
+        task=task,
     )
 
 

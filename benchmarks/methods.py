@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import balanceopt as bo
 from benchmarks.models import MultimodalClassifier
@@ -28,6 +28,8 @@ class Context:
         momentum: of SGD.
         seed: of this run.
         epochs: of this run.
+        loss: the loss module that the loop calls; None for cross-entropy.
+        classes: function from targets to class indices; None where they are.
     """
 
     train_loader: Iterable[tuple[Tensor, ...]]
@@ -37,6 +39,8 @@ class Context:
     momentum: float
     seed: int
     epochs: int
+    loss: nn.Module | None = None
+    classes: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +13,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 import balanceopt as bo
 from benchmarks.data import MultimodalData, Split
-from benchmarks.extras import need
 from benchmarks.methods import Build, Context, Method, plain
 from benchmarks.models import MultimodalClassifier, classifier_for
+from benchmarks.tasks import accuracy
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,14 @@ def fit(
     modalities = tuple(model.encoders)
     loader = batches(data.train, modalities, recipe.batch_size, seed)
     val_loader = batches(data.val, modalities, recipe.batch_size, seed)
-    context = Context(loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed, recipe.epochs)
+    task = data.task
+    loss = None if task.has_classes else task.make_loss()
+    classes = None if task.classes is None else task.classes(data.train.labels)
+    context = Context(
+        loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed, recipe.epochs, loss, classes
+    )
     method = build(model, context)
-    loop(model, method, loader, recipe.epochs, recipe.decay_epoch, on_epoch)
+    loop(model, method, loader, recipe.epochs, recipe.decay_epoch, on_epoch, loss or F.cross_entropy)
     return method.recorder
 
 
@@ -72,6 +76,7 @@ def loop(
     epochs: int,
     decay_epoch: int | None,
     on_epoch: Callable[[], object] = lambda: None,
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> None:
     """The user's loop: batches `(*inputs, labels)`, a learning rate that falls to a tenth after `decay_epoch`."""
     milestones = [] if decay_epoch is None else [decay_epoch]
@@ -81,7 +86,7 @@ def loop(
             model.train()
             for *inputs, labels in loader:
                 method.optimizer.zero_grad()
-                loss = F.cross_entropy(model(*inputs), labels)
+                loss = criterion(model(*inputs), labels)
                 for extra in method.losses:
                     loss = loss + extra(labels)
                 loss.backward()
@@ -114,29 +119,17 @@ def evaluate(model: MultimodalClassifier, split: Split) -> float:
     """Accuracy in percent."""
     model.eval()
     with torch.no_grad():
-        predicted = model(*(split.inputs[name] for name in model.encoders)).argmax(dim=1)
-    return 100 * (predicted == split.labels).double().mean().item()
+        return accuracy(model(*(split.inputs[name] for name in model.encoders)), split.labels)
 
 
 def linear_probe(encoder: nn.Module, data: MultimodalData, modality: str) -> float:
-    """Test accuracy in percent of a logistic regression on the frozen encoder's features: what the encoder knows.
+    """Test metric of a linear model on the frozen encoder's features: what the encoder knows.
 
     Raises:
         ImportError: without scikit-learn (extra `demo`).
     """
     seen, unseen = (_features(encoder, split.inputs[modality]) for split in (data.train, data.test))
-    return probe((seen, data.train.labels.numpy()), (unseen, data.test.labels.numpy()))
-
-
-def probe(seen: tuple[np.ndarray, np.ndarray], unseen: tuple[np.ndarray, np.ndarray]) -> float:
-    """Accuracy in percent on (features, labels) that a logistic regression of others reaches."""
-    regression = need("sklearn.linear_model").LogisticRegression(max_iter=1000)
-    mean, std = seen[0].mean(axis=0), seen[0].std(axis=0) + 1e-6
-    with warnings.catch_warnings():
-        # A unit that is dead can leave it a step short of convergence, which moves no prediction.
-        warnings.simplefilter("ignore")
-        regression.fit((seen[0] - mean) / std, seen[1])
-    return float(100 * regression.score((unseen[0] - mean) / std, unseen[1]))
+    return data.task.probe((seen, data.train.labels.numpy()), (unseen, data.test.labels.numpy()))
 
 
 def batches(

@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.evidence.rows import FIXED_DROPOUT, JOINT, UNIMODAL
 from benchmarks.evidence.summary import SetSummary
+from benchmarks.tasks import CLASS
 
 # Points below joint training that the interval must not reach.
 NOT_WORSE = -0.5
@@ -27,6 +28,11 @@ class Check:
     found: str
 
 
+def of_classes(sets: Sequence[SetSummary]) -> list[SetSummary]:
+    """The sets that are measured by accuracy, of whose points the aim speaks."""
+    return [found for found in sets if found.metric == CLASS.metric]
+
+
 def recipes(sets: Sequence[SetSummary]) -> list[str]:
     """Names of the recipes that were run on every set, the best on the data for choices first.
 
@@ -34,7 +40,7 @@ def recipes(sets: Sequence[SetSummary]) -> list[str]:
     """
     everywhere = [
         name
-        for name, summary in sets[0].rows.items()
+        for name, summary in (sets[0].rows.items() if sets else ())
         if summary.row.kind == "recipe" and all(name in found.rows for found in sets)
     ]
     return sorted(everywhere, key=lambda name: -float(np.mean([f.rows[name].tuned for f in sets])))

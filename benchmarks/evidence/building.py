@@ -46,7 +46,7 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Mapping[st
     encoders = dict(model.encoders.items())
     # Without a head where none is needed: dropped features don't look like an encoder's output.
     scored = _NEED_HEAD & set(options) or options.get("unimodal_heads") == "shared"
-    monitor = bo.ModalityMonitor(model, encoders, head=model.head if scored else None)
+    monitor = bo.ModalityMonitor(model, encoders, head=model.head if scored else None, loss=context.loss)
     removes = [monitor.remove]
     groups = bo.modality_groups(model, encoders)
     losses = []
@@ -56,6 +56,7 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Mapping[st
             context.num_classes,
             heads=options["unimodal_heads"],
             weight=options["unimodal_weight"],
+            loss=context.loss,
             seed=context.seed,
         )
         removes.insert(0, objective.remove)
@@ -78,6 +79,7 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Mapping[st
             max_relearns=_RELEARNS,
             equal_counts=False,  # as published
             lam=options["relearn_lam"],
+            classes=context.classes,
             seed=context.seed,
         )
         epoch_ends.append(scheduler.step)

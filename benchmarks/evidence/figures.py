@@ -15,16 +15,21 @@ _GREY = "#8C8C8C"
 _BLUE, _RED = "#0072B2", "#D55E00"
 
 
-def draw_all(sets: Sequence[SetSummary], folder: Path) -> dict[str, Path]:
-    """A picture for each set and one of all probes; returns name -> file."""
+def draw_sets(sets: Sequence[SetSummary], folder: Path) -> dict[str, Path]:
+    """A picture for each set; returns name -> file."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for found in sets:
         files[found.name] = folder / f"evidence_{found.name}.png"
         differences(found).savefig(files[found.name], dpi=110, bbox_inches="tight")
-    files["recovery"] = folder / "evidence_recovery.png"
-    recoveries(sets).savefig(files["recovery"], dpi=110, bbox_inches="tight")
     return files
+
+
+def draw_recoveries(sets: Sequence[SetSummary], folder: Path) -> Path:
+    """A picture of all probes; returns its file."""
+    file = folder / "evidence_recovery.png"
+    recoveries(sets).savefig(file, dpi=110, bbox_inches="tight")
+    return file
 
 
 def differences(found: SetSummary) -> Any:
@@ -44,7 +49,7 @@ def differences(found: SetSummary) -> Any:
     low = min((row.difference.low for row in rows if row.difference), default=0)
     if low < -15:
         axes.set_xlim(left=-15)
-    axes.set_xlabel("points of accuracy against joint training (95 % interval)")
+    axes.set_xlabel(f"points of {found.metric} against joint training (95 % interval)")
     axes.set_title(found.title, loc="left", fontsize=11)
     return figure
 

@@ -55,12 +55,12 @@ class Grid:
         return {job.seed: results[job] for job in self._tests(name, row, options) if job in results}
 
     def tuned(self, name: str, row: Row, results: Results) -> float:
-        """Mean accuracy of its options on the data that are kept for choices; NaN if that was not run."""
+        """Mean metric of its options on the data that are kept for choices; NaN if that was not run."""
         options = self.chosen(name, row, results)
         if options is None:
             return float("nan")
         jobs = self._tuning(name, row, options)
-        return float(np.mean([results[j]["accuracy"] if j in results else np.nan for j in jobs]))
+        return float(np.mean([results[j]["metric"] if j in results else np.nan for j in jobs]))
 
     def remaining(self, results: Results) -> Iterator[tuple[str, str, int]]:
         """(set, row, runs that are still to be made), also of those that are not ready."""
@@ -90,7 +90,7 @@ class Grid:
             tuning += [job for jobs in tried for job in jobs]
             if any(job not in results for job in tuning):
                 return None, tuning
-            scores = [float(np.mean([results[job]["accuracy"] for job in jobs])) for jobs in tried]
+            scores = [float(np.mean([results[job]["metric"] for job in jobs])) for jobs in tried]
             options[knob.name] = knob.best(scores)
         if row.kind == "recipe":
             # Nothing to choose, but which recipe is recommended is decided on the same data.

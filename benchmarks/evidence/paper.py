@@ -24,7 +24,8 @@ from benchmarks.methods import Context
 from benchmarks.originals import ClipData
 from benchmarks.originals.clips import Clips
 from benchmarks.report import mean_and_spread
-from benchmarks.training import loop, probe
+from benchmarks.tasks import logistic_probe
+from benchmarks.training import loop
 
 
 def reproduce(
@@ -191,7 +192,7 @@ def _measured(seen: Looked, unseen: Looked) -> dict[str, Any]:
         "f1": float(100 * need("sklearn.metrics").f1_score(labels, predicted, average="macro")),
         "ece": 100 * expected_calibration_error(unseen.logits.softmax(dim=1).numpy(), labels),
         "probes": {
-            m: probe((seen.features[m].numpy(), known), (unseen.features[m].numpy(), labels))
+            m: logistic_probe((seen.features[m].numpy(), known), (unseen.features[m].numpy(), labels))
             for m in unseen.features
         },
         "missing": {m: _share(logits, unseen.labels) for m, logits in unseen.missing.items()},

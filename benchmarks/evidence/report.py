@@ -9,21 +9,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.aim import Check, checks, recipes
-from benchmarks.evidence.figures import draw_all
+from benchmarks.evidence.aim import Check, checks, of_classes, recipes
+from benchmarks.evidence.figures import draw_recoveries, draw_sets
+from benchmarks.evidence.sets import SETS
 from benchmarks.evidence.summary import SetSummary
-from benchmarks.evidence.tables import aim_table, put, section
+from benchmarks.evidence.tables import aim_table, holds, put, section
 
 
 def write(sets: Sequence[SetSummary], page: Path, numbers: Path) -> list[Path]:
-    """Tables into `page`, pictures beside it in images/, everything as JSON into `numbers`."""
+    """Tables into `page`, pictures beside it in images/, everything as JSON into `numbers`.
+
+    A page that holds all sets keeps those that were not run now, and what is said of all sets together.
+    """
     images = page.parent / "images"
-    pictures = draw_all(sets, images)
-    aims = {name: checks(sets, name) for name in recipes(sets)}
-    sections = [section(found, f"images/{pictures[found.name].name}") for found in sets]
-    put(page, "tables", "\n\n".join(sections))
-    put(page, "probes", f"![What the starved encoder gets back](images/{pictures['recovery'].name})")
-    put(page, "aim", aim_table(aims) if aims else "No recipe was run on every set.")
+    pictures = draw_sets(sets, images)
+    judged = of_classes(sets)
+    aims = {name: checks(judged, name) for name in recipes(judged)}
+    if {found.name for found in sets} == set(SETS) or not holds(page, "aim"):
+        pictures["recovery"] = draw_recoveries(sets, images)
+        put(page, "aim", aim_table(aims) if aims else "No recipe was run on every set.")
+        put(page, "probes", f"![What the starved encoder gets back](images/{pictures['recovery'].name})")
+    for found in sets:
+        put(page, found.name, section(found, f"images/{pictures[found.name].name}"))
     numbers.parent.mkdir(parents=True, exist_ok=True)
     numbers.write_text(json.dumps(content(sets, aims), indent=1) + "\n", encoding="utf-8")
     return [page, numbers, *pictures.values()]
@@ -40,6 +47,7 @@ def content(sets: Sequence[SetSummary], aims: dict[str, list[Check]]) -> dict[st
 
 def aim_text(sets: Sequence[SetSummary]) -> str:
     """The aim, for a terminal."""
+    sets = of_classes(sets)
     names = recipes(sets)
     if not names:
         return "No recipe was run on every set: nothing to say about the aim."

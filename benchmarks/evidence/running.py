@@ -23,7 +23,7 @@ from benchmarks.models import MultimodalClassifier, classifier_for
 from benchmarks.training import Recipe, fit, linear_probe
 
 # Goes up when the same configuration would give another result: what was stored before is then run again.
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run(job: Job, folder: Path | None) -> dict[str, Any]:
     """Train and measure.
 
     Returns:
-        What was measured, ready for JSON: accuracies in percent, CPU seconds of the training and of all.
+        What was measured, ready for JSON: the set's metric in percent, CPU seconds of the training and of all.
     """
     began = time.process_time()
     data = data_of(job.set, folder, job.part, job.seed)
@@ -75,14 +75,14 @@ def run(job: Job, folder: Path | None) -> dict[str, Any]:
     before_training = time.process_time()
     fit(model, build_of(options), data, recipe, seed=_seed(job))
     trained = time.process_time() - before_training
-    found: dict[str, Any] = {"accuracy": _accuracy(_logits(model, data.test), data.test.labels)}
+    found: dict[str, Any] = {"metric": data.task.measure(_logits(model, data.test), data.test.labels)}
     if job.part == "test":
         found |= measure(model, data)
     return {**found, "train_s": trained, "all_s": time.process_time() - began}
 
 
 def measure(model: MultimodalClassifier, data: MultimodalData) -> dict[str, Any]:
-    """What is asked of a trained model besides its accuracy; `missing` sets a modality's features to zero."""
+    """What is asked of a trained model besides its metric; `missing` sets a modality's features to zero."""
     logits, test = _logits(model, data.test), data.test
     groups = {}
     if test.groups is not None:
@@ -93,11 +93,11 @@ def measure(model: MultimodalClassifier, data: MultimodalData) -> dict[str, Any]
     alone = len(model.encoders) == 1
     return {
         "probes": {m: _probe(model, data, m) for m in model.encoders},
-        "ece": 100 * expected_calibration_error(logits.softmax(dim=1).numpy(), test.labels.numpy()),
+        "ece": _calibration(logits, test.labels) if data.task.has_classes else float("nan"),
         "groups": groups,
         "missing": {}
         if alone
-        else {m: _accuracy(_logits(model, test, m), test.labels) for m in model.encoders},
+        else {m: data.task.measure(_logits(model, test, m), test.labels) for m in model.encoders},
     }
 
 
@@ -118,14 +118,14 @@ def _logits(model: MultimodalClassifier, split: Split, without: str | None = Non
     return logits.nan_to_num()
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return 100 * (logits.argmax(dim=1) == labels).double().mean().item()
+def _calibration(logits: Tensor, labels: Tensor) -> float:
+    return 100 * expected_calibration_error(logits.softmax(dim=1).numpy(), labels.numpy())
 
 
 def _probe(model: MultimodalClassifier, data: MultimodalData, modality: str) -> float:
     encoder = model.encoders[modality]
     if not all(p.isfinite().all() for p in encoder.parameters()):
-        return 100 / data.num_classes
+        return data.task.chance(data.num_classes)
     return linear_probe(encoder, data, modality)
 
 

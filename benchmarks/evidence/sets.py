@@ -15,7 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks.data import MultimodalData, av_digits, digits_views, mfeat
+from benchmarks.data import MultimodalData, av_digits, diabetes, digits_views, mfeat, yeast
+from benchmarks.extras import installed
+from benchmarks.tasks import CLASS, LABELS, NUMBER, Task
 
 Part = Literal["tune", "test"]
 
@@ -25,6 +27,8 @@ _TEST_SPEAKERS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))
 _TUNING_WRITERS = (11, 12, 13)
 _WRITERS = 11
 _TUNING_SAMPLES = 400
+_TUNING_PATIENTS, _PATIENTS = 110, 442
+_GENES = 2417
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class EvidenceSet:
         lengths: numbers of epochs to choose from; the middle one while the learning rate is chosen.
         choices: runs of each candidate that is chosen from; the cheaper they are the more.
         batch_size: samples in a step.
+        task: what the targets are.
+        package: that it comes with, beside those of the demo; None for none.
     """
 
     name: str
@@ -54,6 +60,14 @@ class EvidenceSet:
     lengths: tuple[int, ...]
     choices: int = 2
     batch_size: int = 64
+    task: Task = CLASS
+    package: str | None = None
+
+    def lacks(self, folder: Path | None) -> str | None:
+        """The file or package that it needs and that is not there."""
+        if self.package is not None and not installed(self.package):
+            return self.package
+        return self.file if self.file is not None and not _has(folder, self.file) else None
 
     def path(self, folder: Path | None) -> Path | None:
         """Its file; None if it needs none.
@@ -63,9 +77,13 @@ class EvidenceSet:
         """
         if self.file is None:
             return None
-        if folder is None or not (folder / self.file).is_file():
+        if folder is None or not _has(folder, self.file):
             raise FileNotFoundError(f"{self.name} needs {self.file}. Found no such file in {folder}.")
         return folder / self.file
+
+
+def _has(folder: Path | None, file: str) -> bool:
+    return folder is not None and (folder / file).is_file()
 
 
 def _av_digits(
@@ -94,6 +112,24 @@ def _mfeat(views: tuple[str, ...], path: Path | None, part: Part, seed: int) -> 
 def _digits(path: Path | None, part: Part, seed: int) -> MultimodalData:
     in_turn = tuple((3 * seed + i) % _WRITERS for i in range(3))
     return digits_views(_seed(part, seed), writers=_TUNING_WRITERS if part == "tune" else in_turn)
+
+
+def _diabetes(path: Path | None, part: Part, seed: int) -> MultimodalData:
+    test = _drawn_test(_PATIENTS, _TUNING_PATIENTS, 260, part, seed)
+    return diabetes(train_samples=200, val_samples=60, seed=_seed(part, seed), test=test)
+
+
+def _yeast(path: Path | None, part: Part, seed: int) -> MultimodalData:
+    test = _drawn_test(_GENES, _TUNING_SAMPLES, 800, part, seed)
+    return yeast(train_samples=600, val_samples=200, seed=_seed(part, seed), test=test)
+
+
+def _drawn_test(count: int, tuning: int, others: int, part: Part, seed: int) -> np.ndarray:
+    """Indices for the test: the same `tuning` ones for choices, and all but `others` of the rest for a seed's test."""
+    order = np.random.default_rng(2026).permutation(count)
+    if part == "tune":
+        return order[:tuning]
+    return np.random.default_rng(seed).permutation(order[tuning:])[others:]
 
 
 def _seed(part: Part, seed: int) -> int:
@@ -131,6 +167,18 @@ SETS: dict[str, EvidenceSet] = {
         EvidenceSet(
             "digits", "Written digits, picture and spectrum, writers never seen", _digits, ("image", "spectrum"),
             None, lrs=(0.01, 0.03, 0.1, 0.3), adam_lrs=(1e-3, 3e-3, 1e-2, 3e-2), lengths=(15, 25, 40), choices=4,
+        ),
+        EvidenceSet(
+            "diabetes", "How far a diabetes went, from person, body and blood (regression)", _diabetes,
+            ("person", "body", "blood"),
+            None, lrs=(0.001, 0.003, 0.01, 0.03), adam_lrs=(3e-4, 1e-3, 3e-3, 1e-2), lengths=(8, 15, 30), choices=4,
+            batch_size=32, task=NUMBER,
+        ),
+        EvidenceSet(
+            "yeast", "Functions of genes, from expression and phylogeny (14 labels)", _yeast,
+            ("expression", "phylogeny"),
+            None, lrs=(0.03, 0.1, 0.3, 1.0), adam_lrs=(3e-4, 1e-3, 3e-3, 1e-2), lengths=(8, 15, 30), choices=2,
+            task=LABELS, package="river",
         ),
     )
 }  # fmt: skip

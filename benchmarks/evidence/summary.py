@@ -28,23 +28,23 @@ class RowSummary:
         row: what it is.
         options: all that was used.
         seeds: of its tests.
-        accuracy: of each seed, percent.
-        tuned: mean accuracy on the data that are kept for choices.
+        metric: of each seed, percent: accuracy, or what the set's task has in its place.
+        tuned: its mean on the data that are kept for choices.
         difference: to the row's reference; None for the reference itself.
         holm: p of the t-test, corrected for all rows of the set that are compared.
         against: the same difference to other rows, by their name.
-        probes: modality -> accuracy of a linear probe, of each seed.
+        probes: modality -> metric of a linear probe, of each seed.
         recovery: modality -> (share, low, high) of the probe's gap that is closed; only where there is one.
         ece: expected calibration error, mean, percent.
         worst_group: accuracy on the person with the lowest one, mean over seeds; NaN where persons are not known.
-        missing: modality -> mean accuracy when its features are zero.
+        missing: modality -> mean metric when its features are zero.
         time: CPU time of the training by that of the reference, median over seeds.
     """
 
     row: Row
     options: dict[str, Any]
     seeds: tuple[int, ...]
-    accuracy: list[float]
+    metric: list[float]
     tuned: float
     difference: Paired | None
     holm: float
@@ -64,6 +64,7 @@ class SetSummary:
     Args:
         name: of the set.
         title: for a reader.
+        metric: name of what is measured.
         modalities: their names.
         rows: name -> what came out.
         starved: the modality whose encoder loses most in joint training; None if that is less than `GAP` points, or the
@@ -72,6 +73,7 @@ class SetSummary:
 
     name: str
     title: str
+    metric: str
     modalities: tuple[str, ...]
     rows: dict[str, RowSummary]
     starved: str | None
@@ -105,7 +107,12 @@ def _set(grid: Grid, name: str, results: Results) -> SetSummary:
     made = {row: replace(s, holm=corrected.get(row, float("nan"))) for row, s in made.items()}
     lost = {m: gap for m, gap in gaps.items() if gap >= GAP}
     return SetSummary(
-        name, SETS[name].title, modalities, made, max(lost, key=lambda m: lost[m]) if lost else None
+        name,
+        SETS[name].title,
+        SETS[name].task.metric,
+        modalities,
+        made,
+        max(lost, key=lambda m: lost[m]) if lost else None,
     )
 
 
@@ -121,7 +128,7 @@ def _row(
         row=row,
         options=options,
         seeds=tuple(found),
-        accuracy=[run["accuracy"] for run in found.values()],
+        metric=[run["metric"] for run in found.values()],
         tuned=tuned,
         difference=None if row.name == row.reference
         else _against(found, runs.get(row.reference, {})),
@@ -141,7 +148,7 @@ def _row(
 
 
 def _against(found: Runs, others: Runs) -> Paired | None:
-    differences = [found[s]["accuracy"] - others[s]["accuracy"] for s in found if s in others]
+    differences = [found[s]["metric"] - others[s]["metric"] for s in found if s in others]
     return paired(differences) if differences else None
 
 

@@ -16,8 +16,8 @@ MARK = "<!-- {} of benchmarks.accuracy -->"
 
 
 def main_table(found: SetSummary) -> str:
-    """Accuracy, its difference to the reference, and what each encoder knows."""
-    header = ["", "accuracy", "difference", "95 % interval", "p (Holm)", "d_z"]
+    """The metric, its difference to the reference, and what each encoder knows."""
+    header = ["", found.metric, "difference", "95 % interval", "p (Holm)", "d_z"]
     header += [f"{m} probe" for m in found.modalities] + ["gap closed", "time"]
     lines = [header, ["---"] * len(header)]
     for name, row in found.rows.items():
@@ -25,7 +25,7 @@ def main_table(found: SetSummary) -> str:
         lines.append(
             [
                 name,
-                mean_and_spread(row.accuracy),
+                mean_and_spread(row.metric),
                 *_difference(row.difference),
                 "" if math.isnan(row.holm) else p_value(row.holm),
                 "" if row.difference is None else number(row.difference.effect, 1),
@@ -39,20 +39,22 @@ def main_table(found: SetSummary) -> str:
 
 def robustness_table(found: SetSummary) -> str:
     """Calibration, the worst person, and a modality that is missing."""
-    header = ["", "calibration error"]
+    calibrated = any(not math.isnan(row.ece) for row in found.rows.values())
+    header = ["", "calibration error"] if calibrated else [""]
     persons = any(not math.isnan(row.worst_group) for row in found.rows.values())
     header += ["worst person"] if persons else []
     header += [f"without {m}" for m in found.modalities]
     lines = [header, ["---"] * len(header)]
     for name, row in found.rows.items():
-        cells = [name, number(row.ece, 1)] + ([number(row.worst_group, 1)] if persons else [])
+        cells = [name] + ([number(row.ece, 1)] if calibrated else [])
+        cells += [number(row.worst_group, 1)] if persons else []
         lines.append(cells + [number(row.missing.get(m, math.nan), 1) for m in found.modalities])
     return markdown(lines)
 
 
 def options_table(found: SetSummary) -> str:
-    """What was chosen for each row, and its accuracy on the data that are kept for choices."""
-    lines = [["", "options", "accuracy where it was chosen"], ["---"] * 3]
+    """What was chosen for each row, and the metric on the data that are kept for choices."""
+    lines = [["", "options", f"{found.metric} where it was chosen"], ["---"] * 3]
     lines += [[name, options_text(row.options), number(row.tuned, 1)] for name, row in found.rows.items()]
     return markdown(lines)
 
@@ -85,11 +87,16 @@ def section(found: SetSummary, picture: str | None) -> str:
     )
 
 
+def holds(page: Path, name: str) -> bool:
+    """Whether `page` has the marks `name`."""
+    return page.is_file() and page.read_text(encoding="utf-8").count(MARK.format(name)) == 2
+
+
 def put(page: Path, name: str, text: str) -> None:
     """Replace what is between the marks `name` in `page`; a page without them gets them at its end."""
     mark = MARK.format(name)
     content = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if content.count(mark) != 2:
+    if not holds(page, name):
         content = f"{content}\n{mark}\n{mark}\n"
     before, _, after = content.split(mark)
     page.parent.mkdir(parents=True, exist_ok=True)

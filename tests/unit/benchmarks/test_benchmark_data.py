@@ -1,3 +1,5 @@
+import csv
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 import torch
 
 from benchmarks import data as benchmark_data
-from benchmarks.data import MultimodalData, av_digits, digits_views, load, mfeat
+from benchmarks import extras
+from benchmarks.data import MultimodalData, av_digits, diabetes, digits_views, load, mfeat, yeast
 from benchmarks.views import VIEWS
 
 
@@ -139,3 +142,60 @@ def test_mfeat_needs_two_known_views(mfeat_file: Path) -> None:
     for views in (("fou",), ("fou", "smell")):
         with pytest.raises(ValueError, match="`views` should be two or more of"):
             mfeat(mfeat_file, views)
+
+
+@pytest.fixture
+def yeast_file(tmp_path: Path) -> Path:
+    """Like river's yeast.csv.gz: 103 columns and 14 labels, of 60 genes."""
+    rng = np.random.default_rng(0)
+    features, labels = rng.normal(5, 2, (60, 103)), rng.integers(0, 2, (60, 14))
+    names = [f"Att{i}" for i in range(1, 104)] + [f"Class{i}" for i in range(1, 15)]
+    lines = [[*map(str, x), *map(str, y)] for x, y in zip(features, labels, strict=True)]
+    path = tmp_path / "yeast.csv.gz"
+    with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([names, *lines])
+    return path
+
+
+def test_yeast_has_two_views_and_several_labels(yeast_file: Path) -> None:
+    found, again, other = (
+        yeast(yeast_file, train_samples=30, val_samples=10, seed=seed) for seed in (0, 0, 1)
+    )
+    assert [len(part) for part in (found.train, found.val, found.test)] == [30, 10, 20]
+    assert {m: tuple(x.shape) for m, x in found.test.inputs.items()} == {
+        "expression": (20, 79),
+        "phylogeny": (20, 24),
+    }
+    assert found.num_classes == 14
+    assert set(found.train.labels.unique().tolist()) == {0.0, 1.0}
+    for view in found.train.inputs.values():
+        assert torch.allclose(view.mean(dim=0), torch.zeros(()), atol=1e-5)
+    assert not (rows(found, "train") & rows(found, "test") | rows(found, "val") & rows(found, "test"))
+    assert same(found, again)
+    assert not same(found, other)
+
+
+def test_samples_for_the_test_may_be_given(yeast_file: Path) -> None:
+    with gzip.open(yeast_file, "rt") as file:
+        all_rows = np.loadtxt(file, delimiter=",", skiprows=1)
+    test = np.array([3, 5, 8])
+    found = yeast(yeast_file, train_samples=30, val_samples=10, test=test)
+    assert found.test.labels.tolist() == all_rows[test, 103:].tolist()
+    assert len(found.train) == 30
+
+
+def test_a_package_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "find_spec", lambda package: None)
+    with pytest.raises(ImportError, match=r"yeast\.csv\.gz of river: pip install 'balanceopt\[evidence\]'"):
+        yeast()
+
+
+def test_diabetes_has_a_number_in_the_units_of_the_training_samples() -> None:
+    found, again, other = (diabetes(train_samples=100, val_samples=40, seed=seed) for seed in (0, 0, 1))
+    assert [len(part) for part in (found.train, found.val, found.test)] == [100, 40, 302]
+    assert {m: x.shape[1] for m, x in found.test.inputs.items()} == {"person": 2, "body": 2, "blood": 6}
+    assert found.num_classes == 1
+    assert found.train.labels.mean().abs() < 1e-5
+    assert found.train.labels.std() == pytest.approx(1)
+    assert same(found, again)
+    assert not same(found, other)

@@ -58,7 +58,7 @@ def made_up(job: Job) -> dict[str, Any]:
     bonus = 5.0 * ("alone" in job.row) + 3.0 * ("recipe" in job.row)
     accuracy = 80 + bonus + 10 * job.options["lr"] + rng.normal()
     return {
-        "accuracy": accuracy,
+        "metric": accuracy,
         "probes": {m: 60 + bonus + rng.normal() for m in modalities},
         "ece": 2.0,
         "groups": {"1": accuracy - 5, "2": accuracy},

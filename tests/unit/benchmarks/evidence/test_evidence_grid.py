@@ -50,7 +50,7 @@ def test_the_best_candidate_is_chosen(grid, tmp_path):
     results = Results(tmp_path / "results.jsonl")
     for job in grid.ready(results):
         # The larger rate by a hair.
-        results.add(job, {"accuracy": 90 + job.options["lr"], "train_s": 0.0, "all_s": 0.0})
+        results.add(job, {"metric": 90 + job.options["lr"], "train_s": 0.0, "all_s": 0.0})
     longer = grid.ready(results)
     assert {job.options["lr"] for job in longer} == {0.1}
     assert {job.options["epochs"] for job in longer} == {1}  # those of 2 were run with the learning rates
@@ -102,7 +102,7 @@ def test_no_run_begins_after_the_limit(grid, folder, tmp_path):
 def test_two_processes_give_what_one_gives(grid, folder, tmp_path):
     jobs = grid.ready(Results(tmp_path / "results.jsonl"))[:3]
     found = [
-        {job.key: result["accuracy"] for job, result in run_all(jobs, folder, workers, time.monotonic() + 60)}
+        {job.key: result["metric"] for job, result in run_all(jobs, folder, workers, time.monotonic() + 60)}
         for workers in (1, 2)
     ]
     assert len(found[0]) == 3

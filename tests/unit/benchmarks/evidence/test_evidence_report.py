@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy
-from benchmarks.evidence.aim import checks, recipes
+from benchmarks.evidence import sets
+from benchmarks.evidence.aim import checks, of_classes, recipes
 from benchmarks.evidence.report import aim_text, write
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.rows import FIXED_DROPOUT, JOINT, UNIMODAL
 from benchmarks.evidence.statistics import paired
 from benchmarks.evidence.summary import summarise
-from benchmarks.evidence.tables import main_table, options_text, p_value, put
+from benchmarks.evidence.tables import main_table, options_text, p_value, put, robustness_table
 from tests.unit.benchmarks.evidence.conftest import made_up
 
 RECIPE = "recipe: uni-modal losses"
@@ -33,7 +34,7 @@ def found(grid, tmp_path):
 def test_rows_are_paired_by_seed(found, grid):
     rows = found[0].rows
     joint, recipe = rows[JOINT], rows[RECIPE]
-    differences = np.subtract(recipe.accuracy, joint.accuracy)
+    differences = np.subtract(recipe.metric, joint.metric)
     assert recipe.difference == paired(differences)
     assert recipe.difference.mean == pytest.approx(differences.mean())
     assert joint.difference is None
@@ -113,7 +114,7 @@ def test_everything_is_written(found, tmp_path):
     assert text.count("### Numerals in three views") == 1
     assert all(path.stat().st_size > 100 for path in paths)
     content = json.loads((tmp_path / "evidence.json").read_text())
-    assert content["sets"][0]["rows"][JOINT]["accuracy"] == found[0].rows[JOINT].accuracy
+    assert content["sets"][0]["rows"][JOINT]["metric"] == found[0].rows[JOINT].metric
 
 
 def test_text_between_marks_is_replaced_and_nothing_else(tmp_path):
@@ -131,11 +132,40 @@ def test_cells():
     )
 
 
-def test_without_files_only_the_embedded_set_is_run(tmp_path, monkeypatch, capsys):
+def test_without_files_and_packages_only_what_comes_with_the_demo_is_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sets, "installed", lambda package: False)
     accuracy.main(["--no-run"])
     said = capsys.readouterr().out
-    assert "Without av_digits.npz, mfeat.npz in --data: only digits." in said
+    assert "Without av_digits.npz, mfeat.npz, river (files in --data" in said
+    assert "only digits, diabetes." in said
+
+
+def test_a_run_of_some_sets_leaves_the_others_in_the_page(found, tmp_path):
+    page = tmp_path / "evidence.md"
+    mark = "<!-- {} of benchmarks.accuracy -->"
+    page.write_text(
+        "".join(f"{mark.format(n)}\n{n} before\n{mark.format(n)}\n" for n in ("aim", "probes", "yeast"))
+    )
+    write(found, page, tmp_path / "evidence.json")
+    text = page.read_text()
+    assert all(f"{name} before" in text for name in ("aim", "probes", "yeast"))
+    assert "### Numerals in three views" in text
+    assert not (tmp_path / "images" / "evidence_recovery.png").exists()
+
+
+def test_the_aim_speaks_of_accuracy_alone(found):
+    other = replace(found[0], metric="R2")
+    assert of_classes([found[0], other]) == [found[0]]
+    assert aim_text([other]).startswith("No recipe was run on every set")
+
+
+def test_a_table_names_its_metric_and_leaves_out_what_was_not_measured(found):
+    rows = {name: replace(row, ece=float("nan")) for name, row in found[0].rows.items()}
+    other = replace(found[0], metric="R2", rows=rows)
+    assert main_table(other).splitlines()[0].startswith("|  | R2 | difference")
+    assert "calibration error" in robustness_table(found[0])
+    assert "calibration error" not in robustness_table(other)
 
 
 def test_unknown_rows_are_told(folder, capsys):

@@ -47,12 +47,12 @@ def test_a_run_is_repeatable_and_complete(folder):
     assert {k: v for k, v in first.items() if k not in seconds} == {
         k: v for k, v in again.items() if k not in seconds
     }
-    assert set(first) == {"accuracy", "probes", "ece", "groups", "missing", *seconds}
+    assert set(first) == {"metric", "probes", "ece", "groups", "missing", *seconds}
     assert set(first["missing"]) == set(first["probes"]) == {"fou", "pix", "mor"}
 
 
 def test_a_tuning_run_is_scored_and_no_more(folder):
-    assert set(run(replace(JOB, part="tune"), folder)) == {"accuracy", "train_s", "all_s"}
+    assert set(run(replace(JOB, part="tune"), folder)) == {"metric", "train_s", "all_s"}
 
 
 def test_an_encoder_alone(folder):

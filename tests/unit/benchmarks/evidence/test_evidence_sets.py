@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.evidence import sets
 from benchmarks.evidence.sets import SETS, data_of, fingerprint
 
 
@@ -51,6 +52,28 @@ def test_noise_is_a_set_of_its_own(folder):
     clean, noisy = (data_of(name, folder, "test", 0) for name in ("av_clean", "av_noise_audio"))
     assert torch.equal(clean.test.inputs["image"], noisy.test.inputs["image"])
     assert noisy.test.inputs["audio"].std() > 1.2 * clean.test.inputs["audio"].std()
+
+
+@pytest.mark.parametrize("name", ["diabetes", "yeast"])
+def test_samples_that_are_tuned_on_are_never_tested(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sets, name, lambda *, test, **options: asked.append(set(test.tolist())))
+    for seed in range(2):
+        SETS[name].load(None, "tune", seed)
+    for seed in range(4):
+        SETS[name].load(None, "test", seed)
+    kept, again, *tests = asked
+    assert kept
+    assert kept == again
+    assert all(test and not test & kept for test in tests)
+    assert len({frozenset(test) for test in tests}) == 4
+
+
+def test_a_missing_package_is_told(monkeypatch):
+    monkeypatch.setattr(sets, "installed", lambda package: False)
+    assert [name for name, found in SETS.items() if found.file is None and found.lacks(None)] == ["yeast"]
+    monkeypatch.setattr(sets, "installed", lambda package: True)
+    assert SETS["yeast"].lacks(None) is None
 
 
 def test_a_missing_file_is_told(tmp_path):

@@ -15,8 +15,13 @@ from balanceopt._options import check_count, check_kind
 if TYPE_CHECKING:
     from balanceopt.recording import Row
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Six colours that colour-blind readers can tell apart, dark enough for text on white. With the dashes they make 30
+# lines; neighbours differ in grey, too.
+COLOURS = ("#005f99", "#b34700", "#00694a", "#96357a", "#735600", "#4d4d4d")
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5)))
+# More panels than this are drawn in two columns.
+_ONE_COLUMN = 3
+_FONT = 9
 
 
 def plot_rows(
@@ -26,7 +31,7 @@ def plot_rows(
     quantities: Sequence[str] | None = None,
     smooth: int = 1,
 ) -> Any:
-    """Plot recorded rows, with one panel for each quantity and one line for each modality.
+    """Plot recorded rows, with one panel for each quantity and one line for each modality, named at its end.
 
     Args:
         rows: rows of a `Recorder`.
@@ -55,34 +60,83 @@ def plot_rows(
     shown = [q for q in (found if quantities is None else quantities) if q in found]
     if not shown:
         raise ValueError(f"nothing to draw: asked for {quantities or 'everything'}, recorded {found}.")
-    figure = Figure(figsize=(7, 2.2 * len(shown)), layout="constrained")
-    for axes, quantity in zip(np.ravel(figure.subplots(len(shown), 1, sharex=True)), shown, strict=True):
-        modalities = list(dict.fromkeys(row.modality for row in rows if row.quantity == quantity))
-        lines = []
-        for colour, modality in zip(_cycled(COLOURS, len(modalities)), modalities, strict=True):
-            points = [(r.step, r.value) for r in rows if (r.quantity, r.modality) == (quantity, modality)]
-            steps, values = np.array(points).T
-            axes.plot(steps, values, color=colour, alpha=0.3 if smooth > 1 else 1.0, linewidth=1)
-            lines += axes.plot(steps, _running_mean(values, smooth), color=colour)
-        axes.set_ylabel(quantity, parse_math=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        # Names are set after the legend is made, because matplotlib parses "$" in a label and hides one with "_".
-        legend = axes.legend(lines, [str(i) for i in range(len(lines))], frameon=False, loc="upper right")
-        for text, modality in zip(legend.get_texts(), modalities, strict=True):
-            text.set_parse_math(False)
-            text.set_text(modality)
-    axes.set_xlabel("step")
+    columns = 1 if len(shown) <= _ONE_COLUMN else 2
+    height = -(-len(shown) // columns)
+    figure = Figure(figsize=(7 if columns == 1 else 11, 2.4 * height), layout="constrained")
+    panels = np.ravel(figure.subplots(height, columns, sharex=True, squeeze=False))
+    for axes, quantity in zip(panels, shown, strict=False):
+        _panel(axes, [row for row in rows if row.quantity == quantity], smooth)
+        axes.set_title(quantity, parse_math=False, loc="left", fontsize=_FONT + 1)
+    for axes in panels[len(shown) :]:
+        axes.remove()
+    for axes in panels[max(len(shown) - columns, 0) : len(shown)]:
+        axes.set_xlabel("step")
+        axes.tick_params(labelbottom=True)
     if path is not None:
         with replacing(path) as beside:
             figure.savefig(beside, dpi=150, format=Path(path).suffix[1:] or "png")
     return figure
 
 
+def _panel(axes: Any, rows: Sequence[Row], smooth: int) -> None:
+    """Draw the rows of one quantity, a line for each modality."""
+    modalities = list(dict.fromkeys(row.modality for row in rows))
+    lines = []
+    for i, modality in enumerate(modalities):
+        steps, values = np.array([(row.step, row.value) for row in rows if row.modality == modality]).T
+        interval = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+        width = max(1, round(smooth / max(interval, 1.0)))
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
+        if width > 1:
+            axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+        lines += axes.plot(steps, _running_mean(values, width), color=colour, linestyle=dash, linewidth=1.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    label_ends(axes, lines, modalities)
+
+
+def label_ends(axes: Any, lines: Sequence[Any], names: Sequence[str]) -> None:
+    """Write each line's name beside its end, in its colour, moved up or down where names would overlap.
+
+    Args:
+        axes: matplotlib axes, whose limits are not changed afterwards.
+        lines: the lines; one without a finite value gets no name.
+        names: their names, written as they are.
+    """
+    size = axes.get_position(original=True).height * axes.figure.get_size_inches()[1] * 72
+    gap = 1.4 * _FONT / size
+    axes.get_ylim()  # computes the limits, which the transform below does not
+    ends = []
+    for line, name in zip(lines, names, strict=True):
+        points = np.asarray(line.get_xydata(), dtype=float)
+        points = points[np.isfinite(points).all(axis=1)]
+        if len(points):
+            place = axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))
+            ends.append((float(place[1]), points[-1], line, name))
+    ends.sort(key=lambda end: end[0])
+    for (_, point, line, name), y in zip(ends, _apart([end[0] for end in ends], gap), strict=True):
+        axes.annotate(
+            "", (1.03, y), point, xycoords="axes fraction", textcoords="data", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+        )  # fmt: skip
+        axes.text(
+            1.04, y, name, transform=axes.transAxes, color=line.get_color(), fontsize=_FONT, va="center",
+            parse_math=False,
+        )  # fmt: skip
+
+
+def _apart(places: Sequence[float], gap: float) -> list[float]:
+    """Move sorted heights from 0 to 1 apart by at least `gap`, around where they were."""
+    result: list[float] = []
+    for place in places:
+        result.append(max(place, result[-1] + gap if result else 0.0))
+    limit = max(1.0, gap * (len(places) - 1))
+    for i in reversed(range(len(result))):
+        result[i] = min(result[i], limit)
+        limit = result[i] - gap
+    return result
+
+
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     width = min(width, len(values))
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="valid")
-
-
-def _cycled(colours: Sequence[str], count: int) -> list[str]:
-    return [colours[i % len(colours)] for i in range(count)]

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -209,21 +210,26 @@ def test_on_an_accelerator_numbers_are_fetched_when_asked_for(monkeypatch: pytes
     assert [row.value for row in recorder.rows()] == list(range(600))
 
 
+def names_in(axes: Any) -> list[str]:
+    """Names at the lines' ends; the lines to them are annotations."""
+    return [text.get_text() for text in axes.texts if not hasattr(text, "arrow_patch")]
+
+
 # -- pictures ----------------------------------------------------------------------------------------------------
 
 
 def test_a_panel_for_each_quantity_and_a_line_for_each_modality(tmp_path: Path):
     figure = recorded(5).plot(tmp_path / "run.png", smooth=3)
-    assert [axes.get_ylabel() for axes in figure.axes] == ["score", "ratio", "coefficient"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["score", "ratio", "coefficient"]
     for axes in figure.axes:
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["audio", "visual"]
+        assert sorted(names_in(axes)) == ["audio", "visual"]
     assert figure.axes[-1].get_xlabel() == "step"
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_chosen_quantities_in_the_order_given():
     figure = recorded(3).plot(quantities=["coefficient", "score"])
-    assert [axes.get_ylabel() for axes in figure.axes] == ["coefficient", "score"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["coefficient", "score"]
 
 
 def test_the_running_mean_of_a_constant_is_the_constant():
@@ -234,6 +240,14 @@ def test_the_running_mean_of_a_constant_is_the_constant():
     assert values == pytest.approx([0.5] * 9)
 
 
+def test_the_running_mean_is_as_wide_as_asked_in_steps():
+    values = [0.0, 1.0] * 6
+    dense = [Row(step, "k", "a", value) for step, value in enumerate(values)]
+    sparse = [Row(10 * step, "k", "a", value) for step, value in enumerate(values)]
+    assert set(plot_rows(dense, smooth=2).axes[0].get_lines()[-1].get_ydata()[1:]) == {0.5}
+    assert list(plot_rows(sparse, smooth=2).axes[0].get_lines()[-1].get_ydata()) == values
+
+
 @pytest.mark.parametrize("smooth", [1, 2, 50])
 def test_any_width(smooth: int):
     for count in (1, 2, 7):
@@ -241,17 +255,40 @@ def test_any_width(smooth: int):
 
 
 def test_more_modalities_than_colours():
-    rows = [Row(0, "k", f"m{i}", 1.0) for i in range(9)]
-    assert len(plot_rows(rows).axes[0].get_legend().get_texts()) == 9
+    rows = [Row(step, "k", f"m{i}", 1.0) for i in range(9) for step in range(2)]
+    (axes,) = plot_rows(rows).axes
+    assert sorted(names_in(axes)) == [f"m{i}" for i in range(9)]
+    looks = {(line.get_color(), line.get_linestyle(), str(line._dash_pattern)) for line in axes.get_lines()}
+    assert len(looks) == 9
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_names_at_the_lines_ends_do_not_overlap(count: int):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = plot_rows([Row(step, "k", f"m{i}", 1.0) for i in range(count) for step in range(2)])
+    FigureCanvasAgg(figure).draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    assert len(boxes) == count
+    boxes.sort(key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 + 1 for below, above in pairwise(boxes))
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_many_quantities_make_two_columns():
+    figure = plot_rows([Row(0, f"q{i}", "a", 1.0) for i in range(7)])
+    width, height = figure.get_size_inches()
+    assert len(figure.axes) == 7
+    assert 0.5 < width / height < 2
 
 
 @pytest.mark.parametrize("name", ["$\\frac{$", "_audio", "", "a$b$", "\\alpha"])
 def test_names_are_drawn_as_they_are(name: str, tmp_path: Path):
     figure = recorder_of(name).plot(tmp_path / "run.png")
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [name]
+    assert names_in(figure.axes[0]) == [name]
     assert (tmp_path / "run.png").stat().st_size > 0
     figure = plot_rows([Row(0, name, "a", 1.0)], tmp_path / "run.png")
-    assert figure.axes[0].get_ylabel() == name
+    assert figure.axes[0].get_title(loc="left") == name
 
 
 @pytest.mark.parametrize("smooth", [0, -1, 1.5])

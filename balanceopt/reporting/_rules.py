@@ -22,8 +22,7 @@ ENOUGH_STEPS = 20
 WEAK = 0.10  # the probe is so far below the best encoder's
 CARRY = 0.12  # the probe on training samples is so far above that on validation samples
 CLOSE = 0.05  # the probe is no further below the best encoder's
-FITTED = 0.98  # the probe on training samples of an encoder that has fitted them
-ROSE = 0.03  # the probe on training samples rose by so much: there was something to learn
+FITTED = 0.97  # the probe on training samples of an encoder that has fitted them
 GONE = 0.25  # the gradient's norm, as a share of its peak, when the joint loss has no more to teach
 TOUCHED = 0.05  # a method that changes less than this on average hardly acts
 COLLAPSED = 1.5  # an effective rank below this: all features point in one direction
@@ -190,10 +189,10 @@ def _state(run: Run, name: str, best: float) -> str:
         gradient = run.get("gradient_norm", name)
         if not (math.isfinite(train) and math.isfinite(gradient.now)):
             return "weak" if weak else _heard(run, name, probe, best)
-        learnt = train - run.get("probe_train", name).part(0, 0) >= ROSE
         stopped = gradient.now <= GONE * max(run.get("gradient_norm", name).smooth(50).finite.values)
-        starved = train < FITTED and learnt and stopped
-        little = weak and (train - probe >= CARRY or not learnt)
+        little = weak and train - probe >= CARRY
+        # A weak encoder that knows as little of its training samples may be starved, or able to do no more.
+        starved = train < FITTED and stopped and (little or not weak)
     if starved:
         return "starved, says little" if little else "starved"
     if little:
@@ -346,9 +345,8 @@ def _nothing_wrong(run: Run) -> list[Facts]:
 
 
 _PROBE = (
-    "Add `probe = bo.ProbeMonitor(monitor, num_classes)` and record it, too; or train each encoder alone "
-    "and give what it "
-    'reaches: `bo.report(recorder, alone={{"name": accuracy}})`.'
+    "Record probes, too, and pass validation samples through the model now and then: "
+    "`probes = bo.ProbeMonitor(monitor)`, `recorder = bo.Recorder(monitor, probes)`."
 )
 _UNIMODAL = (
     "Give every encoder a loss of its own: `objective = bo.UnimodalObjective(monitor, num_classes)`, "
@@ -441,8 +439,8 @@ RULES: tuple[Rule, ...] = (
         "act",
         _in("starved"),
         says="The {m} encoder is probably starved.",
-        why="It was still learning when the joint loss ran out: others explain the samples, so hardly any "
-        "gradient is left.",
+        why="The joint loss ran out before this encoder had fitted its samples: others explain them, so "
+        "hardly any gradient is left.",
         number="It answers {train} of the training samples by itself ({probe} in validation), and its "
         "gradient has fallen to "
         "{gradient} of its peak. (Its ratio, {ratio}, does not show this.)",
@@ -468,8 +466,8 @@ RULES: tuple[Rule, ...] = (
         "act",
         _in("starved, says little"),
         says="The {m} encoder probably has less to say, and is starved as well.",
-        why="Much of what it fits does not carry over to new samples, and it was still learning when the "
-        "joint loss ran out.",
+        why="Much of what it fits does not carry over to new samples, and the joint loss ran out before "
+        "it had fitted the rest.",
         number="It answers {train} of the training samples, {probe} in validation ({best}: {best_probe}); "
         "its gradient has "
         "fallen to {gradient} of its peak.",
@@ -492,8 +490,8 @@ RULES: tuple[Rule, ...] = (
         "note",
         _in("says little"),
         says="The {m} modality probably has little to say.",
-        why="Its encoder has fitted its training samples, or stopped improving early, and knows much less "
-        "of new samples.",
+        why="Its encoder has fitted its training samples, or is still being trained, and knows much "
+        "less of new samples.",
         number="{probe} in validation, {train} on training samples; {best} has {best_probe}.",
         advice="Do not slow the other encoder (OGM, OPM, AMSS). Uni-modal losses do no harm. To be sure, "
         "train it alone.",

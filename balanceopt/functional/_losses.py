@@ -266,7 +266,7 @@ class BinaryCrossEntropy(Loss):
 
     @torch.no_grad()
     def measure(self, predictions: Tensor, target: Tensor, present: Tensor | None = None) -> SampleLosses:
-        y = wide(target.detach())
+        y = wide(target.detach()).to(wide(predictions).dtype)
         missing = y.isnan()
         y = torch.where(missing, 0, y)
         seen = on_host(y)
@@ -371,7 +371,8 @@ class Regression(Loss):
 
     def _target_rows(self, y: Tensor, weight: Tensor) -> Tensor:
         """Return outputs and weights of each position, `(N, 2 outputs)`; the weights of a sample sum to 1."""
-        return torch.cat([x.movedim(1, 2).flatten(0, 1) for x in (y, weight)], 1)
+        # In one dtype on all ranks, whatever their targets'.
+        return torch.cat([precise(x).movedim(1, 2).flatten(0, 1) for x in (y, weight)], 1)
 
     @torch.no_grad()
     def baseline(self, parts: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def test_opm_resumes_with_its_pending_scores(name: str, modulation: Method | Non
     base = next(base for base in BASES if base.name == "momentum")
 
     def run() -> Run:
-        return Run(name, base, modulation and modulation.make(), opm=True)
+        return Run(name, base, None if modulation is None else modulation.make(), opm=True)
 
     whole = run().train(range(3))
     file = whole.save()

@@ -265,6 +265,54 @@ def _llava(*, own: bool) -> Case:
     )
 
 
+def _llava_projector() -> Case:
+    """Build stage 1 of LLaVA's training: a frozen tower, whose projector is the encoder."""
+    case = _llava(own=True)
+    model: Any = case.model.model
+    model.vision_tower.requires_grad_(False)
+    case.encoders["image"] = model.multi_modal_projector
+    return case
+
+
+def _blip2() -> Case:
+    t = need("transformers")
+    text = {
+        "model_type": "opt",
+        "vocab_size": WORDS,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 32,
+        "word_embed_proj_dim": 16,
+        "max_position_embeddings": 32,
+        "dropout": 0.0,
+        "init_std": 0.4,
+        "tie_word_embeddings": False,
+    }
+    config = t.Blip2Config(
+        vision_config={**_SMALL, **_PICTURE},
+        qformer_config={"vocab_size": WORDS, **_SMALL, **_UNDROPPED, "encoder_hidden_size": 16},
+        text_config=text,
+        num_query_tokens=4,
+        image_token_index=_IMAGE,
+    )
+    model = t.Blip2ForConditionalGeneration(config)
+    ids = torch.cat([torch.full((SAMPLES, 4), _IMAGE), _ids(8)], 1)
+    labels = _some(ids, 6)
+    words = model.language_model
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": _pictures()}
+    return Case(
+        model,
+        {"image": model.vision_model, "text": words.get_input_embeddings()},
+        words.get_output_embeddings(),
+        {**inputs, "labels": labels},
+        _own_loss,
+        _shifted(labels),
+        source="model",
+        tokens=True,
+    )
+
+
 def _blip() -> Case:
     t = need("transformers")
     text = {**_SMALL, **_UNDROPPED, "encoder_hidden_size": 16, "bos_token_id": 1, "sep_token_id": 2}
@@ -532,6 +580,8 @@ def _click() -> Case:
 PAIRS: dict[tuple[str, str], Callable[[], Case]] = {
     ("LLaVA", "its own, shifted inside"): lambda: _llava(own=True),
     ("LLaVA", "F.cross_entropy, shifted in the loop"): lambda: _llava(own=False),
+    ("LLaVA, projector as encoder", "its own, shifted inside"): _llava_projector,
+    ("BLIP-2", "its own, shifted inside"): _blip2,
     ("BLIP captioning", "its own, shifted inside, smoothed"): _blip,
     ("Whisper", "its own"): _whisper,
     ("ViT + BERT decoder (VisionEncoderDecoder)", "its own"): _vision_encoder_decoder,

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def _predictions(case: Case, *, mean: bool) -> tuple[dict[str, list[Any]], list[
     elif case.scores == "per-head":
         alone = {m: case.head[m](z) for m, z in features.items()}
     else:
-        fill = averaged if mean else torch.zeros_like
+        fill = partial(averaged, samples=len(case.target)) if mean else torch.zeros_like
         alone = {m: _logits(case, run_by_hand(case, without(m, fill))) for m in case.encoders}
     return {m: _listed(x) for m, x in alone.items()}, _listed(joint)
 
@@ -123,8 +124,10 @@ def without(alone: str, fill: Callable[[Tensor], Tensor]) -> Callable[[str, Any]
     return lambda name, output: None if name == alone else _filled(output, fill)
 
 
-def averaged(x: Tensor) -> Tensor:
-    """Return each sample's features as the mean over the samples."""
+def averaged(x: Tensor, samples: int) -> Tensor:
+    """Return features with each sample's replaced by the mean over samples, which are second in an LSTM's states."""
+    if len(x) != samples:
+        return averaged(x.transpose(0, 1), samples).transpose(0, 1)
     return torch.stack([sum(x[1:], x[0]) / len(x)] * len(x))
 
 

@@ -13,6 +13,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def train(case: Case, batch: Callable[[], tuple[dict[str, Any], Tensor]], steps:
 def losses_alone(case: Case) -> dict[str, float]:
     """Return the loss of each modality with the others zero, for numbers at their mean over the batch."""
     case.model.eval()
-    fill = torch.zeros_like if case.tokens or not case.target.is_floating_point() else averaged
+    numbers = case.target.is_floating_point()
+    fill = partial(averaged, samples=len(case.target)) if numbers else torch.zeros_like
     with torch.no_grad():
         return {m: float(case.train(run_by_hand(case, without(m, fill)))) for m in case.encoders}
 

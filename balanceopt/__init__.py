@@ -20,6 +20,7 @@ from balanceopt.monitor import ModalityMonitor
 from balanceopt.objective import UnimodalObjective
 from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
 from balanceopt.prediction import OPM, ForwardMethod
+from balanceopt.probes import ProbeMonitor
 from balanceopt.recording import Recorder
 from balanceopt.relearn import Diagnosis, EpochMethod, ReLearnScheduler, diagnose
 from balanceopt.reporting import Report, report
@@ -44,6 +45,7 @@ __all__ = [
     "Modulation",
     "OptimizerHintWarning",
     "OPM",
+    "ProbeMonitor",
     "ReLearnScheduler",
     "Recorder",
     "Report",

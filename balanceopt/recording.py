@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from os import PathLike
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakMethod, finalize
 
 from torch import Tensor
@@ -16,10 +16,13 @@ from balanceopt._deferred import on_host
 from balanceopt._files import check_path, replacing
 from balanceopt._options import check_count, check_function, shown
 from balanceopt.monitor import ModalityMonitor
+from balanceopt.probes import ProbeMonitor
 from balanceopt.relearn import EpochMethod
 from balanceopt.signals import StepSignals
 
 Log = Callable[[str, float, int], object]
+# What a source numbers its values by: training steps, epochs, or rounds of validation, which get the latest step.
+Unit = Literal["step", "epoch", "round"]
 
 
 class Row(NamedTuple):
@@ -56,9 +59,9 @@ class Recorder:
     Keep a reference to the recorder: it stops when it is garbage-collected. It keeps its sources alive.
 
     Args:
-        *sources: `ModalityMonitor`, `ModulatedOptimizer`, what `attach` returns, or any method, such as an `OPM` or a
-            `ReLearnScheduler`.
-        every: interval in steps between records, at least 1.
+        *sources: `ModalityMonitor`, `ProbeMonitor`, `ModulatedOptimizer`, what `attach` returns, or any method, such as
+            an `OPM` or a `ReLearnScheduler`.
+        every: interval in steps between records, at least 1; epochs and rounds of validation are all recorded.
         log: function `(name, value, step)` called for each row, such as TensorBoard's `writer.add_scalar`; names are
             `balance/ratio/audio`. From an accelerator rows come in batches, so that no step waits for the device.
 
@@ -89,6 +92,7 @@ class Recorder:
         self.every = every
         self.log = log
         self._rows: list[Row] = []
+        self._step: int | None = None  # the latest one that a source has told
         self._waiting: list[tuple[int, str, tuple[str, ...], Tensor]] = []
         # A method that only its recorder refers to goes on.
         self._sources: list[Source] = [
@@ -100,9 +104,11 @@ class Recorder:
         for source in self._sources:
             # A monitor's scores come in every step; a method's would come a second time.
             others = () if isinstance(source, StepSignals) or not signals else ("score", "ratio")
-            interval = 1 if isinstance(source, EpochMethod) else every
+            unit: Unit = "step"
+            if isinstance(source, (EpochMethod, ProbeMonitor)):
+                unit = "epoch" if isinstance(source, EpochMethod) else "round"
             # Sources hold the recorder weakly, so that an unreachable recorder is freed and stops recording.
-            heard.append((source.listeners, _WeakListener(WeakMethod(self._hear), interval, others)))
+            heard.append((source.listeners, _WeakListener(WeakMethod(self._hear), unit, others)))
         self._remove = finalize(self, _stop_listening, heard, signals)
         self._remove.atexit = False
         for listeners, listener in heard:
@@ -113,6 +119,8 @@ class Recorder:
         for source in self._sources:
             if isinstance(source, StepSignals):
                 source.check()
+            elif isinstance(source, ProbeMonitor):
+                source.flush()
         self._fetch()
         return list(self._rows)
 
@@ -158,8 +166,9 @@ class Recorder:
 
     def remove(self) -> None:
         """Stop recording, keeping the recorded rows; a second call is a no-op."""
+        if self._remove.alive:
+            self.rows()  # to end a round of validation, and to log
         self._remove()
-        self._fetch()
 
     def __enter__(self) -> Recorder:
         return self
@@ -169,7 +178,15 @@ class Recorder:
     ) -> None:
         self.remove()
 
-    def _hear(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
+    def _hear(
+        self, unit: Unit, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor
+    ) -> None:
+        if unit == "round":
+            step = step if self._step is None else self._step
+        elif unit == "step":
+            self._step = step
+            if step % self.every:
+                return
         self._waiting.append((step, quantity, modalities, values.detach().clone()))
         if on_host(values) is not None or len(self._waiting) >= _WAITING:
             self._fetch()
@@ -188,7 +205,12 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         # A copy holds the rows and hears no source.
         self._fetch()
-        return {**self.__dict__, "log": None, "_sources": [], "_remove": _nothing}
+        return {**self.__dict__, "log": None, "_sources": [], "_remove": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remove = finalize(self, _stop_listening, [], [])
+        self._remove.atexit = False
 
 
 class _WeakListener:
@@ -196,19 +218,19 @@ class _WeakListener:
 
     Args:
         hear: the recorder's method.
-        every: interval in steps, or in epochs, between values.
+        unit: what the source numbers its values by.
         others: quantities that another source reports.
     """
 
-    def __init__(self, hear: WeakMethod[Any], every: int, others: tuple[str, ...]) -> None:
+    def __init__(self, hear: WeakMethod[Any], unit: Unit, others: tuple[str, ...]) -> None:
         self._hear = hear
-        self._every = every
+        self._unit = unit
         self._others = others
 
     def __call__(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
         hear = self._hear()
-        if hear is not None and step % self._every == 0 and quantity not in self._others:
-            hear(step, quantity, modalities, values)
+        if hear is not None and quantity not in self._others:
+            hear(self._unit, step, quantity, modalities, values)
 
 
 def _stop_listening(heard: list[tuple[list[Any], _WeakListener]], signals: list[StepSignals]) -> None:
@@ -217,10 +239,6 @@ def _stop_listening(heard: list[tuple[list[Any], _WeakListener]], signals: list[
             listeners.remove(listener)
     for source in signals:
         source.remove()
-
-
-def _nothing() -> None:
-    """Do nothing."""
 
 
 def _as_text(name: str) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from balanceopt._method import Listener
-from balanceopt._pooling import pool_features
 from balanceopt._sharding import local_part
 from balanceopt._torch import foreach_norm, in_backward
 from balanceopt._warnings import warn_user
@@ -218,7 +217,7 @@ class StepSignals:
             return
         norms, ranks = [], []
         for name, held in self._held.items():
-            z = self._vectors(name, held(), self._pass.samples)
+            z = self.monitor.features.pooled(name, held(), self._pass.samples)
             norms.append(wide(z).norm(dim=1).mean())
             ranks.append(effective_rank(z[:_RANKED]))
         device, names = norms[0].device, tuple(self._held)
@@ -226,12 +225,6 @@ class StepSignals:
         self._tell("effective_rank", torch.stack([x.to(device) for x in ranks]), names)
         if self._agreement is not None:
             self._tell("agreement", self._agreement)
-
-    def _vectors(self, name: str, features: Tensor, samples: int | None) -> Tensor:
-        rows = len(features)
-        if samples is None or samples > rows:  # an encoder that runs on the samples with its modality only
-            samples = rows
-        return pool_features(features, "auto", self.monitor.features.projections.get(name), samples)
 
     def _count_scores(self, *, missing: bool) -> None:
         self._unscored = self._unscored + 1 if missing else 0

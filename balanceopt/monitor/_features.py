@@ -188,7 +188,14 @@ class Features:
         if name in current.vectors:
             return current.vectors[name]
         z = current.features[name] if name in current.features else self.of(name, current.pending[name])
-        samples = current.samples
+        return self.pooled(name, z, current.samples)
+
+    def pooled(self, name: str, z: Tensor, samples: int | None) -> Tensor:
+        """Pool a modality's features `(B, ...)` to a row for each sample with the modality; `samples` None if unknown.
+
+        Raises:
+            ValueError: if the number of rows fits no number of samples.
+        """
         if samples is not None and 0 < len(z) < samples and not (z.dim() == 3 and z.shape[1] == samples):
             samples = len(z)  # the samples that have the modality, by `present`
         project = self.projections.get(name)

@@ -75,6 +75,7 @@ class Pass:
         closed: whether the scores were taken or discarded; later labels belong to another pass.
         settled: whether `sums` are final.
         sums: what the pass adds to the scores; None before `settled`, or if the pass has none.
+        target: target of each row of the logits; None before `settled`, or if the pass has none.
         first_node: number of the first autograd node that the forward may have made.
         end_node: number after the last such node; None while the forward runs.
         notes: state that other parts of the package attach to the pass (a drop mask).
@@ -124,6 +125,7 @@ class Pass:
     closed: bool = False
     settled: bool = False
     sums: Sums | Kept | None = None
+    target: Tensor | None = None
     first_node: int = 0
     end_node: int | None = None
     notes: dict[Any, Any] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from balanceopt.distributed import Group
 from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._features import edge_of
 from balanceopt.monitor._forward import Pass, Passes, answers_of
+from balanceopt.monitor._labels import call_of_loss, labels_of_call
 from balanceopt.monitor._module_hooks import Hook, outside_graphs, remove_hooks
 from balanceopt.monitor._outputs import first_tensor, map_tensors, tensors_in
 from balanceopt.monitor._per_head import refuse_widths
@@ -54,6 +55,8 @@ Transform = Callable[[str, Pass, Any], Any]
 Tap = Callable[[str, Any, Pass | None], None]
 LogitListener = Callable[[Pass, Tensor], None]
 GradientListener = Callable[[Pass, Tensor], None]
+StartListener = Callable[[Pass | None], None]
+TargetListener = Callable[[str, Tensor, Mapping[str, Tensor]], None]
 StepListener = Callable[[torch.optim.Optimizer, bool], None]
 StepEnd = Callable[[torch.optim.Optimizer], None]
 
@@ -69,9 +72,14 @@ class Hooks:
         logits: functions `(pass, logits)` called with the joint logits `(N, C)`.
         gradients: functions `(pass, gradient)` called with the gradient `(N, C)` at the joint logits of backwards that
             go to parameters.
+        starts: functions `(pass)` called when the model's forward begins, before any encoder; `pass` is None in a
+            forward that is evaluated (`evaluates`).
+        targets: functions `(source, target, present)` called with the targets of forwards that are evaluated; the
+            source is `"observe"`, `"loss"` or `"model"`.
         before_step: functions `(optimizer, has_closure)` called at the start of a modulated step, before any gradient
             is changed; `optimizer` is the base.
         after_step: functions `(optimizer)` called at the end of a modulated step, when its update is scaled.
+        diagnosing: whether a diagnosis runs the model, whose forwards are not evaluated.
         passes: passes in progress.
         answers: finds the logits in a head's output.
     """
@@ -95,8 +103,11 @@ class Hooks:
         self.outputs: Listeners[Tap] = Listeners()
         self.logits: Listeners[LogitListener] = Listeners()
         self.gradients: Listeners[GradientListener] = Listeners()
+        self.starts: Listeners[StartListener] = Listeners()
+        self.targets: Listeners[TargetListener] = Listeners()
         self.before_step: Listeners[StepListener] = Listeners()
         self.after_step: Listeners[StepEnd] = Listeners()
+        self.diagnosing = False
         self.features = scorer.features
         self.answers = answers
         self.handles: list[Hook] = []
@@ -128,6 +139,12 @@ class Hooks:
         """Whether the hooks are registered."""
         return bool(self.handles)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether a forward now is evaluated, as in validation: in eval mode, by `train_only`, or without gradients."""
+        training = self.model.training if self.passes.train_only else torch.is_grad_enabled()
+        return not training and not self.diagnosing
+
     def rehearse(self, run: Callable[[], Any]) -> Any:
         """Run a forward that counts as no pass, and return its result.
 
@@ -142,6 +159,11 @@ class Hooks:
             undo.set(vars(self.passes), "rehearsing", True)
             with torch.enable_grad():
                 return run()
+
+    def tell_target(self, source: str, target: Tensor, present: Mapping[str, Tensor]) -> None:
+        """Pass the target of a forward that is evaluated to the listeners."""
+        for listener in self.targets:
+            listener(source, target, present)
 
     def remove(self) -> None:
         """Remove every hook."""
@@ -164,6 +186,13 @@ class Hooks:
         if self._scorer.buffers:
             refuse_join(self._group)
         current = self.passes.begin(module)
+        if (current is not None and not current.rehearsal) or (current is None and self.evaluates):
+            for start in self.starts:
+                start(current)
+        if current is None and self.targets and self.evaluates and self._labels.allows("model"):
+            target = labels_of_call(args, kwargs, classes=self._scorer.loss.has_classes)
+            if target is not None:
+                self.tell_target("model", target, {})
         if current is not None:
             self._scorer.begin_forward(current)
             if current.scored and self._scorer.needs_outputs:
@@ -234,7 +263,12 @@ class Hooks:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        # A pass in eval mode between a forward and its backward may call the loss too, but makes no graph.
+        if self.evaluates:
+            _, target = call_of_loss(args, kwargs) if self.targets else (None, None)
+            if target is not None:
+                self.tell_target("loss", target.detach().clone(), {})
+            return
+        # A pass without gradients between a forward and its backward may call the loss too, but makes no graph.
         if any(term.requires_grad for term in tensors_in(output)):
             self._labels.from_loss(self.passes.of_loss, module, args, kwargs)
 

@@ -80,8 +80,8 @@ class ModalityMonitor:
         head: module, modules by modality, the model itself, or None.
         group: process group over which scores are summed.
         loss: the loss that scores are made of, as given.
-        hooks: registries of listeners: `hooks.transforms`, `.outputs`, `.logits`, `.gradients`, `.before_step`,
-            `.after_step`, with `add` and `drop`.
+        hooks: registries of listeners: `hooks.transforms`, `.outputs`, `.logits`, `.gradients`, `.starts`,
+            `.targets`, `.before_step`, `.after_step`, with `add` and `drop`.
         features: choice of the feature tensor in an encoder's output: `features.of(modality, output)`.
         labels: source of labels: `labels.ignore_index`, `labels.recovers`.
         unimodal: kind of uni-modal logits: `unimodal.live`, `.columns`, `.layout()`; None for features only.
@@ -197,7 +197,8 @@ class ModalityMonitor:
     def observe(self, labels: Any, *, present: Mapping[str, Tensor] | None = None) -> None:
         """Record the targets of a batch for the latest training pass without observed ones, else for the next pass.
 
-        Labels are copied, so a buffer may be reused.
+        Labels are copied, so a buffer may be reused. In eval mode they belong to the latest forward in eval mode, of
+        which a `ProbeMonitor` tells what each encoder knows.
 
         Args:
             labels: targets as the loss takes them; for cross-entropy `(B,)` class indices or `(B, C)` probabilities.
@@ -215,7 +216,10 @@ class ModalityMonitor:
                 f"Found shape {tuple(values.shape)}, dtype {values.dtype}."
             )
         flags = {} if present is None else self._flags(present, len(values))
-        self.labels.observe(self.latest, values.detach().clone(), flags)
+        if self.hooks.evaluates:  # of a validation pass, which only probes use
+            self.hooks.tell_target("observe", values.detach().clone(), flags)
+        else:
+            self.labels.observe(self.latest, values.detach().clone(), flags)
 
     def _flags(self, present: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
         """Check and copy the flags `present`."""

@@ -171,7 +171,7 @@ class Scorer:
     def _settle(self, done: Pass) -> Sums | Kept | None:
         if not done.unimodal or done.logits is None:
             return None
-        target = self.targets.of(done)
+        target = done.target = self.targets.of(done)
         if target is None:
             return None
         _refuse_partial(done)

@@ -311,6 +311,7 @@ def _collect(
     undo = Undo()
     with undo, undo:
         leave_undisturbed(undo, monitor.model, loader)
+        undo.set(vars(monitor.hooks), "diagnosing", True)
         latest = _latest_features(undo, monitor)
         first = True
         for batch in _with_bar(loader, f"{split} features", chosen.progress, monitor):

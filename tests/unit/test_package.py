@@ -26,7 +26,7 @@ LAYERS = [
     {"monitor"},
     {"modulation"},
     {"optim", "prediction", "objective"},
-    {"relearn", "signals"},
+    {"relearn", "signals", "probes"},
     {"recording", "plotting", "reporting", "integrations"},
 ]
 OPTIONAL = ["accelerate", "lightning", "matplotlib", "sklearn", "torch_optimizer", "tqdm", "transformers"]

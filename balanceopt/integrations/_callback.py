@@ -19,14 +19,14 @@ from balanceopt.modality import Encoders, find_module, unwrap
 from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim import SEED, AttachedModulation, attach, check_modulations
-from balanceopt.prediction import OPM
+from balanceopt.prediction import ForwardMethod
 from balanceopt.relearn import ReLearnScheduler
 
 Head = nn.Module | str | Mapping[str, nn.Module | str] | None
 WhichEncoders = Encoders | Callable[[Any], Encoders] | ModalityMonitor
 WhichHead = Head | Callable[[Any], Head]
 Methods = Modulation | Sequence[Modulation] | None
-Prediction = Callable[[ModalityMonitor], OPM]
+Prediction = Callable[[ModalityMonitor], ForwardMethod]
 ReLearn = Callable[[torch.optim.Optimizer, ModalityMonitor], ReLearnScheduler]
 
 # The state is in an optimizer's param groups, the only part that every framework's checkpoints carry.
@@ -44,7 +44,7 @@ class Balance:
             the callback does not remove.
         head: the `head` of `ModalityMonitor`, or a function from the model to such a head.
         modulation: the method, or several to act in order; `()` for none, None for `OGM()`.
-        prediction: function from the monitor to an `OPM`; None for none.
+        prediction: function from the monitor to an `OPM` or another `ForwardMethod`; None for none.
         relearn: function from the optimizer and the monitor to a `ReLearnScheduler`; None for none.
         seed: seed of all randomness, as in `attach`.
         strict: `strict` of the monitor and of `attach`; None for the default of each.
@@ -123,7 +123,7 @@ class Balance:
 
     @property
     def modulator(self) -> Any:
-        """The run's `OPM`; None without `prediction`."""
+        """The run's `OPM`, or other forward method; None without `prediction`."""
         return self._beside.modulator
 
     @property
@@ -228,16 +228,16 @@ class Balance:
 
 
 class Beside:
-    """OPM and re-learning for the time of a run, with their state in the optimizer's checkpoints.
+    """A forward method and re-learning for the time of a run, with their state in the optimizer's checkpoints.
 
     Args:
-        prediction: function from the monitor to an `OPM`; None for none.
+        prediction: function from the monitor to an `OPM` or another `ForwardMethod`; None for none.
         relearn: function from the optimizer and the monitor to a `ReLearnScheduler`; None for none.
     """
 
     def __init__(self, prediction: Prediction | None, relearn: ReLearn | None) -> None:
         # The run's methods, by the names of their arguments.
-        self.methods: dict[str, OPM | ReLearnScheduler] = {}
+        self.methods: dict[str, ForwardMethod | ReLearnScheduler] = {}
         self._prediction = prediction
         self._relearn = relearn
         self._optimizer: torch.optim.Optimizer | None = None
@@ -276,7 +276,7 @@ class Beside:
 
     @property
     def modulator(self) -> Any:
-        """The run's `OPM`; None without one."""
+        """The run's forward method; None without one."""
         return self.methods.get("prediction")
 
     @property

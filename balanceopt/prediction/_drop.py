@@ -212,8 +212,9 @@ class Zeros:
         are_taken: whether samples were dropped without NaN in the logits.
     """
 
-    def __init__(self) -> None:
-        """Start with zero features unchecked."""
+    def __init__(self, who: str) -> None:
+        """Start with zero features unchecked, for the method `who`."""
+        self._who = who
         self.are_taken = False
         self._is_first = True
         self._counts = DeferredCounts(("dropped", "broken"), self._judge)
@@ -239,8 +240,8 @@ class Zeros:
     def _judge(self, counts: dict[str, int]) -> None:
         if counts["broken"]:
             raise RuntimeError(
-                "the logits are NaN in the first forward in which OPM dropped features (set them to zero): the fusion "
-                "can't take zeros, as where it divides features by their norm (CLIP, SigLIP, cosine heads). Use "
-                "torch.nn.functional.normalize, which adds an eps, or do without OPM there."
+                f"the logits are NaN in the first forward in which {self._who} dropped features (set them to zero): "
+                "the fusion can't take zeros, as where it divides features by their norm (CLIP, SigLIP, cosine heads). "
+                f"Use torch.nn.functional.normalize, which adds an eps, or do without {self._who} there."
             )
         self.are_taken = counts["dropped"] > 0

@@ -1,11 +1,9 @@
-"""OPM: hooks on the encoders that drop features, with probabilities from the monitor's scores."""
+"""OPM: drop features of the dominant modality, with probabilities from the monitor's scores."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -13,37 +11,22 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._method import Unit
-from balanceopt._options import check_choice, check_count, check_entries, check_kind, check_number, shown
-from balanceopt._random import generator_for, mixed
-from balanceopt._warnings import WarnOnce, warn_user
-from balanceopt.distributed import rank_in, sum_over_ranks
+from balanceopt._options import check_choice, check_kind, check_number, shown
+from balanceopt._random import mixed
+from balanceopt.distributed import sum_over_ranks
 from balanceopt.functional import RatioReduction, discrepancy_ratio, drop_probability
-from balanceopt.monitor import (
-    CallWatch,
-    ModalityMonitor,
-    Pass,
-    ScoreBuffer,
-    Scores,
-    UnimodalLogits,
-    check_layout,
-    enter,
-    leave,
-    refuse_company,
-    require_scores,
-    samples_first,
-    tensors_in,
-)
-from balanceopt.prediction._base import ForwardMethod, is_feature
-from balanceopt.prediction._drop import Drop, Rescale, Zeros, feature_width, rescale_factors
+from balanceopt.monitor import ModalityMonitor, Pass, ScoreBuffer, Scores, UnimodalLogits, require_scores
+from balanceopt.prediction._drop import Drop, Rescale, feature_width, rescale_factors
+from balanceopt.prediction._dropping import FeatureDropping, check_counts
 
 # Number of updates in a row without scores before a warning: two forwards before one backward are usual.
 _SILENT_UPDATES = 10
-# Mixed into the seed, so that masks, gates and the noise of optimizers with the same seed are independent.
-_MASKS, _GATES = 0x4F504D, 0x47415445
+# Mixed into the seed, so that gates, masks and the noise of optimizers with the same seed are independent.
+_GATES = 0x47415445
 _STAYS = "OPM leaves its drop probabilities as they are"
 
 
-class OPM(ForwardMethod):
+class OPM(FeatureDropping):
     r"""On-the-fly prediction modulation (OPM): drop the dominant modality's features before the fusion.
 
     In each training forward a sample loses the features of modality m with probability
@@ -101,38 +84,25 @@ class OPM(ForwardMethod):
         unit: Unit = "step",
         seed: int | None = None,
     ) -> None:
-        _check_monitor(monitor)
+        check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
+        require_scores(monitor, "OPM")
         check_number("q_base", q_base, at_least=0, at_most=1)
         check_number("lam", lam, at_least=0)
         check_number("p_exe", p_exe, at_least=0, at_most=1)
         check_choice("rescale", rescale, get_args(Rescale))
         check_choice("ratio", ratio, get_args(RatioReduction))
-        alone = len(monitor.modalities) == 1
-        if alone:  # before any hook, because a warning may be raised as an error
-            warn_user(
-                f"with the single modality {monitor.modalities[0]!r} there is nothing to balance: nothing is dropped."
-            )
         super().__init__(monitor, start=start, end=end, unit=unit, seed=seed)
         self.q_base, self.lam, self.p_exe = q_base, lam, p_exe
         self.rescale: Rescale = rescale
         self.ratio: RatioReduction = ratio
-        self._dropping = self._updates = self._silent = 0
+        self._updates = self._silent = 0
         self._q = torch.zeros(len(monitor.modalities), dtype=torch.float32, device="cpu")
         self._pending: Tensor | None = None
-        self._repeats: dict[str, int] = {}
         self._widths: dict[str, int] = {}
         self._width_cache: tuple[torch.device, list[int], Tensor] = torch.device("cpu"), [], self._q
-        self._latest: Drop | None = None
-        self._latest_pass: Pass | None = None
-        self._zeros = Zeros()
-        self._forwards_here = 0
-        self._warn = WarnOnce()
         self._scores: ScoreBuffer | None = None
-        self._watch: CallWatch | None = None
-        if alone:
-            monitor.hooks.transforms.drop(self._on_output)
-        else:
-            self._hook()
+        if len(monitor.modalities) > 1:
+            self._scores = monitor.scores(steps=False)
 
     # -- what the user calls -------------------------------------------------------------------------------------
 
@@ -164,13 +134,7 @@ class OPM(ForwardMethod):
 
     def stats(self) -> dict[str, int]:
         """Return counts of training forwards, forwards with a drop, updates of q and irregularities, by name."""
-        return {
-            "forwards": self.forwards,
-            "dropping": self._dropping,
-            "updates": self._updates,
-            "unusable_scores": 0,
-            **super().stats(),
-        }
+        return {"updates": self._updates, "unusable_scores": 0, **super().stats()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for an exact resume, of plain numbers and tensors.
@@ -180,13 +144,10 @@ class OPM(ForwardMethod):
         """
         pending = self._waiting()
         return {
-            "modalities": list(self.monitor.modalities),
+            **super().state_dict(),
             "q": self._q.cpu().clone(),
             "pending": None if pending is None else pending.cpu(),
-            **super().state_dict(),
-            "repeats": self._known_repeats(),
             "widths": dict(self._widths),
-            "layout": self._unimodal.layout(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -197,54 +158,33 @@ class OPM(ForwardMethod):
             KeyError: if an entry is missing.
         """
         super().load_state_dict(state)
-        self._unimodal.load_layout(state["layout"])
         pending = state["pending"]
         self._q = state["q"].detach().clone()
         self._pending = None if pending is None else pending.detach().clone()
-        self._repeats, self._widths = dict(state["repeats"]), dict(state["widths"])
-        self._silent, self._latest = 0, None
+        self._widths = dict(state["widths"])
+        self._silent = 0
         if self._scores is not None:
             self._scores.discard()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise where `load_state_dict` would, before anything changes."""
         super().check_state(state)
-        check_entries("the state of OPM", state, self.state_dict())
-        modalities = list(self.monitor.modalities)
-        if state["modalities"] != modalities:
-            raise ValueError(
-                f"the state should be of modalities {modalities}. Found {shown(state['modalities'])}."
-            )
+        modalities = self.monitor.modalities
         _check_numbers("q", state["q"], (len(modalities),))
         if not bool(((state["q"] >= 0) & (state["q"] <= 1)).all()):
             raise ValueError(f"the state's q should be probabilities. Found {state['q'].tolist()}.")
         if state["pending"] is not None:
             _check_numbers("pending", state["pending"], (2, len(modalities)))
-        for entry in ("repeats", "widths"):
-            check_kind(f"the state's {entry}", state[entry], Mapping, "a mapping from modality to numbers")
-            for value in state[entry].values():
-                check_count(entry, value, at_least=1)
-        check_layout(state["layout"])
+        check_counts("widths", state["widths"])
 
     def remove(self) -> None:
         """Remove the OPM's hooks; the monitor stays. May be called twice."""
         super().remove()
-        leave(self)
-        self.monitor.hooks.logits.drop(self._on_logits)
         if self._scores is not None:
             self._scores.remove()
-        if self._watch is not None:
-            self._watch.remove()
-        self._latest = self._latest_pass = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is inert, because hooks exist on the original monitor's model only; the current forward is not copied.
-        warn_user(
-            "a copy of an OPM drops nothing. To balance a copy of the model too, build a monitor and an OPM on it, and "
-            "give that OPM this one's state_dict()."
-        )
-        dropped = dict.fromkeys(("_latest", "_latest_pass", "_scores", "_watch"))
-        return {**super().__getstate__(), **dropped}
+        return {**super().__getstate__(), "_scores": None}
 
     @property
     def _unimodal(self) -> UnimodalLogits:
@@ -253,66 +193,26 @@ class OPM(ForwardMethod):
 
     # -- in a forward --------------------------------------------------------------------------------------------
 
-    def _hook(self) -> None:
-        """Register the hooks, with removal at garbage collection of the OPM."""
-        self._watch = CallWatch(self.monitor, "OPM", "nothing is dropped")
-        weakref.finalize(self, self._watch.remove).atexit = False
-        self._scores = self.monitor.scores(steps=False)
-        enter(self)
-        self.monitor.hooks.logits.add(self._on_logits)
-
-    def transform(self, name: str, features: Tensor, current: Pass) -> Tensor:
-        """Return the features with zeros for dropped samples."""
-        drop: Drop = self.choice_in(current)
-        return drop.apply(name, features)
-
     def look(self, name: str, output: Any, current: Pass) -> None:
         """Record the numbers of rows and features of an encoder's output."""
-        drop: Drop = self.choice_in(current)
-        encoder = self.monitor.encoders[name]
-        views = [samples_first(encoder, output, x) for x in tensors_in(output) if is_feature(x)]
-        drop.note(name, views, type(output).__name__)
+        super().look(name, output, current)
         unknown = self.rescale == "official" and name not in self._widths
         if unknown and self.monitor.features.settled(name, output):
             self._widths[name] = feature_width(self.monitor.features.of(name, output))
 
-    def _on_logits(self, current: Pass, logits: Tensor) -> None:
-        """Check the logits of the first pass with dropped samples."""
-        drop: Drop | None = self.choice_in(current)
-        if drop is not None and not self._zeros.are_taken:
-            self._zeros.look(drop, current.features.values(), logits)
-
-    def begin(self, current: Pass, acts: bool) -> Drop:
-        """Update q, and return the `Drop` of a training forward."""
-        if self._forwards_here == 0:
-            refuse_company(self, "OPM")
-        self._forwards_here += 1
-        number = self.number_of(current)
-        self._warn_of_lost_samples()
+    def choose(self, drop: Drop, number: int, acts: bool) -> None:
+        """Update q, and set the probabilities and factors of a training forward with a drop."""
         self.update()
-        self._latest_pass = current
-        drop = self._latest = Drop(
-            modalities=self.monitor.modalities,
-            generator=partial(generator_for, mixed(self.seed, _MASKS), number, rank_in(self.monitor.group)),
-            repeats=self._known_repeats(),
-            present=dict(current.present),
-        )
         shown_q = self._q if acts else torch.zeros_like(self._q)
         self.report(number, "drop_probability", self.monitor.modalities, shown_q)
         host_value = on_host(self._q)
         nothing = host_value is not None and not host_value.any()
         # The gate of `p_exe`, the same on every rank.
         if acts and not nothing and mixed(self.seed, _GATES, number) < self.p_exe * 2**64:
-            self._dropping += 1
             device = next(self.monitor.model.parameters()).device
             drop.q = self._q.to(device)
             widths = self._widths_on(device) if self.rescale == "official" else None
             drop.factors = rescale_factors(drop.q, self.rescale, widths)
-        return drop
-
-    def _known_repeats(self) -> dict[str, int]:
-        """Return the rows of each encoder's output for a sample, from a checkpoint and from earlier passes."""
-        return {**self._repeats, **self.monitor.features.repeats}
 
     def _widths_on(self, device: torch.device) -> Tensor:
         """Return `(M,)` numbers of features: columns of a linear head, else the encoder's features, else 1."""
@@ -357,39 +257,6 @@ class OPM(ForwardMethod):
             )
         # Number of the latest forward, because the current forward is counted after the update.
         self.report(max(self.forwards - 1, 0), "ratio", self.monitor.modalities, ratio)
-
-    def _warn_of_lost_samples(self) -> None:
-        """Warn where the last forward dropped a modality and did not run the encoder of a weaker modality.
-
-        Which encoders run is unknown before the forward, so that samples with only the dropped modality lost all.
-        """
-        drop, earlier = self._latest, self._latest_pass
-        if drop is None or earlier is None or earlier.broke_off or drop.present:
-            return
-        if len(drop.rows) == len(drop.modalities):
-            return
-        if all(drop.applies_to(name) for name in drop.rows):
-            missing = next(name for name in drop.modalities if name not in drop.rows)
-            self._warn(
-                "lost",
-                f"the encoder of {missing!r} was not called in a forward in which features of {list(drop.rows)} were "
-                "dropped: samples may have lost all that they had. Say before the forward which samples have which "
-                "modality: monitor.observe(labels, present={modality: bool (B,)}).",
-            )
-
-
-def _check_monitor(monitor: ModalityMonitor) -> None:
-    check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
-    require_scores(monitor, "OPM")
-    for name, encoder in monitor.encoders.items():
-        if getattr(encoder, "batch_first", True) is False:
-            raise ValueError(
-                f"OPM needs the samples along dimension 0 of the encoders' outputs. Found the encoder of {name!r}, a "
-                f"{type(encoder).__name__} with batch_first=False: build it with batch_first=True, or put it into a "
-                "module that returns (B, ...)."
-            )
-    if any(isinstance(getattr(t, "__self__", None), OPM) for t in monitor.hooks.transforms):
-        raise ValueError("this monitor serves an OPM already. Call its remove() first.")
 
 
 def _check_numbers(entry: str, value: object, shape: tuple[int, ...]) -> None:

@@ -66,7 +66,8 @@ def test_beside_another_method_each_score_is_made_once(method: Method):
     ) as settle:
         _, modulator, _ = trained(modulation=method.make(), q_base=0.5)
     assert modulator is not None
-    assert settle.call_count == STEPS
+    # The last pass waits for OPM's next forward, where no method takes its scores in the step.
+    assert settle.call_count == (STEPS if method.make().needs_scores else STEPS - 1)
 
 
 @pytest.mark.parametrize("method", _METHODS)

@@ -85,7 +85,7 @@ def test_labels_observed_after_it_was_removed_are_for_the_next_pass():
 
 def test_a_second_modulator_on_one_monitor_is_refused():
     _, modulator = dropping()
-    with pytest.raises(ValueError, match="serves an OPM already"):
+    with pytest.raises(ValueError, match="dropped by another method already: OPM"):
         bo.OPM(modulator.monitor)
     modulator.remove()
     bo.OPM(modulator.monitor)
@@ -168,7 +168,7 @@ def test_a_copy_drops_nothing_and_says_what_to_do(copied):
     model = small_model()
     modulator = bo.OPM(watch(model), q_base=1, seed=3)
     backward_often(model, 2)
-    with pytest.warns(UserWarning, match=r"a copy of an OPM drops nothing.*this one's state_dict\(\)"):
+    with pytest.warns(UserWarning, match=r"a copy of OPM drops nothing.*this one's state_dict\(\)"):
         twin, copies = copied((model, modulator))
     assert torch.equal(copies.q, modulator.q)
     assert kept(fused(twin)).all()

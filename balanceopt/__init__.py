@@ -19,7 +19,7 @@ from balanceopt.modulation import (
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.objective import UnimodalObjective
 from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
-from balanceopt.prediction import OPM, ForwardMethod
+from balanceopt.prediction import OPM, ForwardMethod, ModalityDropout
 from balanceopt.probes import ProbeMonitor
 from balanceopt.recording import Recorder
 from balanceopt.relearn import Diagnosis, EpochMethod, ReLearnScheduler, diagnose
@@ -40,6 +40,7 @@ __all__ = [
     "ForwardMethod",
     "GradientScaling",
     "Method",
+    "ModalityDropout",
     "ModalityMonitor",
     "ModulatedOptimizer",
     "Modulation",

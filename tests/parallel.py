@@ -35,11 +35,12 @@ METHODS: dict[str, Callable[[], list[bo.modulation.Modulation]]] = {
     "MLB": lambda: [bo.MLB(0.5)],
     "Fixed": lambda: [bo.FixedModulation({"audio": 0.5, "visual": 1.5})],
     "OPM": list,
+    "Dropout": list,
     "AMSS": lambda: [bo.AMSS()],
     "AMSS+": lambda: [bo.AMSS(scale="unbiased")],
     "all": lambda: [bo.OGM(0.5), bo.AMSS()],
 }
-DROPPING = ("OPM", "all")
+DROPPING = {"OPM": bo.OPM, "all": bo.OPM, "Dropout": bo.ModalityDropout}
 
 
 def rows_of(rank: int, ranks: int) -> Rows:
@@ -73,7 +74,6 @@ class Run:
         wrap: what makes the module to call, and may shard the model in place.
         rank: whose rows it trains on.
         ranks: over how many the batch is cut.
-        dropping: let OPM drop features too.
         base: makes the base optimizer.
         model: to train.
         monitor: options of the monitor.
@@ -97,7 +97,8 @@ class Run:
         self.model = small_model() if model is None else model
         self.caller: Any = wrap(self.model)
         self.monitor = watch(self.model, **(monitor or {}))
-        self.modulator = bo.OPM(self.monitor, seed=seed, **(options or {})) if method in DROPPING else None
+        drops = DROPPING.get(method)
+        self.modulator = None if drops is None else drops(self.monitor, seed=seed, **(options or {}))
         self.optimizer: torch.optim.Optimizer = base(groups_of(self.model), momentum=0.9)
         modulations = METHODS.get(method, list)()
         if modulations:
@@ -113,7 +114,7 @@ class Run:
                 with nullcontext() if last else self.without_sync():
                     self.backward(self.part(number, slice(place, None, micro), fate))
             self.optimizer.step()
-            if self.modulator is not None:
+            if isinstance(self.modulator, bo.OPM):
                 self.qs.append(self.modulator.q)
         return self
 

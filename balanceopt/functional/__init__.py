@@ -12,6 +12,7 @@ from balanceopt.functional._coefficients import (
     modulation_coefficient,
     priority_coefficients,
 )
+from balanceopt.functional._dropout import kept_but_one, kept_modalities
 from balanceopt.functional._dtypes import wide as wide
 from balanceopt.functional._kept_predictions import KeptPredictions as KeptPredictions
 from balanceopt.functional._kept_predictions import StepLosses as StepLosses
@@ -70,6 +71,8 @@ __all__ = [
     "inclusion_probabilities",
     "inclusion_probabilities_padded",
     "keep_ratio",
+    "kept_but_one",
+    "kept_modalities",
     "kept_units",
     "kmeans",
     "label_set_classes",

@@ -1,6 +1,7 @@
-"""OPM: drop features of the dominant modality in the forward pass, so that the other modalities learn."""
+"""Forward methods: change features before the fusion, such as dropping those of the dominant modality (OPM)."""
 
 from balanceopt.prediction._base import ForwardMethod
+from balanceopt.prediction._dropout import ModalityDropout
 from balanceopt.prediction._modulator import OPM
 
-__all__ = ["OPM", "ForwardMethod"]
+__all__ = ["OPM", "ForwardMethod", "ModalityDropout"]

@@ -91,6 +91,8 @@ class Drop:
         repeats: rows of each encoder's output for a sample, by modality, from earlier forwards.
         present: bool `(B,)` by modality, samples that have the modality, where given before the forward.
         q: `(M,)` drop probabilities; None in a forward without a drop.
+        draw: function from q, the number of samples B, a generator and flags of what is present to the bool `(M, B)`
+            of modalities that the samples keep.
         factors: `(M,)` factors on the features; None for no rescaling.
         rows: number of rows of each encoder's output, by modality.
         applied: modalities whose features were changed.
@@ -101,6 +103,7 @@ class Drop:
     repeats: Mapping[str, int]
     present: Mapping[str, Tensor] = field(default_factory=dict)
     q: Tensor | None = None
+    draw: Callable[[Tensor, int, torch.Generator, Tensor | None], Tensor] = sample_kept
     factors: Tensor | None = None
     rows: dict[str, int] = field(default_factory=dict)
     applied: set[str] = field(default_factory=set)
@@ -198,7 +201,7 @@ class Drop:
                 flags = self.present.get(modality)
                 if flags is not None and flags.shape == (samples,):
                     present[index] = flags.to(present)
-            self._mask = ~sample_kept(self.q, samples, self.generator(self.q.device), present)
+            self._mask = ~self.draw(self.q, samples, self.generator(self.q.device), present)
         return self._mask
 
 

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_files
 from torch.distributed.checkpoint.state_dict_saver import save as save_files
 from torch.nn.parallel import DistributedDataParallel
 
+import balanceopt as bo
 from tests.parallel import METHODS, Run, difference, shard
 from tests.ranks import on_ranks
 
@@ -51,7 +52,7 @@ def state_of(run: Run, how: str) -> dict[str, Any]:
 
 def save(run: Run, how: str, folder: Path) -> None:
     run.optimizer.zero_grad()
-    if run.modulator is not None:
+    if isinstance(run.modulator, bo.OPM):
         run.modulator.update()  # the ranks' scores of the last pass become one q
     state = state_of(run, how)
     if how != "full":

@@ -66,9 +66,11 @@ class Hooks:
 
     Attributes:
         transforms: functions `(modality, pass, output)` that replace an encoder's output before the fusion.
+        links: functions `(modality, pass, output)` that return the encoder's output with the same values, and change
+            the gradient on its way back from the fusion; called after `transforms`.
         outputs: functions `(modality, output, pass)` called with every clean output of an encoder, attached to its
-            graph, in every mode; `pass` is None outside training. Activation checkpointing calls `outputs` and
-            `transforms` again, with the same pass, when an encoder is recomputed.
+            graph, in every mode; `pass` is None outside training. Activation checkpointing calls `outputs`,
+            `transforms` and `links` again, with the same pass, when an encoder is recomputed.
         logits: functions `(pass, logits)` called with the joint logits `(N, C)`.
         gradients: functions `(pass, gradient)` called with the gradient `(N, C)` at the joint logits of backwards that
             go to parameters.
@@ -100,6 +102,7 @@ class Hooks:
         self.head = head
         self.passes = Passes(scorer, train_only=train_only, answers=answers_of(head))
         self.transforms: Listeners[Transform] = Listeners()
+        self.links: Listeners[Transform] = Listeners()
         self.outputs: Listeners[Tap] = Listeners()
         self.logits: Listeners[LogitListener] = Listeners()
         self.gradients: Listeners[GradientListener] = Listeners()
@@ -213,14 +216,16 @@ class Hooks:
         sent = output
         for transform in () if current.rehearsal else self.transforms:
             sent = transform(name, current, sent)
-        if sent is output:
-            return None
-        if current.scored and not again:
+        if sent is not output and current.scored and not again:
             current.dropped.add(name)
             if name in current.features:
                 current.sent_features[name] = _copied(self.features.of(name, sent))
             else:
                 current.pending_sent[name] = map_tensors(_copied, sent)
+        for link in () if current.rehearsal else self.links:
+            sent = link(name, current, sent)
+        if sent is output:
+            return None
         self._scorer.hooks.resent(module, sent)
         return sent
 

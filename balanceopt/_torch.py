@@ -79,6 +79,11 @@ def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in module._parameters.values() if parameter is not None)
 
 
+def parameter_dict(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the dict that holds a module's direct parameters, in which any tensor may replace one for a while."""
+    return module._parameters
+
+
 def steps_in_backward(parameter: Tensor) -> bool:
     """Whether an optimizer inside backward updates a parameter."""
     return hasattr(parameter, "_in_backward_optimizers")

@@ -14,6 +14,7 @@ from balanceopt.functional._coefficients import (
 )
 from balanceopt.functional._dropout import kept_but_one, kept_modalities
 from balanceopt.functional._dtypes import wide as wide
+from balanceopt.functional._gradients import mixed_gradient
 from balanceopt.functional._kept_predictions import KeptPredictions as KeptPredictions
 from balanceopt.functional._kept_predictions import StepLosses as StepLosses
 from balanceopt.functional._kept_predictions import centred_predictions
@@ -79,6 +80,7 @@ __all__ = [
     "likelihood_score",
     "linear_logits",
     "minmax_scale",
+    "mixed_gradient",
     "modal_significance",
     "modulation_coefficient",
     "priority_coefficients",

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from balanceopt._pooling import Pool, pool_features, samples_in
-from balanceopt._torch import after_backward, backward_number, version_of
+from balanceopt._torch import after_backward, backward_number, parameter_dict, version_of
+from balanceopt._undo import Undo
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import Group, active_group
 from balanceopt.monitor import ModalityMonitor
+from balanceopt.objective._share import with_share
 
 HeadKind = Literal["own", "shared"]
 
@@ -65,11 +67,15 @@ class Heads:
     Attributes:
         own: separate heads, in the order of the monitor's modalities; empty where the shared head is used.
         average: average of the separate heads' gradients over ranks.
+        share: share of the uni-modal losses' gradient that the shared head gets.
     """
 
-    def __init__(self, monitor: ModalityMonitor, own: nn.ModuleList, out_features: int, pool: Pool) -> None:
+    def __init__(
+        self, monitor: ModalityMonitor, own: nn.ModuleList, out_features: int, pool: Pool, share: float
+    ) -> None:
         """Use the separate heads in `own`, or the shared head for an empty list."""
         self.monitor = monitor
+        self.share = share
         self.own = own
         self.out_features = out_features
         self.pool: Pool = pool
@@ -90,9 +96,7 @@ class Heads:
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return the trainable parameters between a modality's features and uni-modal logits."""
-        head = self.monitor.head
-        modules: Iterable[nn.Module] = head.values() if isinstance(head, Mapping) else [head] if head else []
-        modules = modules if self.shared else [self.of(name)]
+        modules = self._shared_modules() if self.shared else [self.of(name)]
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def warn_if_untrained(self) -> None:
@@ -160,7 +164,10 @@ class Heads:
         samples = samples_in(name, features, samples, present, frames=project is not None)
         if self.shared:
             assert self.monitor.unimodal is not None  # checked in the objective's constructor
-            logits = self.monitor.unimodal.live(name, features, samples)
+            undo = Undo()
+            with undo, undo:
+                self._scale_gradient(undo)
+                logits = self.monitor.unimodal.live(name, features, samples)
             if logits.shape[-1] != self.out_features:
                 raise ValueError(
                     f"`out_features` should be that of the shared head, {logits.shape[-1]}. "
@@ -180,6 +187,20 @@ class Heads:
             vectors = vectors.to(head.weight.dtype)
         answer: Tensor = head(vectors)
         return answer
+
+    def _shared_modules(self) -> Iterable[nn.Module]:
+        head = self.monitor.head
+        return head.values() if isinstance(head, Mapping) else [head] if head else []
+
+    def _scale_gradient(self, undo: Undo) -> None:
+        """Replace the shared head's parameters, until `undo`, by tensors that pass on a share of the gradient."""
+        if self.share == 1 or not torch.is_grad_enabled():
+            return
+        for module in (part for head in self._shared_modules() for part in head.modules()):
+            slots = parameter_dict(module)
+            for key, parameter in list(slots.items()):
+                if parameter is not None and parameter.requires_grad:
+                    undo.set(slots, key, with_share(parameter, self.share))
 
 
 class GradientAverage:

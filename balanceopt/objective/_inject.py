@@ -16,7 +16,7 @@ from balanceopt._deferred import DeferredCounts
 from balanceopt._sharding import is_sharded
 from balanceopt._torch import after_backward, backward_number, in_backward, is_batched
 from balanceopt._warnings import warn_user
-from balanceopt.functional import INVALID, as_targets, recover_labels, recover_scale
+from balanceopt.functional import INVALID, as_targets, mixed_gradient, recover_labels, recover_scale
 from balanceopt.monitor import (
     CallWatch,
     ModalityMonitor,
@@ -253,7 +253,7 @@ class Injection:
                 self._warn_of_idle_backward()
             return None
         extra, extras[index] = extras[index], None
-        return None if extra is None else gradient + extra.to(gradient.dtype)
+        return None if extra is None else mixed_gradient(gradient, extra)
 
     def _warn_of_idle_backward(self) -> None:
         """Count a backward that reached an encoder and not the joint logits; warn after several."""

@@ -31,6 +31,7 @@ from balanceopt.monitor import COMPILED, CallWatch, ModalityMonitor, Pass, requi
 from balanceopt.objective._heads import HeadKind, Heads, OwnHead
 from balanceopt.objective._inject import Injection, remove_handles
 from balanceopt.objective._loss import UnimodalLoss, with_modality
+from balanceopt.objective._share import JointShare
 
 
 class UnimodalObjective(nn.Module):
@@ -50,6 +51,9 @@ class UnimodalObjective(nn.Module):
             optimizer too. `"shared"` for the shared head's uni-modal logits, `W^m z^m + b / M`, or late fusion's heads;
             in a regression these add up to the prediction, and are refused.
         weight: weight of the uni-modal losses, >= 0, or a mapping from modality to weight.
+        joint: share of the joint loss's gradient that the encoders get, in [0, 1], and of the uni-modal losses'
+            gradient that a shared head gets. 0 is DGL: encoders learn from the uni-modal losses alone, fusion and head
+            from the joint loss alone. The forward is unchanged. Shares of several objectives multiply.
         inject: add the gradients during backward. Target and scale come from the calls of the loss, a module, on the
             joint logits; without one from the gradient at the joint logits, exact for plain cross-entropy with any
             loss scale or accumulation.
@@ -74,7 +78,8 @@ class UnimodalObjective(nn.Module):
         torch.Size([])
 
     Reference:
-        Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Table 2.
+        Wei et al., Diagnosing and Re-learning for Balanced Multimodal Learning, ECCV 2024, Table 2; for `joint=0` Wei
+        et al., Boosting Multimodal Learning via Disentangled Gradient Learning, ICCV 2025; docs/methods/unimodal.md.
     """
 
     monitor: ModalityMonitor
@@ -87,13 +92,14 @@ class UnimodalObjective(nn.Module):
         *,
         heads: HeadKind = "own",
         weight: float | Mapping[str, float] = 1.0,
+        joint: float = 1.0,
         inject: bool = False,
         loss: nn.Module | LossFunction | None = None,
         pool: Pool = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        weights = _checked(monitor, out_features, heads, weight)
+        weights = _checked(monitor, out_features, heads, weight, joint)
         check_flag("inject", inject)
         check_function("loss", loss, "(prediction, target)")
         loss = monitor.loss if loss is None else loss
@@ -102,10 +108,11 @@ class UnimodalObjective(nn.Module):
         check_seed(seed)
         self.heads: HeadKind = heads
         self.weight = weights
+        self.joint = float(joint)
         # Set past nn.Module.__setattr__, because the user's loss and model must not become submodules.
         self.__dict__.update(monitor=monitor, loss=loss)
         self.own_heads = nn.ModuleList(_made_heads(monitor, out_features, seed) if heads == "own" else [])
-        self._heads = Heads(monitor, self.own_heads, out_features, pool)
+        self._heads = Heads(monitor, self.own_heads, out_features, pool, self.joint)
         self._live = LiveFeatures(monitor)
         self._injection = Injection(monitor, self._heads, weights, self._criterion) if inject else None
         if self._injection is None:
@@ -115,6 +122,8 @@ class UnimodalObjective(nn.Module):
         else:
             weakref.finalize(self, remove_handles, self._injection.handles).atexit = False
             self._injection.hook()
+        self._share = JointShare(monitor, self.joint, called=not inject and any(weights.values()))
+        self._share.hook()
 
     @property
     def inject(self) -> bool:
@@ -146,6 +155,7 @@ class UnimodalObjective(nn.Module):
         target = to_tensor("labels", labels, "the loss's target, such as class indices (B,)")
         if not any(self.weight.values()):
             return torch.zeros((), dtype=torch.float32, device=target.device)
+        self._share.note_call()
         features, present, samples = self._live.of_latest()
         target, positions = self._criterion.by_sample(target, samples)
         losses = []
@@ -178,6 +188,7 @@ class UnimodalObjective(nn.Module):
         """Remove every hook. May be called twice."""
         self.monitor.hooks.outputs.drop(self._live.on_output)
         self._live.forget()
+        self._share.remove()
         if self._live.watch is not None:
             self._live.watch.remove()
         if self._injection is not None:
@@ -222,7 +233,7 @@ class UnimodalObjective(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options for `repr`."""
-        return f"heads={self.heads!r}, weight={self.weight}, inject={self.inject}"
+        return f"heads={self.heads!r}, weight={self.weight}, joint={self.joint:g}, inject={self.inject}"
 
     def __enter__(self) -> UnimodalObjective:
         return self
@@ -234,7 +245,8 @@ class UnimodalObjective(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is inert, because hooks exist on the original monitor's model only.
-        return {**self.__dict__, "_live": LiveFeatures(self.monitor), "_injection": None}
+        share = JointShare(self.monitor, self.joint, called=False)
+        return {**self.__dict__, "_live": LiveFeatures(self.monitor), "_share": share, "_injection": None}
 
     def _touched(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return 0 with a gradient for heads unused in this rank's batch, so that ranks average the same heads."""
@@ -309,7 +321,11 @@ def _made_heads(monitor: ModalityMonitor, out_features: int, seed: int | None) -
 
 
 def _checked(
-    monitor: ModalityMonitor, out_features: int, heads: str, weight: float | Mapping[str, float]
+    monitor: ModalityMonitor,
+    out_features: int,
+    heads: str,
+    weight: float | Mapping[str, float],
+    joint: float,
 ) -> dict[str, float]:
     """Check the arguments; return the weights by modality."""
     check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
@@ -325,4 +341,13 @@ def _checked(
         )
     for value in weights.values():
         check_number("weight", value, at_least=0)
-    return {name: float(weights.get(name, 0.0)) for name in monitor.modalities}
+    check_number("joint", joint, at_least=0, at_most=1)
+    result = {name: float(weights.get(name, 0.0)) for name in monitor.modalities}
+    trained = {name: any(p.requires_grad for p in params) for name, params in monitor.parameters.items()}
+    untaught = [name for name, value in result.items() if not value and trained[name]]
+    if joint == 0 and untaught:
+        raise ValueError(
+            f"`weight` should be above 0 for every trained encoder with joint=0. Found 0 for {names_of(untaught)}: "
+            "they would get no gradient. Give a weight, freeze these encoders, or pass joint=1."
+        )
+    return result

@@ -19,8 +19,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 RANKS = 2
 ROWS = 12
 CASES = [
-    *((heads, inject, nn.CrossEntropyLoss) for heads in ("own", "shared") for inject in (False, True)),
-    *(("own", inject, nn.MSELoss) for inject in (False, True)),
+    *((heads, inject, nn.CrossEntropyLoss, 1) for heads in ("own", "shared") for inject in (False, True)),
+    *(("own", inject, nn.MSELoss, 1) for inject in (False, True)),
+    *(("own", inject, nn.CrossEntropyLoss, 0) for inject in (False, True)),
+    ("shared", False, nn.CrossEntropyLoss, 0.3),
 ]
 
 
@@ -38,11 +40,11 @@ def batches(rows):
 
 def train(model, case, rows, accumulate=1):
     """Four batches; a step after every `accumulate` of them."""
-    heads, inject, loss = case
+    heads, inject, loss, share = case
     # Without a loss module the gradient at the logits tells labels and scale of cross-entropy.
     criterion = loss()
     monitor = watch(model, None if loss is nn.CrossEntropyLoss else criterion)
-    objective = bo.UnimodalObjective(monitor, CLASSES, heads=heads, inject=inject, seed=0)
+    objective = bo.UnimodalObjective(monitor, CLASSES, heads=heads, inject=inject, joint=share, seed=0)
     objective.double()
     groups = [{"params": list(model.parameters())}, {"params": list(objective.parameters())}]
     optimizer = torch.optim.SGD([g for g in groups if g["params"]], lr=0.1, momentum=0.9)

@@ -77,9 +77,9 @@ class World:
             for p in self.model.parameters()
         ]
         monitor = self.monitor
-        listeners = [
-            len(x) for x in (monitor.hooks.outputs, monitor.hooks.transforms, monitor.hooks.gradients)
-        ]
+        hooks_of = monitor.hooks
+        heard = hooks_of.outputs, hooks_of.transforms, hooks_of.links, hooks_of.gradients
+        listeners = [len(x) for x in heard]
         waiting = [len(monitor._scorer.buffers), monitor.labels._next is None]
         attributes = {name: id(value) for name, value in vars(self.optimizer).items()}
         hooks = [len(v) for name, v in vars(self.optimizer).items() if name.endswith("_hooks")]
@@ -246,6 +246,11 @@ ROWS: dict[str, Row] = {
     ),
     "drop_probability": function(
         functional.drop_probability, {"ratio": ONES}, {"ratio": NO_REAL, "q_base": NO_PART, "lam": NEGATIVE}
+    ),
+    "mixed_gradient": function(
+        functional.mixed_gradient,
+        {"joint": ONES, "unimodal": ONES},
+        {"joint": [None, 3, "a"], "unimodal": [3, "a", FOUR], "share": NO_PART},
     ),
     "linear_logits": function(
         functional.linear_logits,
@@ -535,6 +540,7 @@ ROWS: dict[str, Row] = {
             "out_features": NO_SIZE,
             "heads": NO_CHOICE,
             "weight": [*NEGATIVE, {"smell": 1.0}, {3: 1.0}, {"audio": NAN}, {"audio": "1"}],
+            "joint": NO_PART,
             "inject": NO_FLAG,
             "loss": NO_FUNCTION,
             "pool": [3, "median", None],

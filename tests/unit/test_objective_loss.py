@@ -329,7 +329,7 @@ class TestLifeCycle:
         assert pickle.loads(pickle.dumps(copied.state_dict())).keys() == objective.state_dict().keys()
 
     def test_repr(self):
-        assert "heads='own', weight={'audio': 1.0, 'visual': 1.0}, inject=False" in repr(
+        assert "heads='own', weight={'audio': 1.0, 'visual': 1.0}, joint=1, inject=False" in repr(
             objective_of(Concat())
         )
 

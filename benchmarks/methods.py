@@ -29,7 +29,6 @@ class Context:
         seed: of this run.
         epochs: of this run.
         loss: the loss module that the loop calls; None for cross-entropy.
-        classes: function from targets to class indices; None where they are.
     """
 
     train_loader: Iterable[tuple[Tensor, ...]]
@@ -40,7 +39,6 @@ class Context:
     seed: int
     epochs: int
     loss: nn.Module | None = None
-    classes: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

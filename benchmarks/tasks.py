@@ -11,14 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from balanceopt.functional import label_set_classes, quantile_classes
 from benchmarks.extras import need
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
 # A regression that is much worse than the mean is as good as none; without a floor one would be all of a set's mean.
 _FLOOR = -100.0
-_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Task:
         probe: the metric that a linear model of (features, targets) reaches on others.
         chance: the metric of outputs that say nothing, for C outputs.
         outputs: C, from the targets.
-        classes: from training targets, a function of targets to class indices; None where targets are classes.
+        has_classes: whether each sample has one class.
     """
 
     metric: str
@@ -41,12 +39,7 @@ class Task:
     probe: Callable[[Arrays, Arrays], float]
     chance: Callable[[int], float]
     outputs: Callable[[Tensor], int]
-    classes: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
-
-    @property
-    def has_classes(self) -> bool:
-        """Whether each sample has one class."""
-        return self.classes is None
+    has_classes: bool = False
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -119,6 +112,7 @@ CLASS = Task(
     logistic_probe,
     chance=lambda outputs: 100 / outputs,
     outputs=lambda labels: int(labels.max()) + 1,
+    has_classes=True,
 )
 NUMBER = Task(
     "R2",
@@ -127,7 +121,6 @@ NUMBER = Task(
     ridge_probe,
     chance=lambda outputs: 0.0,
     outputs=lambda targets: targets.shape[1],
-    classes=lambda targets: quantile_classes(targets, _BINS),
 )
 LABELS = Task(
     "mAP",
@@ -136,5 +129,4 @@ LABELS = Task(
     labels_probe,
     chance=lambda outputs: 0.0,
     outputs=lambda labels: labels.shape[1],
-    classes=lambda labels: label_set_classes(labels, _BINS),
 )

@@ -58,11 +58,9 @@ def fit(
     modalities = tuple(model.encoders)
     loader = batches(data.train, modalities, recipe.batch_size, seed)
     val_loader = batches(data.val, modalities, recipe.batch_size, seed)
-    task = data.task
-    loss = None if task.has_classes else task.make_loss()
-    classes = None if task.classes is None else task.classes(data.train.labels)
+    loss = None if data.task.has_classes else data.task.make_loss()
     context = Context(
-        loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed, recipe.epochs, loss, classes
+        loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed, recipe.epochs, loss
     )
     method = build(model, context)
     loop(model, method, loader, recipe.epochs, recipe.decay_epoch, on_epoch, loss or F.cross_entropy)

@@ -56,7 +56,6 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Mapping[st
             context.num_classes,
             heads=options["unimodal_heads"],
             weight=options["unimodal_weight"],
-            loss=context.loss,
             seed=context.seed,
         )
         removes.insert(0, objective.remove)
@@ -79,7 +78,6 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Mapping[st
             max_relearns=_RELEARNS,
             equal_counts=False,  # as published
             lam=options["relearn_lam"],
-            classes=context.classes,
             seed=context.seed,
         )
         epoch_ends.append(scheduler.step)

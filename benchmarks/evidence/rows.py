@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.evidence.sets import EvidenceSet
+from benchmarks.tasks import NUMBER, Task
 
 Kind = Literal["reference", "alone", "method", "recipe"]
 
@@ -62,6 +63,10 @@ class Row:
     reference: str = JOINT
     kind: Kind = "method"
     modality: str | None = None
+
+    def serves(self, task: Task) -> bool:
+        """Whether it can be run: the shared head's parts of a regression add up to the target, so none can be it."""
+        return task is not NUMBER or self.options.get("unimodal_heads") != "shared"
 
     def needs(self) -> set[str]:
         """Rows that must be there before this one can be tuned and judged."""
@@ -139,7 +144,8 @@ def rows_of(found: EvidenceSet) -> dict[str, Row]:
         JOINT_ADAMW, {"optimizer": "adamw"}, (Knob("lr", found.adam_lrs),), {"epochs": JOINT},
         kind="reference",
     )  # fmt: skip
-    return {row.name: row for row in (joint, *alone, adamw, *METHODS, *RECIPES)}
+    rows = (joint, *alone, adamw, *METHODS, *RECIPES)
+    return {row.name: row for row in rows if row.serves(found.task)}
 
 
 def with_needs(rows: Mapping[str, Row], names: set[str]) -> dict[str, Row]:

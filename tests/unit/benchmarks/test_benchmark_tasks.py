@@ -73,7 +73,7 @@ def made(task: Task) -> MultimodalData:
 def test_every_row_trains_otherwise_than_joint(task: Task) -> None:
     data = made(task)
     joint = trained(data, {"lr": 0.03, "epochs": 5})
-    for row in METHODS:
+    for row in (row for row in METHODS if row.serves(task)):
         found = trained(data, options_of(row))
         assert found.isfinite().all(), row.name
         assert not torch.equal(found, joint), row.name

@@ -122,3 +122,10 @@ def test_rows_bring_what_they_need():
     found = with_needs(rows, {"OGM + OPM", "OGM-GE by update, AdamW"})
     assert list(found) == ["joint", "joint, AdamW", "OPM", "OGM + OPM", "OGM-GE by update, AdamW"]
     assert all(row.needs() <= set(rows) for row in rows.values())
+
+
+def test_a_regression_has_no_row_that_trains_parts_of_the_shared_head():
+    shared = {row.name for row in (*METHODS, *RECIPES) if row.options.get("unimodal_heads") == "shared"}
+    assert shared
+    assert set(rows_of(SETS["yeast"])) >= shared
+    assert not set(rows_of(SETS["diabetes"])) & shared

@@ -54,7 +54,7 @@ test-slow: $(VENV)/.extra-test ## run the slow tests
 test-distributed: $(VENV)/.extra-test ## run the tests that start several processes
 	@$(BIN)/python -m pytest -m distributed $(ARGS)
 
-test-frameworks: $(VENV)/.extra-test $(VENV)/.extra-accelerate $(VENV)/.extra-lightning $(VENV)/.extra-transformers ## run the tests with Lightning, Transformers and Accelerate
+test-frameworks: $(VENV)/.extra-test $(VENV)/.extra-accelerate $(VENV)/.extra-lightning $(VENV)/.extra-transformers $(VENV)/.extra-tensorboard ## run the tests with Lightning, Transformers and Accelerate
 	@$(BIN)/python -m pytest -n $(JOBS) -m frameworks $(ARGS)
 
 test-bases: $(VENV)/.extra-test $(VENV)/.extra-bases ## run the tests with the optimizers of pytorch_optimizer

@@ -200,7 +200,7 @@ class Recorder:
             new += [Row(step, quantity, name, float(x)) for name, x in numbers if not math.isnan(x)]
         self._rows += new
         for row in new if self.log is not None else ():
-            self.log(f"balance/{row.quantity}/{row.modality}", row.value, row.step)  # type: ignore[misc]
+            self.log(log_name(row.quantity, row.modality), row.value, row.step)  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy holds the rows and hears no source.
@@ -239,6 +239,11 @@ def _stop_listening(heard: list[tuple[list[Any], _WeakListener]], signals: list[
             listeners.remove(listener)
     for source in signals:
         source.remove()
+
+
+def log_name(quantity: str, modality: str) -> str:
+    """Return the name of a quantity of a modality in logs."""
+    return f"balance/{quantity}/{modality}"
 
 
 def _as_text(name: str) -> str:

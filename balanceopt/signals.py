@@ -57,12 +57,14 @@ class StepSignals:
         self._pass: Pass | None = None
         self._held: dict[str, Callable[[], Tensor]] = {}
         self._agreement: Tensor | None = None
+        self._norms: list[Tensor | None] | None = None  # of the gradients that a modulated closure left
         self._params: dict[str, list[nn.Parameter]] = {}  # all of the encoders'
         self._owned: WeakKeyDictionary[torch.optim.Optimizer, _Owned] = WeakKeyDictionary()
         self._open: WeakKeyDictionary[torch.optim.Optimizer, _Open] = WeakKeyDictionary()
         monitor.hooks.outputs.add(self._on_output)
         monitor.hooks.gradients.add(self._on_gradient)
         monitor.hooks.before_step.add(self._before_modulated)
+        monitor.hooks.after_closure.add(self._on_closure)
         monitor.hooks.after_step.add(self._end)
         handles = [
             register_optimizer_step_pre_hook(WeakHook(self._before)),
@@ -77,6 +79,7 @@ class StepSignals:
         hooks.outputs.drop(self._on_output)
         hooks.gradients.drop(self._on_gradient)
         hooks.before_step.drop(self._before_modulated)
+        hooks.after_closure.drop(self._on_closure)
         hooks.after_step.drop(self._end)
         self._unhook()
         if self._buffer is not None:
@@ -142,6 +145,11 @@ class StepSignals:
             self._end(optimizer)
 
     @torch.no_grad()
+    def _on_closure(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.step % self.every == 0:
+            self._norms = [norm_of_gradients(params) for params in self._params.values()]
+
+    @torch.no_grad()
     def _begin(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         params = self._params_in(optimizer)
         if not params:
@@ -198,7 +206,7 @@ class StepSignals:
         self._forget()
 
     def _report_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        norms = [norm_of_gradients(params) for params in self._params.values()]
+        norms = self._norms or [norm_of_gradients(params) for params in self._params.values()]
         device = next((norm.device for norm in norms if norm is not None), None)
         if device is None:
             return
@@ -236,7 +244,7 @@ class StepSignals:
             listener(self._number, quantity, self.monitor.modalities if names is None else names, values)
 
     def _forget(self) -> None:
-        self._pass, self._held, self._agreement = None, {}, None
+        self._pass, self._held, self._agreement, self._norms = None, {}, None, None
 
 
 class _Owned:

@@ -20,7 +20,9 @@ from balanceopt.modulation import OGM, Modulation
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.optim import SEED, AttachedModulation, attach, check_modulations
 from balanceopt.prediction import ForwardMethod
+from balanceopt.recording import log_name
 from balanceopt.relearn import ReLearnScheduler
+from balanceopt.signals import StepSignals
 
 Head = nn.Module | str | Mapping[str, nn.Module | str] | None
 WhichEncoders = Encoders | Callable[[Any], Encoders] | ModalityMonitor
@@ -37,7 +39,7 @@ class Balance:
     """The base of a framework's callback: balances the modalities of a run and removes all hooks at the end.
 
     A framework's callback inherits from this class and calls it in the framework's hooks. `Recorder(callback)` records
-    all quantities of a run.
+    all quantities of a run, the signals of a monitor and what the methods report.
 
     Args:
         encoders: modules or dotted names by modality; a function from the model to such a mapping; or a monitor, which
@@ -103,6 +105,9 @@ class Balance:
         self._monitor: ModalityMonitor | None = encoders if isinstance(encoders, ModalityMonitor) else None
         self.handles: list[AttachedModulation] = []
         self.listeners: list[Listener] = []
+        self._signals: StepSignals | None = None
+        self._logs = False
+        self._logged: dict[str, Tensor] = {}  # the latest values, by their names in a log
         self._owns_monitor = not given
         self._encoders = encoders
         self._head = head
@@ -134,6 +139,9 @@ class Balance:
     def remove(self) -> None:
         """Remove every hook, as at the end of training; the state for checkpoints stays in the param groups."""
         self._beside.remove()
+        if self._signals is not None:
+            self._signals.remove()
+        self._signals, self._logged = None, {}
         for handle in self.handles:
             handle.remove(keep_state=True)
         if self._owns_monitor and self._monitor is not None:
@@ -156,14 +164,19 @@ class Balance:
         *,
         loss: nn.Module | None = None,
         resumed: bool = False,
+        logs: bool = False,
     ) -> None:
-        """Start a run, `resumed` where a checkpoint is loaded already.
+        """Start a run, `resumed` where a checkpoint is loaded already, that keeps the latest values if it `logs`.
 
         The monitor hooks the part of `model` that `watched(model, encoders and heads)` returns; its loss is `loss` if
         the user has not given one.
         """
         if self._owns_monitor:
             self._monitor = self._build(model, watched, loss)
+        self._logs = logs
+        if logs or self.listeners:
+            self._signals = StepSignals(self.monitor)
+            self._signals.listeners.append(self._tell)
         self._attach(optimizers)
         self._beside.start(self.monitor, self._trained(optimizers)[0], self._hear, resumed=resumed)
 
@@ -223,8 +236,20 @@ class Balance:
         self._beside.begin_epoch(epoch)
 
     def _hear(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
+        if self._signals is None or quantity not in (
+            "score",
+            "ratio",
+        ):  # which the signals tell in every step
+            self._tell(step, quantity, modalities, values)
+
+    def _tell(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
         for listener in self.listeners:
             listener(step, quantity, modalities, values)
+        if self._logs:
+            copied = values.detach().clone()
+            self._logged.update(
+                {log_name(quantity, name): copied[index] for index, name in enumerate(modalities)}
+            )
 
 
 class Beside:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from balanceopt._options import check_flag
 from balanceopt.integrations._callback import (
     Balance,
     Methods,
@@ -48,6 +49,8 @@ class BalanceCallback(Balance, Callback):
         strict: True to raise where labels are doubtful, False to go on without scores; None to warn of doubtful
             labels and to raise after ten steps in a row without scores.
         labels: the `labels` of `ModalityMonitor`, or a function from the batch to its targets.
+        log: log scores, ratios, signals and what the methods report as `balance/ratio/audio` by the LightningModule's
+            `log`, where the Trainer has a logger.
         **monitor_options: further options of `ModalityMonitor`, such as `train_only=False`; `loss` may be the dotted
             name of the LightningModule's loss module.
 
@@ -73,6 +76,7 @@ class BalanceCallback(Balance, Callback):
         seed: int | None = None,
         strict: bool | None = None,
         labels: str | Callable[[Any], Tensor] | None = None,
+        log: bool = True,
         **monitor_options: Any,
     ) -> None:
         of_batch = callable(labels) and not isinstance(labels, nn.Module)
@@ -91,6 +95,8 @@ class BalanceCallback(Balance, Callback):
         self._labels_of: Callable[[Any], Tensor] | None = labels if of_batch else None  # type: ignore[assignment]
         self._labels: Tensor | None = None
         self._observed: object = None
+        check_flag("log", log)
+        self._with_logs = log  # not `log`, as Lightning sets its own functions of this name on callbacks
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Build the monitor and attach the modulation, before a checkpoint's state is loaded into the optimizers."""
@@ -98,7 +104,12 @@ class BalanceCallback(Balance, Callback):
         refuse_model(trainer.strategy.model)
         bare = (nn.Module.forward, LightningModule.forward)
         optimizers = trainer.strategy.optimizers
-        self._start(pl_module, lambda model, parts: smallest_holder(model, parts, bare), optimizers)
+        self._start(
+            pl_module,
+            lambda model, parts: smallest_holder(model, parts, bare),
+            optimizers,
+            logs=self._with_logs and bool(trainer.loggers),
+        )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Step re-learning and set the methods' epoch."""
@@ -118,6 +129,14 @@ class BalanceCallback(Balance, Callback):
         if latest is not None and latest is not self._observed:  # a pass takes labels once
             self._observed = latest
             self.monitor.observe(self._labels)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the values of a step."""
+        if self._logged:
+            pl_module.log_dict(self._logged, on_step=True, on_epoch=False)
+            self._logged = {}
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Remove every hook after an exception."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
+from balanceopt._options import shown
 from balanceopt._warnings import warn_user
 from balanceopt.integrations._callback import Balance, Methods, Prediction, ReLearn, WhichEncoders, WhichHead
 from balanceopt.optim import BARE_STATE, STEP
@@ -80,6 +82,22 @@ class BalanceCallback(Balance, TrainerCallback):
             strict=strict,
             options=monitor_options,
         )
+        self._trainer: Any = None
+
+    def log_to(self, trainer: Any) -> None:
+        """Log scores, ratios, signals and what the methods report by the `log` of a Trainer, as `balance/ratio/audio`.
+
+        The values are those of each step that the Trainer logs (`logging_steps`).
+
+        Args:
+            trainer: the Trainer that has this callback, which gives its callbacks no reference to itself.
+
+        Raises:
+            TypeError: if `trainer` has no `log`.
+        """
+        if not callable(getattr(trainer, "log", None)):
+            raise TypeError(f"`trainer` should be a transformers.Trainer. Found {shown(trainer)}.")
+        self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Build the monitor and attach the modulation, after a checkpoint's state is loaded."""
@@ -96,7 +114,14 @@ class BalanceCallback(Balance, TrainerCallback):
         # With label smoothing the Trainer takes `labels` away from the model, so that only the gradient tells them.
         smoothing = args.label_smoothing_factor
         loss = nn.CrossEntropyLoss(label_smoothing=smoothing) if smoothing else None
-        self._start(kwargs["model"], lambda model, parts: model, [optimizer], loss=loss, resumed=resumed)
+        self._start(
+            kwargs["model"],
+            lambda model, parts: model,
+            [optimizer],
+            loss=loss,
+            resumed=resumed,
+            logs=self._trainer is not None,
+        )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Step re-learning and set the methods' epoch."""
@@ -105,6 +130,11 @@ class BalanceCallback(Balance, TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reset the monitor, because scores of a step that the scaler skipped have no gradients any more."""
         self.monitor.reset()
+        if self._logged and control.should_log:
+            values = {name: float(value) for name, value in self._logged.items()}
+            self._logged = {}
+            self._trainer.log({name: value for name, value in values.items() if not math.isnan(value)})
+            control.should_log = True  # which the Trainer's `log` turned off, before the loss is logged
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove every hook at the end of training."""

@@ -80,6 +80,8 @@ class Hooks:
             source is `"observe"`, `"loss"` or `"model"`.
         before_step: functions `(optimizer, has_closure)` called at the start of a modulated step, before any gradient
             is changed; `optimizer` is the base.
+        after_closure: functions `(optimizer)` called after each evaluation of a modulated step's closure, before its
+            gradients are changed.
         after_step: functions `(optimizer)` called at the end of a modulated step, when its update is scaled.
         diagnosing: whether a diagnosis runs the model, whose forwards are not evaluated.
         passes: passes in progress.
@@ -109,6 +111,7 @@ class Hooks:
         self.starts: Listeners[StartListener] = Listeners()
         self.targets: Listeners[TargetListener] = Listeners()
         self.before_step: Listeners[StepListener] = Listeners()
+        self.after_closure: Listeners[StepEnd] = Listeners()
         self.after_step: Listeners[StepEnd] = Listeners()
         self.diagnosing = False
         self.features = scorer.features

@@ -81,7 +81,7 @@ class ModalityMonitor:
         group: process group over which scores are summed.
         loss: the loss that scores are made of, as given.
         hooks: registries of listeners: `hooks.transforms`, `.links`, `.outputs`, `.logits`, `.gradients`, `.starts`,
-            `.targets`, `.before_step`, `.after_step`, with `add` and `drop`.
+            `.targets`, `.before_step`, `.after_closure`, `.after_step`, with `add` and `drop`.
         features: choice of the feature tensor in an encoder's output: `features.of(modality, output)`.
         labels: source of labels: `labels.ignore_index`, `labels.recovers`.
         unimodal: kind of uni-modal logits: `unimodal.live`, `.columns`, `.layout()`; None for features only.

@@ -124,6 +124,8 @@ class Engine:
             self._hiding.end()
             with torch.enable_grad():
                 loss = closure()
+            for listener in self.monitor.hooks.after_closure:
+                listener(self.optimizer)
             self._updates.restart()
             self._act()
             return loss

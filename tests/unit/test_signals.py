@@ -144,8 +144,9 @@ def test_the_update_relative_to_the_weights(make: Make):
         assert value(recorder, "update_ratio", name) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("attached", [False, True])
-def test_of_a_modulated_step_the_gradient_before_it_and_the_update_after_it(attached: bool):
+def test_of_a_modulated_step_the_gradient_before_it_and_the_update_after_it(attached: bool, closure: bool):
     model = small_model()
     before, monitor, base = copy.deepcopy(model), watch(model), sgd(model.parameters())
     modulations = [bo.OGM(5.0, noise=False), bo.OGM(5.0, noise=False, apply_to="update")]
@@ -155,9 +156,18 @@ def test_of_a_modulated_step_the_gradient_before_it_and_the_update_after_it(atta
         bo.attach(base, monitor, modulations)
     else:
         optimizer = bo.ModulatedOptimizer(base, monitor, modulations)
-    backward(model, batches(model, 1)[0])
-    norms = {name: norm(map(grad_of, e.parameters())) for name, e in model.modalities.items()}
-    optimizer.step()
+    norms: dict[str, float] = {}
+
+    def evaluated() -> float:
+        loss = backward(model, batches(model, 1)[0])
+        norms.update({name: norm(map(grad_of, e.parameters())) for name, e in model.modalities.items()})
+        return float(loss)
+
+    if closure:
+        optimizer.step(evaluated)
+    else:
+        evaluated()
+        optimizer.step()
     moved = changes(model, before)
     for name in norms:
         assert value(recorder, "gradient_norm", name) == pytest.approx(norms[name], rel=1e-5)
@@ -340,8 +350,8 @@ def hooks_on_optimizers() -> int:
 
 def assert_nothing_listens(monitor: bo.ModalityMonitor) -> None:
     hooks = monitor.hooks
-    registries = (hooks.outputs, hooks.gradients, hooks.before_step, hooks.after_step)
-    assert [len(registry) for registry in registries] == [0, 0, 0, 0]
+    steps = (hooks.before_step, hooks.after_closure, hooks.after_step)
+    assert [len(registry) for registry in (hooks.outputs, hooks.gradients, *steps)] == [0, 0, 0, 0, 0]
     assert not monitor._scorer.buffers
 
 

@@ -33,6 +33,7 @@ METHODS: dict[str, Callable[[], list[bo.modulation.Modulation]]] = {
     "OGM update": lambda: [bo.OGM(0.5, noise=False, apply_to="update")],
     "AGM": lambda: [bo.AGM(0.5)],
     "MLB": lambda: [bo.MLB(0.5)],
+    "InfoReg": lambda: [bo.InfoReg(scale=0.2)],
     "Fixed": lambda: [bo.FixedModulation({"audio": 0.5, "visual": 1.5})],
     "OPM": list,
     "Dropout": list,
@@ -107,6 +108,8 @@ class Run:
 
     def train(self, steps: int, *, first: int = 0, fate: Fate | None = misfortunes) -> Run:
         for number in range(first, first + steps):
+            if number % 5 == 0 and isinstance(self.optimizer, bo.ModulatedOptimizer):
+                self.optimizer.set_epoch(number // 5)
             self.optimizer.zero_grad()
             micro = 2 if number % 4 == 3 else 1  # every fourth step accumulates two micro-batches
             for place in range(micro):

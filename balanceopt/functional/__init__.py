@@ -27,6 +27,8 @@ from balanceopt.functional._losses import as_loss as as_loss
 from balanceopt.functional._losses import likelihood_score
 from balanceopt.functional._masks import check_clamp as check_clamp
 from balanceopt.functional._masks import keep_ratio, kept_units, unit_importance
+from balanceopt.functional._regulation import check_threshold as check_threshold
+from balanceopt.functional._regulation import in_prime_window, regulation_strength
 from balanceopt.functional._reinit import reinit_strength, soft_reinit_
 from balanceopt.functional._sampling import (
     inclusion_probabilities,
@@ -69,6 +71,7 @@ __all__ = [
     "drop_probability",
     "effective_rank",
     "feature_entropy",
+    "in_prime_window",
     "inclusion_probabilities",
     "inclusion_probabilities_padded",
     "keep_ratio",
@@ -88,6 +91,7 @@ __all__ = [
     "quantile_classes",
     "recover_labels",
     "recover_scale",
+    "regulation_strength",
     "reinit_strength",
     "sample_units",
     "sample_units_padded",

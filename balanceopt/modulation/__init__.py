@@ -5,6 +5,7 @@ from balanceopt.modulation._amss import AMSS
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, StepContext
 from balanceopt.modulation._fixed import FixedModulation
 from balanceopt.modulation._hiding import Hiding
+from balanceopt.modulation._inforeg import InfoReg
 from balanceopt.modulation._masks import MaskScale
 from balanceopt.modulation._mlb import MLB
 from balanceopt.modulation._ogm import OGM
@@ -17,6 +18,7 @@ __all__ = [
     "FixedModulation",
     "GradientScaling",
     "Hiding",
+    "InfoReg",
     "MLB",
     "MaskScale",
     "MaskUnits",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 
 import balanceopt as bo
 
@@ -43,6 +44,7 @@ METHODS = [
     Method("AGM", bo.AGM, limit=partial(bo.AGM, 0)),
     Method("AGM update", partial(bo.AGM, apply_to="update"), limit=partial(bo.AGM, 0, apply_to="update")),
     Method("MLB", bo.MLB, limit=partial(bo.MLB, 0)),
+    Method("InfoReg", bo.InfoReg, limit=partial(bo.InfoReg, threshold=inf)),
     # All units are kept where the ratios are clamped to 1; the offset makes every significance positive.
     Method("AMSS", bo.AMSS, limit=partial(bo.AMSS, clamp=(1, 1), offset=100)),
     Method(

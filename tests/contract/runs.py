@@ -14,7 +14,9 @@ from tests.training import backward, batch, groups_of, small_model
 
 def build(base: Base, modulation: bo.Modulation) -> tuple[Multimodal, bo.ModulatedOptimizer]:
     model = small_model()
-    return model, bo.ModulatedOptimizer(base.make(groups_of(model)), watch(model), modulation, seed=3)
+    optimizer = bo.ModulatedOptimizer(base.make(groups_of(model)), watch(model), modulation, seed=3)
+    optimizer.set_epoch(0)
+    return model, optimizer
 
 
 def advance(

@@ -55,6 +55,7 @@ class Run:
         monitor = watch(self.model, loss=self.loss)
         if modulation is not None:
             self.optimizer = bo.ModulatedOptimizer(self.optimizer, monitor, modulation, seed=3)
+            self.optimizer.set_epoch(0)
         self.opm = bo.OPM(monitor, q_base=0.5, seed=4) if opm else None
 
     def train(self, numbers: Iterable[int]) -> Run:

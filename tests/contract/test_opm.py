@@ -29,6 +29,7 @@ def trained(make=sgd, modulation=None, **options):
     optimizer = make(groups_of(model))
     if modulation is not None:
         optimizer = bo.ModulatedOptimizer(optimizer, monitor, modulation, seed=1)
+        optimizer.set_epoch(0)
     train(model, optimizer, [batch(number, model) for number in BATCHES])
     return model, modulator, optimizer
 

@@ -171,7 +171,7 @@ def test_collectives_do_not_grow_with_parameters(trained: list[Any]):
     AGM scales both modalities, and the weight and the bias of the head.
     """
     counts = {"OPM": 0, "OGM update": 1, "OGM": 2, "OGM-GE": 3, "AGM": 5}
-    counts |= {"MLB": 3, "Fixed": 2, "Dropout": 0, "AMSS": 2, "AMSS+": 2, "all": 4}
+    counts |= {"MLB": 3, "InfoReg": 2, "Fixed": 2, "Dropout": 0, "AMSS": 2, "AMSS+": 2, "all": 4}
     assert all(rank["collectives"] == counts for rank in trained)
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo`: joint training and OGM-GE side by side on real data, in seconds."""
+"""`python -m benchmarks.demo`: joint training and balanced training side by side on real data, in minutes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from benchmarks.command import positive
 from benchmarks.data import load
 from benchmarks.experiment import compare, runs
 from benchmarks.extras import need
+from benchmarks.look import watch
 from benchmarks.methods import METHODS
 from benchmarks.pictures import draw_all
 from benchmarks.report import report, save_json
@@ -21,7 +22,7 @@ from benchmarks.training import RECIPES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, then print and save the table and the pictures."""
+    """Train, print what was found, save it with the table and the pictures; print the report of plain training."""
     parser = _parser()
     options = parser.parse_args(arguments)
     # So small a model is slower on two threads than on one, and many times slower where other programs run.
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = RECIPES[first.name]
     epochs = 2 if options.quick else options.epochs or recipe.epochs
     seeds = range(options.seeds)
-    with need("tqdm").tqdm(total=runs(first, METHODS, seeds) * epochs, unit=" epochs") as bar:
+    with need("tqdm").tqdm(total=(runs(first, METHODS, seeds) + 1) * epochs, unit=" epochs") as bar:
 
         def on_epoch(what: str) -> None:
             bar.set_description(f"training {what}", refresh=False)
@@ -43,13 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         comparison = compare(
             partial(load, options.data), METHODS, replace(recipe, epochs=epochs), seeds, on_epoch
         )
+        watched = watch(first, replace(recipe, epochs=epochs), on_epoch=partial(on_epoch, "joint, watched"))
     text = report(comparison)
     print(f"\n{text}\n")
     (options.out / "table.txt").write_text(f"{text}\n", encoding="utf-8")
     save_json(comparison, options.out / "results.json")
-    for path in draw_all(comparison, options.out):
-        print(path)
-    print(options.out / "table.txt", options.out / "results.json", sep="\n")
+    pictures = draw_all(comparison, options.out)
+    page = options.out / "report.html"
+    watched.report.to_html(page, title=f"Joint training on {first.name}")
+    print("Files:", *pictures, options.out / "table.txt", options.out / "results.json", page, sep="\n  ")
+    print(f"\nPlain joint training once more, now watched: `bo.report(recorder)` says\n\n{watched.report}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,17 +19,17 @@ _NOTABLE = 1.0
 
 
 def report(comparison: Comparison) -> str:
-    """All of it: what was trained, the table, how to read it, what it says."""
+    """All of it: what was trained, what the numbers say, the table, how to read it."""
     return "\n".join(
         [
             _setting(comparison),
             "",
+            "What it says",
+            *(_bullet(sentence) for sentence in findings(comparison)),
+            "",
             table(comparison),
             "",
             _legend(comparison),
-            "",
-            "What it says",
-            *(_bullet(sentence) for sentence in findings(comparison)),
         ]
     )
 

@@ -25,7 +25,7 @@ CLOSE = 0.05  # the probe is no further below the best encoder's
 FITTED = 0.97  # the probe on training samples of an encoder that has fitted them
 GONE = 0.25  # the gradient's norm, as a share of its peak, when the joint loss has no more to teach
 TOUCHED = 0.05  # a method that changes less than this on average hardly acts
-COLLAPSED = 1.5  # an effective rank below this: all features point in one direction
+COLLAPSED = 1.05  # an effective rank below this: all features point in one direction
 STARVED = 0.03  # the encoder trained alone reaches so much more
 
 
@@ -190,9 +190,9 @@ def _state(run: Run, name: str, best: float) -> str:
         if not (math.isfinite(train) and math.isfinite(gradient.now)):
             return "weak" if weak else _heard(run, name, probe, best)
         stopped = gradient.now <= GONE * max(run.get("gradient_norm", name).smooth(50).finite.values)
-        little = weak and train - probe >= CARRY
-        # A weak encoder that knows as little of its training samples may be starved, or able to do no more.
-        starved = train < FITTED and stopped and (little or not weak)
+        # A weak encoder that knows no more of its training samples than of others may be able to do no more.
+        starved = train < FITTED and stopped and (train > probe or not weak)
+        little = weak and (starved or train - probe >= CARRY)
     if starved:
         return "starved, says little" if little else "starved"
     if little:
@@ -418,7 +418,7 @@ RULES: tuple[Rule, ...] = (
         _collapsed,
         says="The {m} encoder gives nearly the same feature for every sample.",
         why="Its features use a single direction, so a linear head can tell at most one thing by them.",
-        number="Effective rank {rank} at the end; below 1.5 is one direction.",
+        number="Effective rank {rank} at the end; 1 is a single direction.",
         advice="Look for dead units, a too large learning rate, or constant inputs.",
         sources=("roy2007",),
     ),
@@ -465,14 +465,13 @@ RULES: tuple[Rule, ...] = (
         "starved and scarce",
         "act",
         _in("starved, says little"),
-        says="The {m} encoder probably has less to say, and is starved as well.",
-        why="Much of what it fits does not carry over to new samples, and the joint loss ran out before "
-        "it had fitted the rest.",
-        number="It answers {train} of the training samples, {probe} in validation ({best}: {best_probe}); "
-        "its gradient has "
-        "fallen to {gradient} of its peak.",
-        advice=_UNIMODAL
-        + ". Not OGM, OPM or AMSS alone: they slow the informative encoder for one that can't replace it.",
+        says="The {m} encoder is far behind: probably starved, perhaps with less to say as well.",
+        why="The joint loss ran out before this encoder had fitted its samples. How much more they hold, only "
+        "training it alone tells.",
+        number="It answers {train} of the training samples, {probe} in validation ({best}: {best_probe}); its "
+        "gradient has fallen to {gradient} of its peak.",
+        advice=_UNIMODAL + ", which helped in both cases. Not OGM, OPM or AMSS alone, unless "
+        "`bo.report(recorder, alone=...)` shows that it only starves: they slow the other encoders.",
         sources=("evidence", "wei2024", "report"),
     ),
     Rule(

@@ -127,7 +127,7 @@ def test_json_holds_every_seed_and_no_nan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_pictures_are_drawn(seeds: int, tmp_path: Path) -> None:
     paths = draw_all(made(seeds), tmp_path)
-    assert [path.name for path in paths] == ["views.png", "training.png", "encoders.png"]
+    assert [path.name for path in paths] == ["views.png", "training.png", "methods.png", "encoders.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
 
 

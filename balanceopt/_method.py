@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from types import TracebackType
@@ -14,6 +15,8 @@ from balanceopt._options import check_choice, check_count, check_entries
 
 Unit = Literal["step", "epoch"]
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
+# Value of a modality without a value, for which no row is recorded. NaN is a value: something went wrong.
+ABSENT = -math.inf
 Self = TypeVar("Self", bound="Method")
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from balanceopt._method import Method
+from balanceopt._method import ABSENT, Method
 from balanceopt._options import check_count, check_entries, check_kind, check_number
 from balanceopt._torch import in_backward
 from balanceopt._warnings import WarnOnce
@@ -111,7 +110,7 @@ class ProbeMonitor(Method):
         if self._results is None:
             return {}
         numbers = zip(self.monitor.modalities, self._results.tolist(), strict=True)
-        return {name: value for name, value in numbers if not math.isnan(value)}
+        return {name: value for name, value in numbers if value != ABSENT}
 
     def flush(self) -> None:
         """End a round of validation, and report this rank's results."""
@@ -336,7 +335,7 @@ class ProbeMonitor(Method):
     def _report(self, sums: dict[str, Tensor]) -> None:
         self._rounds = {name: _Round() for name in self._rounds}
         for quantity, (total, count) in sums.items():
-            values = total / count  # NaN for a modality without samples
+            values = torch.where(count > 0, total / count, ABSENT)
             self.report(self.passes, quantity, self.monitor.modalities, values)
             if quantity == "probe":
                 self._results = values

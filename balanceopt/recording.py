@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable
 from os import PathLike
 from types import TracebackType
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._files import check_path, replacing
+from balanceopt._method import ABSENT
 from balanceopt._options import check_count, check_function, shown
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.probes import ProbeMonitor
@@ -53,8 +53,8 @@ class Recorder:
 
     Of a `ModalityMonitor` the recorder records plain training, with any optimizer and without a wrapper: `score` and
     `ratio`, and the signals `gradient_norm`, `gradient_share`, `update_ratio`, `feature_norm`, `effective_rank` and
-    `agreement`, of this rank's samples (docs/watching.md). Of a method, all quantities that it reports. A value that is
-    no number (NaN: a modality without samples) makes no row.
+    `agreement`, of this rank's samples (docs/watching.md). Of a method, all quantities that it reports. A modality
+    without samples makes no row.
 
     Keep a reference to the recorder: it stops when it is garbage-collected. It keeps its sources alive.
 
@@ -197,7 +197,7 @@ class Recorder:
         new = []
         for step, quantity, modalities, values in waiting:
             numbers = zip(modalities, values.cpu().tolist(), strict=True)
-            new += [Row(step, quantity, name, float(x)) for name, x in numbers if not math.isnan(x)]
+            new += [Row(step, quantity, name, float(x)) for name, x in numbers if x != ABSENT]
         self._rows += new
         for row in new if self.log is not None else ():
             self.log(log_name(row.quantity, row.modality), row.value, row.step)  # type: ignore[misc]

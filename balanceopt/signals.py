@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from balanceopt._method import Listener
+from balanceopt._method import ABSENT, Listener
 from balanceopt._sharding import local_part
 from balanceopt._torch import foreach_norm, in_backward
 from balanceopt._warnings import warn_user
@@ -58,7 +58,7 @@ class StepSignals:
         self._held: dict[str, Callable[[], Tensor]] = {}
         self._agreement: Tensor | None = None
         self._norms: list[Tensor | None] | None = None  # of the gradients that a modulated closure left
-        self._params: dict[str, list[nn.Parameter]] = {}  # all of the encoders'
+        self._params: dict[str, list[nn.Parameter]] = {}  # of all encoders
         self._owned: WeakKeyDictionary[torch.optim.Optimizer, _Owned] = WeakKeyDictionary()
         self._open: WeakKeyDictionary[torch.optim.Optimizer, _Open] = WeakKeyDictionary()
         monitor.hooks.outputs.add(self._on_output)
@@ -197,10 +197,10 @@ class StepSignals:
         if self._reports:
             if scores is not None:
                 here = scores.present
-                self._tell("score", torch.where(here, scores.mean_score, torch.nan))
+                self._tell("score", torch.where(here, scores.mean_score, ABSENT))
                 if len(here) > 1:
                     ratio = discrepancy_ratio(scores.mean_score, "mean_of_ratios", here)
-                    self._tell("ratio", torch.where(scores.usable, ratio, torch.nan))
+                    self._tell("ratio", torch.where(scores.usable, ratio, ABSENT))
             self._report_gradients(optimizer)
             self._report_features()
         self._forget()
@@ -210,15 +210,15 @@ class StepSignals:
         device = next((norm.device for norm in norms if norm is not None), None)
         if device is None:
             return
-        absent = torch.full((), torch.nan, dtype=torch.float32, device=device)
-        values = torch.stack([absent if norm is None else norm.to(device) for norm in norms])
+        names = tuple(n for n, norm in zip(self._params, norms, strict=True) if norm is not None)
+        values = torch.stack([norm.to(device) for norm in norms if norm is not None])
         scale = getattr(
             optimizer, "grad_scale", None
         )  # of a GradScaler that leaves unscaling to a fused step
         if isinstance(scale, Tensor):
             values = values / scale.to(device)
-        self._tell("gradient_norm", values)
-        self._tell("gradient_share", values / values.nansum())
+        self._tell("gradient_norm", values, names)
+        self._tell("gradient_share", values / values.sum(), names)
 
     def _report_features(self) -> None:
         if self._pass is None or not self._held:
@@ -227,12 +227,12 @@ class StepSignals:
         for name, held in self._held.items():
             z = self.monitor.features.pooled(name, held(), self._pass.samples)
             norms.append(wide(z).norm(dim=1).mean())
-            ranks.append(effective_rank(z[:_RANKED]))
+            ranks.append(effective_rank(z[:_RANKED]) if len(z) > 1 else torch.full_like(norms[-1], ABSENT))
         device, names = norms[0].device, tuple(self._held)
         self._tell("feature_norm", torch.stack([x.to(device) for x in norms]), names)
         self._tell("effective_rank", torch.stack([x.to(device) for x in ranks]), names)
         if self._agreement is not None:
-            self._tell("agreement", self._agreement)
+            self._tell("agreement", self._agreement.nan_to_num(ABSENT))
 
     def _count_scores(self, *, missing: bool) -> None:
         self._unscored = self._unscored + 1 if missing else 0

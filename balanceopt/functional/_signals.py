@@ -25,7 +25,7 @@ def effective_rank(features: Tensor) -> Tensor:
         features: `(B, D)`, one row for each sample.
 
     Returns:
-        0-d, from 1 to min(B - 1, D); NaN where all rows are equal.
+        0-d, from 1 to min(B - 1, D); 0 where all rows are equal.
 
     Raises:
         ValueError: if `features` has another shape or dtype.
@@ -44,8 +44,8 @@ def effective_rank(features: Tensor) -> Tensor:
     # Scaled first, because a fourth power of small features would underflow.
     x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny) if x.numel() else x
     products = x @ x.T if len(x) < x.shape[1] else x.T @ x
-    result: Tensor = products.diagonal().sum().square() / products.square().sum()
-    return result
+    squares = products.square().sum()
+    return torch.where(squares == 0, 0, products.diagonal().sum().square() / squares)
 
 
 @torch.no_grad()

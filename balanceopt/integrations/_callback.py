@@ -246,7 +246,7 @@ class Balance:
         for listener in self.listeners:
             listener(step, quantity, modalities, values)
         if self._logs:
-            copied = values.detach().clone()
+            copied = torch.where(torch.isneginf(values), torch.nan, values.detach())  # of absent modalities
             self._logged.update(
                 {log_name(quantity, name): copied[index] for index, name in enumerate(modalities)}
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -218,6 +219,42 @@ def test_agreement_with_the_joint_answer():
     for name, z, weight in zip(model.modalities, features, weights, strict=True):
         same = (z @ weight.T + bias).argmax(1) == joint.argmax(1)
         assert value(recorder, "agreement", name) == pytest.approx(float(same.float().mean()))
+
+
+def test_a_modality_without_samples_makes_no_row():
+    model = small_model()
+    monitor = watch(model)
+    recorder = bo.Recorder(monitor)
+    inputs, labels = batches(model, 1)[0]
+    monitor.observe(labels, present={"visual": torch.zeros(8, dtype=torch.bool)})
+    backward(model, (inputs, labels))
+    sgd(model.parameters()).step()
+    assert set(recorder.series("score")) == {"audio"}
+    assert recorder.series("ratio") == {}
+
+
+def test_a_modality_without_a_gradient_makes_no_row_of_it():
+    model = small_model()
+    model.encoders["visual"].requires_grad_(False)
+    recorder = bo.Recorder(watch(model))
+    run(model, sgd(model.parameters()), 1)
+    assert recorder.series("gradient_share") == {"audio": ([0], [1.0])}
+    assert value(recorder, "update_ratio", "visual") == 0
+
+
+def test_numbers_that_are_not_finite_are_rows():
+    model = small_model()
+    recorder = bo.Recorder(watch(model))
+    inputs, labels = batches(model, 1)[0]
+    inputs[0][0, 0] = torch.nan
+    backward(model, (inputs, labels))
+    sgd(model.parameters()).step()
+    for quantity in ("gradient_norm", "feature_norm", "effective_rank"):
+        assert math.isnan(value(recorder, quantity, "audio")), quantity
+
+
+def test_features_that_are_all_equal_have_rank_0():
+    assert bo.functional.effective_rank(torch.ones(5, 3)) == 0
 
 
 def test_every():

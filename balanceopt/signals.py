@@ -19,7 +19,7 @@ from balanceopt.monitor import ModalityMonitor, Pass, WeakHook
 from balanceopt.optim import STEP
 
 # Elements of an encoder's weights that are compared before and after a step, enough for three digits of a norm.
-_SAMPLED = 2**16
+_SAMPLED = 2**15
 # Samples whose features give the effective rank.
 _RANKED = 256
 # Steps in a row without a score before the user is told.

@@ -67,7 +67,7 @@ class Hooks:
     Attributes:
         transforms: functions `(modality, pass, output)` that replace an encoder's output before the fusion.
         links: functions `(modality, pass, output)` that return the encoder's output with the same values, and change
-            the gradient on its way back from the fusion; called after `transforms`.
+            the gradient on its way back from the fusion; called before `transforms`.
         outputs: functions `(modality, output, pass)` called with every clean output of an encoder, attached to its
             graph, in every mode; `pass` is None outside training. Activation checkpointing calls `outputs`,
             `transforms` and `links` again, with the same pass, when an encoder is recomputed.
@@ -216,19 +216,20 @@ class Hooks:
             return None
         if not again:
             self._keep(name, current, output)
-        sent = output
+        linked = output
+        for link in () if current.rehearsal else self.links:
+            linked = link(name, current, linked)
+        sent = linked
         for transform in () if current.rehearsal else self.transforms:
             sent = transform(name, current, sent)
-        if sent is not output and current.scored and not again:
+        if sent is output:
+            return None
+        if sent is not linked and current.scored and not again:
             current.dropped.add(name)
             if name in current.features:
                 current.sent_features[name] = _copied(self.features.of(name, sent))
             else:
                 current.pending_sent[name] = map_tensors(_copied, sent)
-        for link in () if current.rehearsal else self.links:
-            sent = link(name, current, sent)
-        if sent is output:
-            return None
         self._scorer.hooks.resent(module, sent)
         return sent
 

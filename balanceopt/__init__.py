@@ -18,7 +18,7 @@ from balanceopt.modulation import (
     attention_heads,
 )
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.objective import UnimodalObjective
+from balanceopt.objective import MMPareto, UnimodalObjective
 from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
 from balanceopt.prediction import OPM, ForwardMethod, ModalityDropout
 from balanceopt.probes import ProbeMonitor
@@ -32,6 +32,7 @@ __all__ = [
     "AGM",
     "AMSS",
     "MLB",
+    "MMPareto",
     "MaskUnits",
     "MaskedSubnetworkSGD",
     "OGM",

@@ -14,7 +14,10 @@ from balanceopt.functional._coefficients import (
 )
 from balanceopt.functional._dropout import kept_but_one, kept_modalities
 from balanceopt.functional._dtypes import wide as wide
-from balanceopt.functional._gradients import mixed_gradient
+from balanceopt.functional._gradients import combined_gradient as combined_gradient
+from balanceopt.functional._gradients import gradient_products as gradient_products
+from balanceopt.functional._gradients import min_norm_weight, mixed_gradient, pareto_gradient
+from balanceopt.functional._gradients import pareto_coefficients as pareto_coefficients
 from balanceopt.functional._kept_predictions import KeptPredictions as KeptPredictions
 from balanceopt.functional._kept_predictions import StepLosses as StepLosses
 from balanceopt.functional._kept_predictions import centred_predictions
@@ -82,10 +85,12 @@ __all__ = [
     "label_set_classes",
     "likelihood_score",
     "linear_logits",
+    "min_norm_weight",
     "minmax_scale",
     "mixed_gradient",
     "modal_significance",
     "modulation_coefficient",
+    "pareto_gradient",
     "priority_coefficients",
     "purity",
     "quantile_classes",

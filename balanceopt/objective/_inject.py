@@ -127,6 +127,14 @@ class Injection:
         self.monitor.hooks.gradients.drop(self._on_gradient)
         remove_handles(self.handles)
 
+    def extras_of(self, current: Pass, name: str) -> list[Tensor | None]:
+        """Return the list that takes the uni-modal gradients of the latest output of an encoder, one for each tensor.
+
+        It is filled before the backward reaches the output; a gradient that is taken out is not added.
+        """
+        seen: _Seen | None = current.notes.get(self._key)
+        return [] if seen is None else seen.extras.get(name, [])
+
     def _on_output(self, name: str, output: Any, current: Pass | None) -> None:
         """Record an encoder's output, and hook the gradients of its tensors."""
         if current is None or not self.weight[name]:

@@ -131,6 +131,11 @@ class UnimodalObjective(nn.Module):
         return self._injection is not None
 
     @property
+    def injection(self) -> Injection | None:
+        """The hooks that add gradients during backward; None without `inject=True`."""
+        return self._injection
+
+    @property
     def out_features(self) -> int:
         """Number of logits C of the heads."""
         return self._heads.out_features

@@ -84,6 +84,11 @@ class Engine:
         self._looked = False
         self._health = Health(monitor, strict=strict)
 
+    @property
+    def number(self) -> int:
+        """Number of the step that comes next, or runs."""
+        return self._state.read()[0]
+
     # -- around a step -------------------------------------------------------------------------------------------
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -252,6 +252,21 @@ ROWS: dict[str, Row] = {
         {"joint": ONES, "unimodal": ONES},
         {"joint": [None, 3, "a"], "unimodal": [3, "a", FOUR], "share": NO_PART},
     ),
+    "min_norm_weight": function(
+        functional.min_norm_weight,
+        {"joint_sq": ONES, "unimodal_sq": ONES, "dot": ONES},
+        {"joint_sq": NO_REAL, "unimodal_sq": [*NO_REAL, torch.ones(3)], "dot": [*NO_REAL, torch.ones(3)]},
+    ),
+    "pareto_gradient": function(
+        functional.pareto_gradient,
+        {"joint": ONES, "unimodal": ONES},
+        {
+            "joint": [None, 3, "a"],
+            "unimodal": [None, 3, "a", FOUR],
+            "gamma": NEGATIVE,
+            "weight": [3, "a", ONES, torch.tensor(1j)],
+        },
+    ),
     "linear_logits": function(
         functional.linear_logits,
         {"features": [FOUR, FOUR], "weight": torch.ones(2, 6)},
@@ -545,6 +560,18 @@ ROWS: dict[str, Row] = {
             "loss": NO_FUNCTION,
             "pool": [3, "median", None],
             "seed": NO_SEED,
+        },
+    ),
+    "MMPareto": Row(
+        lambda world, **given: bo.MMPareto(
+            **{"objective": bo.UnimodalObjective(world.monitor, CLASSES, inject=True), **given}
+        ),
+        bo.MMPareto,
+        {
+            "objective": [None, 3, "a", nn.Linear(1, 1)],
+            "gamma": NEGATIVE,
+            "scope": NO_CHOICE,
+            **WINDOW,
         },
     ),
     "UnimodalObjective.forward": Row(

@@ -42,6 +42,11 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     ),
     "drop_probability": (functional.drop_probability, [torch.tensor([0.0, 1, 3])]),
     "mixed_gradient": (lambda a, b: functional.mixed_gradient(a, b, 0.5), [LOGITS, LOGITS.flip(0)]),
+    "min_norm_weight": (
+        functional.min_norm_weight,
+        [torch.tensor(x) for x in ([1.0, 4], [3.0, 1], [-1.0, 0])],
+    ),
+    "pareto_gradient": (lambda a, b: functional.pareto_gradient(a, b - 3), [LOGITS, LOGITS.flip(0)]),
     "linear_logits": (
         lambda a, b, w, bias: functional.linear_logits([a, b], w, bias),
         [LOGITS[:, :2], LOGITS, torch.arange(10.0).view(2, 5), torch.tensor([1.0, 2])],
@@ -126,7 +131,9 @@ def test_arguments_stay(name):
     assert all(map(torch.equal, arguments, before))
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"unit_importance", "mixed_gradient"}))
+@pytest.mark.parametrize(
+    "name", sorted(CASES.keys() - {"unit_importance", "mixed_gradient", "pareto_gradient"})
+)
 def test_complex_numbers_are_refused(name):
     function, arguments = CASES[name]
     with pytest.raises(ValueError, match=r"should be a dense (real|integer) tensor.*complex64"):

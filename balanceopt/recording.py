@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 from balanceopt._deferred import on_host
 from balanceopt._files import check_path, replacing
 from balanceopt._method import ABSENT
-from balanceopt._options import check_count, check_function, shown
+from balanceopt._options import check_count, check_entries, check_function, check_kind, shown
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.probes import ProbeMonitor
 from balanceopt.relearn import EpochMethod
@@ -99,7 +99,7 @@ class Recorder:
             StepSignals(source, every=every) if isinstance(source, ModalityMonitor) else source
             for source in sources
         ]
-        signals = [source for source in self._sources if isinstance(source, StepSignals)]
+        self._signals = signals = [source for source in self._sources if isinstance(source, StepSignals)]
         heard = []
         for source in self._sources:
             # A monitor's scores come in every step; a method's would come a second time.
@@ -116,10 +116,10 @@ class Recorder:
 
     def rows(self) -> list[Row]:
         """Return all recorded rows in the order of recording."""
+        for signals in self._signals:
+            signals.check()
         for source in self._sources:
-            if isinstance(source, StepSignals):
-                source.check()
-            elif isinstance(source, ProbeMonitor):
+            if isinstance(source, ProbeMonitor):
                 source.flush()
         self._fetch()
         return list(self._rows)
@@ -164,6 +164,35 @@ class Recorder:
 
         return plot_rows(self.rows(), path, **options)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows and the number of steps, of plain numbers and names, to go on with in a resumed run."""
+        return {
+            "rows": [tuple(row) for row in self.rows()],
+            "steps": max((s.step for s in self._signals), default=0),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the rows by those of a checkpoint, and count steps from its number on.
+
+        Args:
+            state: result of `state_dict()`.
+
+        Raises:
+            TypeError, KeyError, ValueError: if `state` is no state of a recorder; nothing is changed.
+        """
+        check_entries("the state of a Recorder", state, ("rows", "steps"))
+        check_count("steps", state["steps"])
+        check_kind("the state's rows", state["rows"], (list, tuple), "a list of rows")
+        for row in state["rows"]:
+            kinds = (int, str, str, float)
+            if len(row) != len(kinds) or not all(map(isinstance, row, kinds)):
+                raise ValueError(f"a row should be (step, quantity, modality, value). Found {shown(row)}.")
+        self._waiting.clear()
+        self._rows = [Row(*row) for row in state["rows"]]
+        self._step = state["steps"] - 1 if state["steps"] else None
+        for signals in self._signals:
+            signals.step = state["steps"]
+
     def remove(self) -> None:
         """Stop recording, keeping the recorded rows; a second call is a no-op."""
         if self._remove.alive:
@@ -205,7 +234,7 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         # A copy holds the rows and hears no source.
         self._fetch()
-        return {**self.__dict__, "log": None, "_sources": [], "_remove": None}
+        return {**self.__dict__, "log": None, "_sources": [], "_signals": [], "_remove": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

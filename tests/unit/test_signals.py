@@ -7,6 +7,7 @@ import gc
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -275,6 +276,42 @@ def test_micro_batches_are_one_step():
             optimizer.step()
             optimizer.zero_grad()
     assert {row.step for row in recorder.rows()} == {0, 1}
+
+
+def test_a_resumed_run_goes_on_with_the_rows(tmp_path: Path):
+    whole, parts = small_model(), small_model()
+    expected = bo.Recorder(watch(whole))
+    run(whole, sgd(whole.parameters()), 5)
+    first = bo.Recorder(watch(parts))
+    optimizer = sgd(parts.parameters())
+    run(parts, optimizer, 3)
+    torch.save(first.state_dict(), tmp_path / "recorder.pt")
+    first.remove()
+    resumed = bo.Recorder(watch(parts))
+    resumed.load_state_dict(torch.load(tmp_path / "recorder.pt", weights_only=True))
+    run(parts, optimizer, 2, first=3)
+    assert resumed.rows() == expected.rows()
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        {"rows": []},
+        {"rows": 3, "steps": 1},
+        {"rows": [], "steps": -1},
+        {"rows": [(1, "score")], "steps": 1},
+    ],
+)
+def test_a_state_that_is_none_changes_nothing(state: Any):
+    model = small_model()
+    recorder = bo.Recorder(watch(model))
+    run(model, sgd(model.parameters()), 1)
+    rows = recorder.rows()
+    with pytest.raises((TypeError, KeyError, ValueError)):
+        recorder.load_state_dict(state)
+    assert recorder.rows() == rows
 
 
 def test_several_optimizers_are_one_step():

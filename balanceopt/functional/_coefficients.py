@@ -189,8 +189,8 @@ def adaptive_coefficient(
     $$r^m(c) = \exp\left(\frac{M}{M-1} (\bar c - c^m)\right), \qquad
     k^m = \exp(\alpha \min(r^m(\text{running}) - r^m(\text{CE}), \text{cap}))$$
 
-    with \(\bar c\) the mean over modalities. A single modality has k = 1. Exponents of r are clamped to 80, so that
-    float32 can hold r.
+    with \(\bar c\) the mean over modalities. A single modality has k = 1. Exponents of r and of k are clamped to 80, so
+    that float32 can hold both.
 
     Args:
         cross_entropy: `(M,)` mean uni-modal cross-entropies of this step, nats.
@@ -225,7 +225,7 @@ def adaptive_coefficient(
     check_number("cap", cap, at_least=0)
     here = present_or_all(present, cross_entropy)
     difference = _lead(wide(running), here) - _lead(wide(cross_entropy), here)
-    k = torch.exp(alpha * difference.clamp(max=cap))
+    k = torch.exp((alpha * difference.clamp(max=cap)).clamp(max=_LARGEST_EXPONENT))
     return narrowed(torch.where(here, k, 1), cross_entropy)
 
 

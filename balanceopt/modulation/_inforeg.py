@@ -117,18 +117,19 @@ class InfoReg(Modulation):
                 "begins, before its first step."
             )
         slots = [step.slots.get(name, ()) for name in step.modalities]
+        device = step.scores.score.device
+        self._to(device)
         if self.epoch != self._epoch:
-            self._begin_epoch(len(slots))
+            self._begin_epoch(len(slots), device)
         for slot in (slot for own in slots for slot in own if slot.index not in self._anchors):
             self._set_anchor(slot, local_part(slot.parameter.detach()).clone())
-        norms = self._squared_norms(slots, step.scores.score.device)
+        norms = self._squared_norms(slots, device)
         finite = torch.isfinite(norms).all()
-        self._total = self._total.to(norms.device) + torch.where(finite, norms, 0)
-        self._steps = self._steps.to(norms.device) + finite
+        self._total = self._total + torch.where(finite, norms, 0)
+        self._steps = self._steps + finite
         strength = regulation_strength(step.scores.mean_cross_entropy, self.beta, step.scores.present)
         history = self._history.sum(1) if self.trace == "model" else self._history
-        is_open = in_prime_window(history, self.threshold).to(strength.device)
-        acts = is_open & step.scores.usable & torch.isfinite(strength)
+        acts = in_prime_window(history, self.threshold) & step.scores.usable & torch.isfinite(strength)
         strength = torch.where(acts, self.scale * strength, 0)
         step.report("regulation_strength", strength)
         host_value = on_host(strength)
@@ -136,16 +137,22 @@ class InfoReg(Modulation):
             if own and (host_value is None or host_value[index] > 0):
                 self._pull(own, strength[index])
 
-    def _begin_epoch(self, modalities: int) -> None:
+    def _to(self, device: torch.device) -> None:
+        """Move the norms to a device, once after a load, as a copy synchronises."""
+        self._history, self._total, self._steps = (
+            x.to(device) for x in (self._history, self._total, self._steps)
+        )
+
+    def _begin_epoch(self, modalities: int, device: torch.device) -> None:
         """Add the mean of the epoch before to the history, and release the epoch's anchors."""
         if self._epoch is None:
-            self._history = torch.zeros(0, modalities, dtype=torch.float32, device="cpu")
+            self._history = torch.zeros(0, modalities, dtype=torch.float32, device=device)
         else:
             mean = (self._total / self._steps.clamp(min=1)).unsqueeze(0)
-            self._history = torch.cat([self._history.to(mean.device), mean])[-2:]  # the rule looks at two
+            self._history = torch.cat([self._history, mean])[-2:]  # the rule looks at two
         self._epoch = self.epoch
-        self._total = torch.zeros(modalities, dtype=torch.float32, device="cpu")
-        self._steps = torch.zeros((), dtype=torch.float32, device="cpu")
+        self._total = torch.zeros(modalities, dtype=torch.float32, device=device)
+        self._steps = torch.zeros((), dtype=torch.float32, device=device)
         self._anchors.clear()
         self._shards_of.clear()
 

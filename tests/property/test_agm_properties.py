@@ -86,6 +86,9 @@ def test_large_gaps_stay_finite():
     k = adaptive_coefficient(torch.tensor([0.0, 1e4]), torch.tensor([1e4, 0.0]))
     assert bool(k.isfinite().all())
     assert k.tolist() == [0.0, pytest.approx(math.exp(10.0), rel=1e-5)]
+    strong = adaptive_coefficient(torch.tensor([0.0, 1e4]), torch.tensor([1e4, 0.0]), alpha=20.0)
+    assert bool(strong.isfinite().all())  # one that is infinite would be left out, as a coefficient of 1
+    assert float(strong[1]) > 1
 
 
 def test_the_first_step_is_the_base_optimizer_s_bit_for_bit():

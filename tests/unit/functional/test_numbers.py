@@ -40,6 +40,18 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         lambda r: functional.modulation_coefficient(r, 0.3, "tpami"),
         [torch.tensor([0.0, 1, 3])],
     ),
+    "adaptive_coefficient": (
+        functional.adaptive_coefficient,
+        [torch.tensor([0.0, 1, 2]), torch.tensor([1.0, 1, 1])],
+    ),
+    "balance_coefficient": (functional.balance_coefficient, [torch.tensor([1.0, 2, 4])]),
+    "priority_coefficients": (functional.priority_coefficients, [torch.tensor([1.0, 2, 2])]),
+    "regulation_strength": (functional.regulation_strength, [torch.tensor([0.0, 1, 3])]),
+    "in_prime_window": (functional.in_prime_window, [torch.tensor([[1.0, 2], [3, 2]])]),
+    "kept_modalities": (
+        lambda p: functional.kept_modalities(p, 5, generator()),
+        [torch.tensor([1.0, 0, 1])],
+    ),
     "drop_probability": (functional.drop_probability, [torch.tensor([0.0, 1, 3])]),
     "mixed_gradient": (lambda a, b: functional.mixed_gradient(a, b, 0.5), [LOGITS, LOGITS.flip(0)]),
     "min_norm_weight": (

@@ -31,10 +31,10 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(options, monitor):
+def run(options, monitor, method=bo.OPM):
     torch.manual_seed(0)
     model = small_model(3)
-    modulator = bo.OPM(watch(model, **monitor), seed=1, **options)
+    modulator = method(watch(model, **monitor), seed=1, **options)
     with inputs_of(model.head) as seen:
         for number in range(4):
             inputs, labels = batch(8, 3)
@@ -49,18 +49,23 @@ def run(options, monitor):
 
 @pytest.mark.parametrize("monitor", [{}, {"scores": "zero-out"}], ids=["split", "zero-out"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"rescale": "official"}],
+    ("method", "options"),
+    [
+        (bo.OPM, {}),
+        (bo.OPM, {"rescale": "official"}),
+        (bo.ModalityDropout, {"p": 0.5}),
+        (bo.ModalityDropout, {"p": "equal"}),
+    ],
     ids=str,
 )
-def test_a_forward_does_not_wait(options, monitor):
-    on_host = run(options, monitor)
+def test_a_forward_does_not_wait(method, options, monitor):
+    on_host = run(options, monitor, method)
     modules = ("_drop", "_modulator")
     patches = [mock.patch(f"balanceopt.prediction.{m}.on_host", return_value=None) for m in modules]
     for patch in patches:
         patch.start()
     try:
-        on_device = run(options, monitor)
+        on_device = run(options, monitor, method)
     finally:
         for patch in patches:
             patch.stop()

@@ -25,7 +25,9 @@ CLOSE = 0.05  # the probe is no further below the best encoder's
 FITTED = 0.97  # the probe on training samples of an encoder that has fitted them
 GONE = 0.25  # the gradient's norm, as a share of its peak, when the joint loss has no more to teach
 TOUCHED = 0.05  # a method that changes less than this on average hardly acts
-COLLAPSED = 1.05  # an effective rank below this: all features point in one direction
+# A participation ratio below this: all but some 0.05 % of the features' variance lies in one direction. With two
+# classes a healthy encoder may come down to 1.05.
+COLLAPSED = 1.001
 STARVED = 0.03  # the encoder trained alone reaches so much more
 
 
@@ -76,11 +78,10 @@ SOURCES: dict[str, Source] = {
         "https://arxiv.org/abs/1610.01644",
         "A linear classifier on features that it does not change tells what they hold.",
     ),
-    "roy2007": Source(
-        "The effective rank: a measure of effective dimensionality (EUSIPCO 2007)",
-        "https://ieeexplore.ieee.org/document/7098875",
-        "The exponential of the entropy of the normalised singular values: how many directions features "
-        "really use.",
+    "gao2017": Source(
+        "A theory of multineuronal dimensionality, dynamics and measurement (2017)",
+        "https://www.biorxiv.org/content/10.1101/214262",
+        "The participation ratio of the covariance's eigenvalues: over how many directions variance spreads.",
     ),
 }
 
@@ -420,7 +421,7 @@ RULES: tuple[Rule, ...] = (
         why="Its features use a single direction, so a linear head can tell at most one thing by them.",
         number="Effective rank {rank} at the end; 1 is a single direction.",
         advice="Look for dead units, a too large learning rate, or constant inputs.",
-        sources=("roy2007",),
+        sources=("gao2017",),
     ),
     Rule(
         "starved, measured",

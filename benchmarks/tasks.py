@@ -17,6 +17,8 @@ Arrays = tuple[np.ndarray, np.ndarray]
 
 # A regression that is much worse than the mean is as good as none; without a floor one would be all of a set's mean.
 _FLOOR = -100.0
+# Standard deviations beyond which a feature counts as that far.
+_FAR = 5.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def logistic_probe(seen: Arrays, unseen: Arrays) -> float:
 
 def ridge_probe(seen: Arrays, unseen: Arrays) -> float:
     """R2 in percent that a ridge regression of `seen` (features, numbers) reaches on `unseen`."""
-    seen_features, unseen_features = _scaled(seen[0], unseen[0])
+    # A unit that is all but dead on the samples seen would be huge on others, and R2 has no bound.
+    seen_features, unseen_features = (x.clip(-_FAR, _FAR) for x in _scaled(seen[0], unseen[0]))
     ridge = need("sklearn.linear_model").RidgeCV(np.logspace(-2, 3, 11)).fit(seen_features, seen[1])
     predicted = ridge.predict(unseen_features).reshape(unseen[1].shape)
     return determination(torch.from_numpy(predicted), torch.from_numpy(unseen[1]))

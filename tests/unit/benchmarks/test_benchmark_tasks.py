@@ -104,3 +104,10 @@ def test_a_trained_model_is_measured_by_the_tasks_metric(task: Task) -> None:
     for p in model.parameters():
         p.data.fill_(float("nan"))
     assert set(measure(model, data)["probes"].values()) == {0.0}
+
+
+def test_a_unit_that_is_dead_on_the_samples_seen_does_not_ruin_a_probe_of_numbers() -> None:
+    features = np.random.default_rng(0).normal(size=(300, 3))
+    features[:200, 2] = 1e-6 * (features[:200, 2] > 2)
+    targets = features[:, :1] + 0.1 * features[:, 1:2]
+    assert NUMBER.probe((features[:200], targets[:200]), (features[200:], targets[200:])) > 90

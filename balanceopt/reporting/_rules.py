@@ -232,8 +232,12 @@ def _facts(run: Run, name: str) -> Facts:
         "alone": _or_dash(run.alone.get(name, math.nan)),
         "lost": f"{100 * (run.alone.get(name, math.nan) - probes[name]):.1f}",
         "gradient": _or_dash(gradient.now / peak if peak else math.nan),
-        "ratio": "not recorded" if ratio is None else f"{ratio.now:.2f}",
+        "ratio": "not recorded" if ratio is None else _ratio(ratio.now),
     }
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if 0.01 <= value < 1000 else f"{value:.1g}"
 
 
 def _or_dash(value: float) -> str:
@@ -308,11 +312,11 @@ def _leads(run: Run) -> list[Facts]:
         {
             "m": leader,
             "others": others[0] if len(others) == 1 else "the others on average",
-            "ratio": f"{ratio.now:.2f}",
+            "ratio": _ratio(ratio.now),
             "since": "from the first step on" if since == ratio.steps[0] else f"since step {since:,}",
             "trend": trend,
-            "first": f"{first:.2f}",
-            "now": f"{now:.2f}",
+            "first": _ratio(first),
+            "now": _ratio(now),
             "earlier": earlier,
         }
     ]

@@ -236,6 +236,19 @@ def test_sources_that_are_pages_exist(source: Any):
     assert anchor in anchors
 
 
+def test_what_is_quoted_of_the_evidence_stands_there():
+    page = " ".join((ROOT / "docs/evidence.md").read_text(encoding="utf-8").split())
+    says = SOURCES["evidence"].says
+    for quoted in ("86 to 105 %", "0.3 points", "Six sets", "ten seeds"):
+        assert quoted in says
+        assert quoted in page
+
+
+def test_a_huge_ratio_is_told_in_short():
+    assert "in the last: the lead" in found(rows("ratio", 1e-7, 1e7))["leads", "image"].number
+    assert "1e+07" in found(rows("ratio", 1e-7, 1e7))["leads", "image"].number
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="`recorder` should be a Recorder"):
         bo.report([])  # type: ignore[arg-type]

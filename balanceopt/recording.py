@@ -66,8 +66,8 @@ class Recorder:
             `balance/ratio/audio`. From an accelerator rows come in batches, so that no step waits for the device.
 
     Raises:
-        ValueError: if `every` is not a whole number of at least 1.
-        TypeError: if a source has no listeners, or `log` is no function.
+        ValueError: if `every` is not a whole number of at least 1, or `log` is no function.
+        TypeError: if a source has no listeners.
 
     Example:
         >>> import torch, balanceopt as bo

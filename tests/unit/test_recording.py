@@ -123,6 +123,45 @@ def test_what_is_told_may_change_later(waits: bool, monkeypatch: pytest.MonkeyPa
     assert recorder.rows()[0].value == 1.0
 
 
+def test_log_gets_each_row_as_it_comes():
+    logged: list[tuple[str, float, int]] = []
+    source = Source()
+    recorder = bo.Recorder(source, every=2, log=lambda *row: logged.append(row))
+    for step in range(4):
+        source.tell(step, "ratio", 0.5, 2.0)
+    assert logged == [
+        (f"balance/ratio/{name}", value, step) for step in (0, 2) for name, value in (("a", 0.5), ("b", 2.0))
+    ]
+    assert len(recorder.rows()) == 4
+
+
+def test_values_on_a_device_are_logged_at_the_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("balanceopt.recording.on_host", lambda tensor: None)
+    logged: list[str] = []
+    source = Source()
+    with bo.Recorder(source, log=lambda name, value, step: logged.append(name)):
+        source.tell(0, "ratio", 0.5)
+        assert logged == []
+    assert logged == ["balance/ratio/a"]
+
+
+def test_a_log_that_raises_loses_no_row():
+    def fails(name: str, value: float, step: int) -> None:
+        raise OSError
+
+    source = Source()
+    recorder = bo.Recorder(source, log=fails)
+    with pytest.raises(OSError):  # noqa: PT011
+        source.tell(0, "ratio", 0.5, 2.0)
+    assert len(recorder.rows()) == 2
+
+
+@pytest.mark.parametrize("log", [3, "print", bo.Recorder])
+def test_log_is_a_function(log: Any):
+    with pytest.raises(ValueError, match=r"`log` should be a function of \(name, value, step\), or None"):
+        bo.Recorder(log=log)
+
+
 def test_remove():
     source = Source()
     with bo.Recorder(source) as recorder:

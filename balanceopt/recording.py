@@ -185,7 +185,8 @@ class Recorder:
         check_kind("the state's rows", state["rows"], (list, tuple), "a list of rows")
         for row in state["rows"]:
             kinds = (int, str, str, float)
-            if len(row) != len(kinds) or not all(map(isinstance, row, kinds)):
+            fits = isinstance(row, (list, tuple)) and len(row) == len(kinds)
+            if not fits or not all(map(isinstance, row, kinds)):
                 raise ValueError(f"a row should be (step, quantity, modality, value). Found {shown(row)}.")
         self._waiting.clear()
         self._rows = [Row(*row) for row in state["rows"]]

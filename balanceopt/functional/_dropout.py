@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from balanceopt._options import check_count, check_generator, check_tensor
+from balanceopt._deferred import on_host
+from balanceopt._options import check_count, check_generator, check_kind, check_tensor
 
 
 @torch.no_grad()
@@ -26,7 +27,8 @@ def kept_modalities(
         bool `(M, B)`.
 
     Raises:
-        ValueError: if `p` or `present` has another shape or dtype, or `samples` is negative.
+        ValueError: if `p` or `present` has another shape or dtype, `samples` is negative, or a probability lies outside
+            [0, 1] (checked on the CPU alone, since reading it would synchronise with another device).
         TypeError: if `p` or `present` is not a tensor, or `generator` not a `torch.Generator`.
 
     Example:
@@ -40,6 +42,9 @@ def kept_modalities(
     check_tensor("p", p, "(M,)", dims=(1,), empty=False)
     check_count("samples", samples)
     check_generator(generator)
+    values = on_host(p)
+    if values is not None and not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"`p` should hold probabilities from 0 to 1. Found {values.tolist()}.")
     here = _present_of(present, len(p), samples, p.device)
     uniform = torch.rand(len(p), samples, generator=generator, dtype=torch.float32, device=p.device)
     rate = p.float().unsqueeze(1)
@@ -75,7 +80,7 @@ def kept_but_one(
 
     Raises:
         ValueError: if `present` has another shape or dtype, or a number is negative.
-        TypeError: if `present` is not a tensor, or `generator` not a `torch.Generator`.
+        TypeError: if `present` is not a tensor, `generator` not a `torch.Generator`, or `device` not a `torch.device`.
 
     Example:
         >>> kept_but_one(2, 100).sum(0).unique()
@@ -87,6 +92,7 @@ def kept_but_one(
     check_count("modalities", modalities, at_least=1)
     check_count("samples", samples)
     check_generator(generator)
+    check_kind("`device`", device, (torch.device, type(None)), "a torch.device or None")
     where = torch.device("cpu") if device is None else device
     here = _present_of(present, modalities, samples, where)
     count = here.sum(0)

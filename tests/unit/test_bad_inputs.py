@@ -53,6 +53,9 @@ NO_PATH: list[Any] = [3, [], b"a"]
 NO_LOADER: list[Any] = [3, "train", torch.utils.data.DataLoader, torch.ones(2, 2)]
 NO_LABELS: list[Any] = [None, "a", [None], 3, {}, torch.zeros(8, dtype=torch.cfloat)]
 NO_STATE: list[Any] = [None, 3, {}, [], "state"]
+NO_THRESHOLD: list[Any] = [value for value in NO_NUMBER if value != INF]
+NO_PRESENT: list[Any] = [3, "a", [True, False], torch.ones(2), torch.ones(3).bool(), torch.tensor(True)]
+NO_FLAGS: list[Any] = [3, "a", [True], torch.ones(2, 4), torch.ones(2).bool(), torch.ones(3, 4).bool()]
 NO_GENERATOR: list[Any] = [3, "cpu", torch.Generator]
 
 
@@ -147,6 +150,17 @@ def observed(world: World, **given: Any) -> None:
     train_step(world.model, world.inputs, world.labels)
     world.model.zero_grad()
     world.monitor.observe(**given)
+
+
+@cache
+def recorded() -> bo.Recorder:
+    """A recorder of one training step, taken off again."""
+    world = World()
+    with bo.Recorder(world.monitor) as recorder:
+        train_step(world.model, world.inputs, world.labels)
+        world.optimizer.step()
+        train_step(world.model, world.inputs, world.labels)
+    return recorder
 
 
 def masked(world: World, **given: Any) -> bo.MaskedSubnetworkSGD:
@@ -246,6 +260,93 @@ ROWS: dict[str, Row] = {
     ),
     "drop_probability": function(
         functional.drop_probability, {"ratio": ONES}, {"ratio": NO_REAL, "q_base": NO_PART, "lam": NEGATIVE}
+    ),
+    "adaptive_coefficient": function(
+        functional.adaptive_coefficient,
+        {"cross_entropy": ONES, "running": ONES},
+        {
+            "cross_entropy": [*NO_VECTOR, torch.ones(0)],
+            "running": [*NO_VECTOR, torch.ones(0), torch.ones(3)],
+            "alpha": NEGATIVE,
+            "cap": NEGATIVE,
+            "present": NO_PRESENT,
+        },
+    ),
+    "balance_coefficient": function(
+        functional.balance_coefficient,
+        {"score": ONES},
+        {
+            "score": [*NO_VECTOR, torch.ones(0)],
+            "alpha": NEGATIVE,
+            "beta": [*NEGATIVE, 0.9],
+            "present": NO_PRESENT,
+        },
+    ),
+    "priority_coefficients": function(
+        functional.priority_coefficients,
+        {"accuracy": ONES},
+        {"accuracy": [*NO_VECTOR, torch.ones(0)], "boost": NEGATIVE, "damp": NEGATIVE},
+    ),
+    "regulation_strength": function(
+        functional.regulation_strength,
+        {"cross_entropy": ONES},
+        {"cross_entropy": [*NO_VECTOR, torch.ones(0)], "beta": NEGATIVE, "present": NO_PRESENT},
+    ),
+    "in_prime_window": function(
+        functional.in_prime_window,
+        {"trace": ONES},
+        {"trace": [*NO_REAL, torch.tensor(1.0), torch.ones(2, 2, 2)], "threshold": NO_THRESHOLD},
+    ),
+    "kept_modalities": function(
+        functional.kept_modalities,
+        {"p": torch.tensor([0.5, 0.0]), "samples": 4, "generator": torch.Generator()},
+        {
+            "p": [
+                *NO_VECTOR,
+                *(
+                    torch.ones(0),
+                    torch.tensor([-0.1, 0.5]),
+                    torch.tensor([0.5, 1.1]),
+                    torch.tensor([NAN, 0.5]),
+                ),
+            ],
+            "samples": [*NO_COUNT, None],
+            "generator": NO_GENERATOR,
+            "present": NO_FLAGS,
+        },
+    ),
+    "kept_but_one": function(
+        functional.kept_but_one,
+        {"modalities": 2, "samples": 4, "generator": torch.Generator()},
+        {
+            "modalities": NO_SIZE,
+            "samples": [*NO_COUNT, None],
+            "generator": NO_GENERATOR,
+            "present": NO_FLAGS,
+            "device": ["cpu", 3.5, [], torch.device],
+        },
+    ),
+    "effective_rank": function(
+        functional.effective_rank, {"features": FOUR}, {"features": [*NO_REAL, torch.ones(2, 2, 2)]}
+    ),
+    "agreement": function(
+        functional.agreement,
+        {"logits": torch.ones(2, 4, 3), "joint": FOUR},
+        {
+            "logits": [*NO_REAL, FOUR],
+            "joint": [*NO_REAL, ONES, torch.ones(5, 3), torch.ones(4, 2)],
+            "kind": NO_CHOICE,
+        },
+    ),
+    "QuantileClasses": function(
+        functional.quantile_classes(torch.arange(4.0)).__call__,
+        {"targets": torch.arange(4.0)},
+        {"targets": [*NO_REAL, FOUR, torch.tensor([NAN])]},
+    ),
+    "LabelSetClasses": function(
+        functional.label_set_classes(FOUR).__call__,
+        {"multi_hot": FOUR},
+        {"multi_hot": [*NO_REAL, ONES, torch.ones(4, 2)]},
     ),
     "mixed_gradient": function(
         functional.mixed_gradient,
@@ -460,6 +561,51 @@ ROWS: dict[str, Row] = {
             **WINDOW,
         },
     ),
+    "AGM": function(
+        bo.AGM,
+        {},
+        {
+            "alpha": NEGATIVE,
+            "cap": NEGATIVE,
+            "apply_to": [*NO_CHOICE, "lr"],
+            "head": NO_FLAG,
+            "min_ndim": NO_COUNT,
+            **WINDOW,
+        },
+    ),
+    "MLB": function(
+        bo.MLB,
+        {},
+        {
+            "alpha": NEGATIVE,
+            "beta": [*NEGATIVE, 0.9],
+            "apply_to": [*NO_CHOICE, "lr"],
+            "min_ndim": NO_COUNT,
+            **WINDOW,
+        },
+    ),
+    "FixedModulation": function(
+        bo.FixedModulation,
+        {"coefficients": {"audio": 0.5}},
+        {
+            "coefficients": [*NO_MAPPING, None, *({"audio": value} for value in NEGATIVE)],
+            "apply_to": [*NO_CHOICE, "lr"],
+            "min_ndim": NO_COUNT,
+            "frozen": [*NO_FLAG, True],
+            **WINDOW,
+        },
+    ),
+    "FixedModulation of an optimizer": Row(
+        lambda world, **given: wrapped(world, modulation=bo.FixedModulation(**given)),
+        bo.FixedModulation,
+        {"coefficients": [{"smell": 0.5}, {3: 0.5}, {"": 0.5}, {"audio": 0.5, "smell": 0.5}]},
+        lambda world: {"coefficients": {"audio": 0.5}},
+    ),
+    "InfoReg": function(
+        bo.InfoReg,
+        {},
+        {"beta": NEGATIVE, "threshold": NO_THRESHOLD, "scale": NEGATIVE, "trace": NO_CHOICE, **WINDOW},
+    ),
     "AMSS": function(
         bo.AMSS,
         {},
@@ -547,6 +693,16 @@ ROWS: dict[str, Row] = {
             **WINDOW,
         },
     ),
+    "ModalityDropout": Row(
+        lambda world, **given: bo.ModalityDropout(**{"monitor": world.monitor, **given}).remove(),
+        bo.ModalityDropout,
+        {
+            "monitor": NO_MONITOR,
+            "p": [*NO_PART, "other", {"smell": 0.5}, {3: 0.5}, *({"audio": value} for value in NO_PART)],
+            "seed": NO_SEED,
+            **WINDOW,
+        },
+    ),
     "UnimodalObjective": Row(
         lambda world, **given: objective(world, **given).remove(),
         bo.UnimodalObjective,
@@ -598,6 +754,8 @@ ROWS: dict[str, Row] = {
             "model": NO_MODULE,
             "encoders": ENCODERS,
             "head": [3, nn.Linear, "nowhere", nn.Linear(1, 1), {"audio": "head"}, {3: "head", "a": "head"}],
+            "loss": [*NO_FUNCTION, nn.MSELoss, nn.TripletMarginLoss(), nn.NLLLoss()],
+            "fill": NO_CHOICE,
             "scores": [*NO_CHOICE, "per-head", nn.Linear],
             "labels": [*NO_CHOICE, nn.CrossEntropyLoss],
             "train_only": NO_FLAG,
@@ -701,6 +859,33 @@ ROWS: dict[str, Row] = {
         {"state": NO_STATE},
         lambda world: {"state": bo.OPM(world.monitor).state_dict()},
     ),
+    "ModalityDropout.load_state_dict": Row(
+        lambda world, state: bo.ModalityDropout(world.monitor).load_state_dict(state),
+        bo.ModalityDropout.load_state_dict,
+        {"state": NO_STATE},
+        lambda world: {"state": bo.ModalityDropout(world.monitor).state_dict()},
+    ),
+    "ProbeMonitor.load_state_dict": Row(
+        lambda world, state: bo.ProbeMonitor(world.monitor).load_state_dict(state),
+        bo.ProbeMonitor.load_state_dict,
+        {"state": NO_STATE},
+        lambda world: {"state": bo.ProbeMonitor(world.monitor).state_dict()},
+    ),
+    "Recorder.load_state_dict": Row(
+        lambda world, state: bo.Recorder().load_state_dict(state),
+        bo.Recorder.load_state_dict,
+        {
+            "state": [
+                *NO_STATE,
+                {"rows": []},
+                {"rows": 3, "steps": 0},
+                *({"rows": [row], "steps": 1} for row in (3, None, (), "step", (0, "score", "audio", "0.5"))),
+                *({"rows": [], "steps": steps} for steps in NO_COUNT),
+            ]
+        },
+        lambda world: {"state": recorded().state_dict()},
+        named={"state": "(state|rows?|steps)"},
+    ),
     "ReLearnScheduler.load_state_dict": Row(
         lambda world, state: scheduler(world).load_state_dict(state),
         bo.ReLearnScheduler.load_state_dict,
@@ -734,7 +919,36 @@ ROWS: dict[str, Row] = {
             *[] if source is None else [source], **given
         ).remove(),
         bo.Recorder,
-        {"source": [3, "optimizer", bo.OPM, nn.Linear(1, 1), [bo.OGM()]], "every": NO_SIZE},
+        {
+            "source": [3, "optimizer", bo.OPM, nn.Linear(1, 1), [bo.OGM()]],
+            "every": NO_SIZE,
+            "log": [3, "print", [print], nn.Module],
+        },
+    ),
+    "ProbeMonitor": Row(
+        lambda world, **given: bo.ProbeMonitor(**{"monitor": world.monitor, **given}).remove(),
+        bo.ProbeMonitor,
+        {"monitor": NO_MONITOR, "lr": [*NEGATIVE, 0]},
+    ),
+    "report": Row(
+        lambda world, **given: bo.report(**given),
+        bo.report,
+        {
+            "recorder": [None, 3, "recorder", bo.Recorder, []],
+            "alone": [
+                *NO_MAPPING,
+                *({"audio": value} for value in (*NO_NUMBER, 1.1)),
+                {"smell": 0.5},
+                {3: 0.5},
+            ],
+        },
+        lambda world: {"recorder": recorded()},
+    ),
+    "to_html": Row(
+        lambda world, **given: bo.report(bo.Recorder()).to_html(**given),
+        bo.Report.to_html,
+        {"path": [None, *NO_PATH], "title": [None, 3, b"a", ["report"]]},
+        lambda world: {"path": "/dev/null/nowhere"},
     ),
     "to_csv": Row(
         lambda world, **given: bo.Recorder().to_csv(**given),
@@ -772,7 +986,7 @@ ROWS: dict[str, Row] = {
     ),
 }
 # Good arguments that are not taken to the end: they would write a file, or there is nothing to find.
-NOT_TRIED = {"attention_heads", "to_csv", "MaskedSubnetworkSGD"}
+NOT_TRIED = {"attention_heads", "to_csv", "to_html", "MaskedSubnetworkSGD"}
 
 
 def cases() -> Iterator[Any]:

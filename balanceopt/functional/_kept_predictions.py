@@ -8,7 +8,7 @@ loop's own targets times the number of modalities plus one, and micro-batches an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,17 +58,25 @@ class KeptPredictions:
         targets: `(B, ...)` targets of each micro-batch.
         present: bool `(M, B)` flags of each micro-batch, samples that have the modality.
         centre: sums from which the predictions are centred, which add; None for predictions that are no parts.
+        outputs_last: whether outputs are in the last dimension, after the positions.
     """
 
     unimodal: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
     present: tuple[Tensor, ...]
     centre: Tensor | None
+    outputs_last: bool = False
 
     @classmethod
     @torch.no_grad()
     def of(
-        cls, unimodal: Tensor, target: Tensor, joint: Tensor | None = None, present: Tensor | None = None
+        cls,
+        unimodal: Tensor,
+        target: Tensor,
+        joint: Tensor | None = None,
+        present: Tensor | None = None,
+        *,
+        outputs_last: bool = False,
     ) -> KeptPredictions:
         """Keep a micro-batch; no tensor is copied.
 
@@ -77,11 +85,21 @@ class KeptPredictions:
             target: `(B, ...)`, of which the caller has a copy if its buffer may be reused.
             joint: `(B, ...)` joint prediction, to centre uni-modal ones as `centred_predictions` does; None not to.
             present: bool `(M, B)`, samples that have the modality; None for all True.
+            outputs_last: whether outputs are in the last dimension, not in the one after the samples'.
         """
         if present is None:
             present = torch.ones(unimodal.shape[:2], dtype=torch.bool, device=unimodal.device)
-        centre = None if joint is None else _centre_sums(unimodal, joint, present)
-        return cls((unimodal.detach(),), (target.detach(),), (present,), centre)
+        centre = None
+        if joint is not None:
+            parts, whole = (
+                (unimodal.movedim(-1, 2), joint.movedim(-1, 1)) if outputs_last else (unimodal, joint)
+            )
+            centre = _centre_sums(parts, whole, present)
+        return cls((unimodal.detach(),), (target.detach(),), (present,), centre, outputs_last)
+
+    def without_centring(self) -> KeptPredictions:
+        """Return the predictions with a centre of no samples, which moves none and adds to those of other ranks."""
+        return self if self.centre is None else replace(self, centre=torch.zeros_like(self.centre))
 
     def __add__(self, other: KeptPredictions) -> KeptPredictions:
         if (self.centre is None) != (other.centre is None):
@@ -92,6 +110,7 @@ class KeptPredictions:
             self.targets + other.targets,
             self.present + other.present,
             self.centre + other.centre if both else None,  # type: ignore[operator]
+            self.outputs_last,
         )
 
     @torch.no_grad()
@@ -120,7 +139,11 @@ class KeptPredictions:
         centre = None if self.centre is None else sum_over_ranks(self.centre)
         parts, values, counted = [], [], []
         for unimodal, target, present in zip(self.unimodal, self.targets, self.present, strict=True):
-            predictions = unimodal if centre is None else _moved(unimodal, centre)
+            predictions = unimodal
+            if centre is not None and self.outputs_last:
+                predictions = _moved(unimodal.movedim(-1, 2), centre).movedim(2, -1)
+            elif centre is not None:
+                predictions = _moved(unimodal, centre)
             measured = loss.measure(predictions, target, present)
             parts.append(measured.parts)
             values.append(measured.values)

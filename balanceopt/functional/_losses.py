@@ -435,6 +435,10 @@ class FunctionLoss(Loss):
         return SampleLosses(values, torch.ones_like(values[0], dtype=torch.bool), precise(parts))
 
     def _of_one(self, prediction: Tensor, target: Tensor) -> Tensor:
+        if not len(
+            prediction
+        ):  # of a rank without samples, which knows neither shape nor dtype of the target
+            return wide(prediction.detach()).new_zeros(0)
         result = self.function(prediction.detach(), target.detach())
         if not (isinstance(result, Tensor) and result.dim() and result.shape[0] == len(prediction)):
             raise ValueError(

@@ -194,10 +194,20 @@ class Scorer:
             logits, target, joint = (_of_samples(x, len(everyone)) for x in (logits, target, done.logits))
         else:
             logits, joint = in_output_shape(logits, done), in_output_shape(done.logits, done)
-        return self._sums(logits, target, joint, torch.stack(present), torch.stack(entropy))
+        outputs_last = not self.loss.rowwise and not done.classes_first and joint.dim() > 2
+        return self._sums(
+            logits, target, joint, torch.stack(present), torch.stack(entropy), outputs_last=outputs_last
+        )
 
     def _sums(
-        self, logits: Tensor, target: Tensor, joint: Tensor, present: Tensor, entropy: Tensor
+        self,
+        logits: Tensor,
+        target: Tensor,
+        joint: Tensor,
+        present: Tensor,
+        entropy: Tensor,
+        *,
+        outputs_last: bool = False,
     ) -> Sums | Kept:
         """Return what samples add to the scores.
 
@@ -207,12 +217,16 @@ class Scorer:
             joint: joint logits `(B, C, ...)`.
             present: bool `(M, B)`, the samples that count for each modality.
             entropy: feature entropies `(M, B)`.
+            outputs_last: whether the logits' outputs C are in the last dimension, after positions.
         """
         loss = self.loss
         if loss.scale_free:
-            centred = self.unimodal is not None and self.unimodal.are_parts and loss.centred(target)
-            kept = KeptPredictions.of(logits, target, joint.float() if centred else None, present)
-            return Kept(kept, (entropy,), loss)
+            are_parts = self.unimodal is not None and self.unimodal.are_parts
+            kept = KeptPredictions.of(
+                logits, target, joint.float() if are_parts else None, present, outputs_last=outputs_last
+            )
+            # A centre all the same, since a rank without samples knows no target and sums the centre over ranks too.
+            return Kept(kept if loss.centred(target) else kept.without_centring(), (entropy,), loss)
         measured = loss.measure(logits, target, present)
         parts = torch.stack(
             [torch.exp(-measured.values), torch.ones_like(measured.values), measured.values, entropy]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +25,7 @@ LOSSES: dict[str, Any] = {
     "l1": nn.L1Loss,
     "bce": nn.BCEWithLogitsLoss,
     "function": lambda: lambda f, y: (f - y).abs(),
+    "function of classes": lambda: lambda f, y: F.nll_loss(f.log_softmax(1), y, reduction="none"),
 }
 # Rows of each of two ranks.
 EQUAL, UNEVEN, ONE, NONE = (4, 4), (5, 3), (7, 1), (8, 0)
@@ -38,6 +40,8 @@ def batch(number: int, name: str) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(number)
     inputs = [torch.randn(ROWS, n, generator=generator) for n in INPUTS[:2]]
     target = inputs[0][:, :OUTPUTS] + 0.3 * torch.randn(ROWS, OUTPUTS, generator=generator) + 2
+    if name == "function of classes":
+        return inputs, target.argmax(1)
     return inputs, (target > 2).float() if name == "bce" else target
 
 
@@ -62,7 +66,7 @@ class Run:
             inputs, target = [x[self.rows] for x in inputs], target[self.rows]
             self.optimizer.zero_grad()
             if len(target):
-                if self.name == "function":
+                if self.name.startswith("function"):
                     self.monitor.observe(target)
                 # DDP takes the mean of ranks, of which each has its own number of rows.
                 share = len(target) * self.ranks / ROWS

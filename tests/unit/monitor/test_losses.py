@@ -549,3 +549,32 @@ def test_an_encoder_of_some_samples(loss: nn.Module):
     assert found.score.tolist() == pytest.approx(
         [float(values[0][some].sum()), float(values[1].sum())], rel=1e-5
     )
+
+
+class Steps(nn.Module):
+    """Outputs for each step of a sequence, in the last dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(2, 4), nn.Linear(8, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head(torch.cat([self.a(a), self.b(b)], -1))
+
+
+def test_a_function_of_outputs_in_the_last_dimension_is_centred_by_output():
+    torch.manual_seed(0)
+    model = Steps()
+    a, b = torch.randn(B, 5, 3), torch.randn(B, 5, 2)
+    target = torch.randn(B, 5, 2) + torch.tensor([5.0, -5.0])
+    losses: list[Any] = [nn.MSELoss(), lambda f, y: (f - y).square()]
+    found = []
+    for loss in losses:
+        with bo.ModalityMonitor(model, {"a": "a", "b": "b"}, "head", loss=loss) as monitor:
+            scores = monitor.scores()
+            monitor.observe(target)
+            F.mse_loss(model(a, b), target).backward()
+            taken = scores.take()
+        assert taken is not None
+        found.append(taken.cross_entropy / taken.cross_entropy.sum())  # the two have other units
+    torch.testing.assert_close(*found)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from balanceopt._deferred import on_host
 from balanceopt._options import shown
 
 Pool = Literal["auto", "mean", "max", "flatten"] | Callable[[Tensor], Tensor]
@@ -55,7 +56,8 @@ def samples_in(
     if features.dim() == 3 and features.shape[1] == samples:
         return samples
     if present is not None:
-        having = int(present.sum())
+        host_value = on_host(present)
+        having = int(present.sum() if host_value is None else host_value.sum())
         if rows == having or (frames and having > 0 and rows > 0 and rows % having == 0):
             return having
     raise ValueError(

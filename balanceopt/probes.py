@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from balanceopt._deferred import on_host
 from balanceopt._method import ABSENT, Method
 from balanceopt._options import check_count, check_entries, check_kind, check_number
 from balanceopt._torch import in_backward
@@ -156,6 +157,11 @@ class ProbeMonitor(Method):
         device = next(self.monitor.model.parameters()).device
         self._probes = {name: _Probe.of_state(part, device) for name, part in state["probes"].items()}
         self.passes = int(state["passes"])
+        # The passes before the load belong to the probes of before.
+        self._training, self._pass, self._evaluated, self._results = _Batch(), None, None, None
+        self._rounds = {name: _Round() for name in self._rounds}
+        if self._buffer is not None:
+            self._buffer.discard()
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise where `load_state_dict` would, before anything changes."""
@@ -242,10 +248,11 @@ class ProbeMonitor(Method):
             if ends:
                 self._report(self._sums())
             return
+        device = next(self.monitor.model.parameters()).device
         pieces = [x for name, probe in self._probes.items() for x in parts.get(name, probe.nothing())]
         # Ranks may validate one by one: whoever ends a round gets the sums of all that end one now.
         sums = self._sums()
-        pieces += [(x if ends else torch.zeros_like(x)).flatten().to(pieces[0].device) for x in sums.values()]
+        pieces += [(x if ends else torch.zeros_like(x)).flatten().to(device) for x in sums.values()]
         total = sum_over_ranks(torch.cat(pieces), self.monitor.group).split([len(piece) for piece in pieces])
         for index, probe in enumerate(self._probes.values()):
             probe.step(total[2 * index], total[2 * index + 1], self.lr)
@@ -291,11 +298,10 @@ class ProbeMonitor(Method):
         for name, held in batch.features.items():
             z = wide(self.monitor.features.pooled(name, held(), samples))
             here, labels = batch.present.get(name), y.to(z.device)
-            if len(labels) != len(z) and here is not None and len(here) == len(labels):
-                labels, here = (
-                    labels[here.to(z.device)],
-                    None,
-                )  # the encoder ran on the samples with the modality
+            if here is not None and len(here) == len(labels) != len(z) and _may_number(here, len(z)):
+                # The encoder ran on the samples with the modality. Sorted, as a mask as index would be read.
+                first = (~here.to(z.device)).to(torch.uint8).argsort(stable=True)[: len(z)]
+                labels, here = labels[first], None
             if len(labels) != len(z):
                 self._warned(
                     "rows",
@@ -538,6 +544,12 @@ def mean_average_precision(score: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         ranked.sum(0) > 0, (precision * ranked).sum(0) / ranked.sum(0), torch.nan
     ).nanmean()
     return result
+
+
+def _may_number(flags: Tensor, count: int) -> bool:
+    """Tell whether as many flags are set as `count`, as far as the host can read them."""
+    host_value = on_host(flags)
+    return host_value is None or int(host_value.sum()) == count
 
 
 def _plain(monitor: ModalityMonitor) -> AbstractContextManager[Any]:

@@ -273,9 +273,8 @@ def _entropies(name: str, done: Pass) -> Tensor:
     values, present = done.entropies[name], done.present.get(name)
     if present is None or done.samples is None or len(values) >= done.samples:
         return values
-    spread = values.new_zeros(done.samples)
-    spread[present.to(values.device)] = values
-    return spread
+    # Not by the mask as index, which would synchronise.
+    return values.new_zeros(done.samples).masked_scatter(present.to(values.device), values)
 
 
 def _by_sample(values: Tensor, samples: Tensor, valid: Tensor | None = None) -> Tensor:

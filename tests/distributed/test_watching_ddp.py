@@ -96,3 +96,19 @@ def test_one_rank_may_record_and_validate_alone(wrap, tmp_path):
     assert {"score", "gradient_norm", "update_ratio", "effective_rank", "probe"} <= first["quantities"]
     for name in first["weights"]:
         assert torch.equal(first["weights"][name], second["weights"][name])
+
+
+def without_targets(rank: int) -> int:
+    """Training forwards without a backward, before the first pass that tells a target."""
+    model = Concat()
+    probes = bo.ProbeMonitor(watch(model))
+    for backward in (False, False, True, True):
+        inputs, labels = part_of(batch(0), rank, 2)
+        loss = F.cross_entropy(model(*inputs), labels)
+        if backward:
+            loss.backward()
+    return probes.passes
+
+
+def test_first_passes_without_targets_build_no_probe(tmp_path):
+    assert on_ranks(without_targets, tmp_path) == [1, 1]

@@ -396,3 +396,16 @@ def test_mean_average_precision():
     weight = torch.tensor([1.0, 1.0, 1.0, 0.0])
     # The first label's positives are ranked 1 and 3 of three samples; the second label has none.
     assert float(mean_average_precision(score, y, weight)) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_a_load_forgets_the_passes_before_it():
+    model, monitor, probes, _ = probed(5)
+    saved = probes.state_dict()
+    validate(model, monitor)
+    assert probes.results()
+    optimizer = sgd(model)
+    train(model, optimizer, 2)
+    probes.load_state_dict(saved)
+    assert probes.results() == {}
+    train(model, optimizer, 2)
+    assert probes.passes == saved["passes"] + 1  # the second pass still waits for the next

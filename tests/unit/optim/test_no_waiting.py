@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import balanceopt as bo
@@ -27,9 +30,10 @@ class NoWaiting(TorchDispatchMode):
     """Raises where an operation would make the host wait for the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        by_mask = func is torch.ops.aten.index.Tensor and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
+        indexes = func is torch.ops.aten.index.Tensor
+        if func is torch.ops.aten.index_put_.default:
+            indexes = args[2].dim() > 0  # a single number is filled in without reading the mask
+        by_mask = indexes and any(i is not None and i.dtype == torch.bool for i in args[1])
         if func in WAITING or by_mask:
             raise AssertionError(f"{func} makes the host wait")
         return func(*args, **(kwargs or {}))
@@ -37,7 +41,8 @@ class NoWaiting(TorchDispatchMode):
 
 def test_the_guard_sees_what_it_should():
     x = torch.ones(2)
-    for waiting in (x.sum().item, x.nonzero, lambda: bool(x[0] > 0), lambda: x[x > 0], lambda: float(x[0])):
+    asking = (x.sum().item, x.nonzero, lambda: bool(x[0] > 0), lambda: x[x > 0], lambda: float(x[0]))
+    for waiting in (*asking, lambda: x.__setitem__(x > 0, torch.zeros(2))):
         with pytest.raises(AssertionError, match="makes the host wait"), NoWaiting():
             waiting()
 
@@ -107,3 +112,34 @@ def test_attached():
         else:
             with NoWaiting():
                 base.step()
+
+
+class Some(nn.Module):
+    """An encoder that runs on some samples, beside one that runs on all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(8, 5)
+
+    def forward(self, a: Tensor, b: Tensor, some: Tensor) -> Tensor:
+        z = torch.zeros(len(b), 4).index_copy(0, some, self.a(a.index_select(0, some)))
+        return self.head(torch.cat([z, self.b(b)], 1))
+
+
+def test_an_encoder_of_some_samples():
+    model = Some()
+    monitor = bo.ModalityMonitor(
+        model, {"a": "a", "b": "b"}, "head", slices={"a": slice(4), "b": slice(4, 8)}
+    )
+    optimizer = bo.ModulatedOptimizer(sgd(model.parameters()), monitor, bo.AMSS())
+    probes = bo.ProbeMonitor(monitor)
+    here, some = torch.tensor([True, False, True, True, False, True]), torch.tensor([0, 2, 3, 5])
+    for number in range(4):
+        a, b, labels = torch.randn(6, 3), torch.randn(6, 3), torch.randint(5, (6,))
+        with NoWaiting() if number else nullcontext():
+            optimizer.zero_grad()
+            monitor.observe(labels, present={"a": here})
+            F.cross_entropy(model(a, b, some), labels).backward()
+            optimizer.step()
+    assert optimizer.stats()["modulated"] == 4
+    assert probes.passes == 3

@@ -110,8 +110,8 @@ def label_ends(axes: Any, lines: Sequence[Any], names: Sequence[str]) -> None:
         points = np.asarray(line.get_xydata(), dtype=float)
         points = points[np.isfinite(points).all(axis=1)]
         if len(points):
-            place = axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))
-            ends.append((float(place[1]), points[-1], line, name))
+            end = axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))
+            ends.append((float(end[1]), points[-1], line, name))
     ends.sort(key=lambda end: end[0])
     for (_, point, line, name), y in zip(ends, _apart([end[0] for end in ends], gap), strict=True):
         axes.annotate(
@@ -127,8 +127,8 @@ def label_ends(axes: Any, lines: Sequence[Any], names: Sequence[str]) -> None:
 def _apart(places: Sequence[float], gap: float) -> list[float]:
     """Move sorted heights from 0 to 1 apart by at least `gap`, around where they were."""
     result: list[float] = []
-    for place in places:
-        result.append(max(place, result[-1] + gap if result else 0.0))
+    for height in places:
+        result.append(max(height, result[-1] + gap if result else 0.0))
     limit = max(1.0, gap * (len(places) - 1))
     for i in reversed(range(len(result))):
         result[i] = min(result[i], limit)

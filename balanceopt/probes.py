@@ -178,8 +178,8 @@ class ProbeMonitor(Method):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is inert, because hooks exist on the original monitor's model only.
-        own = {**super().__getstate__(), "removed": True}
-        return {**own, "_training": _Batch(), "_pass": None, "_evaluated": None, "_buffer": None}
+        state = {**super().__getstate__(), "removed": True}
+        return {**state, "_training": _Batch(), "_pass": None, "_evaluated": None, "_buffer": None}
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -451,9 +451,9 @@ class _Probe:
             check_kind(f"{role}, {name!r},", state[name], Tensor, "a tensor")
         shape = state["weight"].shape
         wanted = [shape] * 3 + [shape[1:] and (shape[1] - 1,)] * 2
-        found = [tuple(state[name].shape) for name in cls._TENSORS]
-        if len(shape) != 2 or found != [tuple(s) for s in wanted]:
-            raise ValueError(f"{role} should hold a weight (O, D + 1) and statistics (D,). Found {found}.")
+        shapes = [tuple(state[name].shape) for name in cls._TENSORS]
+        if len(shape) != 2 or shapes != [tuple(s) for s in wanted]:
+            raise ValueError(f"{role} should hold a weight (O, D + 1) and statistics (D,). Found {shapes}.")
 
     def _standardised(self, z: Tensor) -> Tensor:
         deviation = self.variance.sqrt()

@@ -218,7 +218,8 @@ class StepSignals:
         if isinstance(scale, Tensor):
             values = values / scale.to(device)
         self._tell("gradient_norm", values, names)
-        self._tell("gradient_share", values / values.sum(), names)
+        total = values.sum()
+        self._tell("gradient_share", torch.where(total == 0, ABSENT, values / total), names)
 
     def _report_features(self) -> None:
         if self._pass is None or not self._held:
@@ -226,8 +227,10 @@ class StepSignals:
         norms, ranks = [], []
         for name, held in self._held.items():
             z = self.monitor.features.pooled(name, held(), self._pass.samples)
-            norms.append(wide(z).norm(dim=1).mean())
-            ranks.append(effective_rank(z[:_RANKED]) if len(z) > 1 else torch.full_like(norms[-1], ABSENT))
+            norm = wide(z).norm(dim=1)
+            absent = torch.full_like(norm.sum(), ABSENT)
+            norms.append(norm.mean() if len(z) else absent)
+            ranks.append(effective_rank(z[:_RANKED]) if len(z) > 1 else absent)
         device, names = norms[0].device, tuple(self._held)
         self._tell("feature_norm", torch.stack([x.to(device) for x in norms]), names)
         self._tell("effective_rank", torch.stack([x.to(device) for x in ranks]), names)

@@ -54,6 +54,8 @@ class InfoReg(Modulation):
 
     Raises:
         ValueError: for an option outside its range.
+        RuntimeError: in the first step, if no epoch was set.
+        NotImplementedError: in a step with a sparse gradient.
 
     Example:
         >>> InfoReg(beta=0.9)

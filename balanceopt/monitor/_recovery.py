@@ -93,8 +93,8 @@ class Recovery:
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows with a gradient, and of rows that look unlike hard-label cross-entropy."""
-        found = self._counts.read()
-        return {"rows": found["rows"], "ambiguous": found["ambiguous"]}
+        counts = self._counts.read()
+        return {"rows": counts["rows"], "ambiguous": counts["ambiguous"]}
 
     def _judge(self, counts: dict[str, int]) -> None:
         foreign = counts["foreign"] > _FOREIGN_PART * counts["rows"]
@@ -157,12 +157,14 @@ def off_residual(gradient: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     info, counted = torch.finfo(gradient.dtype), (labels != INVALID) & torch.isfinite(size)
     off = torch.zeros_like(counted)
     for label in (0, 1):
-        own = counted & (labels == label)
-        factor = torch.where(own, size, 0).sum(0) / torch.where(own, residual, 0).sum(0).clamp(min=1e-30)
+        of_label = counted & (labels == label)
+        factor = torch.where(of_label, size, 0).sum(0) / torch.where(of_label, residual, 0).sum(0).clamp(
+            min=1e-30
+        )
         allowed = (
             max(_OFF_RESIDUAL, 8 * info.eps) * factor * residual + 1e-5 * factor + 2 * info.smallest_normal
         )
-        off |= own & ((size - factor * residual).abs() > allowed)
+        off |= of_label & ((size - factor * residual).abs() > allowed)
     return off
 
 
@@ -280,7 +282,7 @@ class Agreement:
         fewest = _FEWEST_ROWS_OF_MODEL if of_model else _FEWEST_ROWS
         if self.refuted or rows < fewest or refuted <= _REFUTED_PART * rows:
             return
-        found = (
+        message = (
             f"the labels from {_WORDS[source]} are not those of the loss: the gradient at the logits contradicts them "
             f"in {refuted} of {rows} rows"
             + (
@@ -291,10 +293,10 @@ class Agreement:
         )
         if source == "model" and self._recovers:
             self.refuted = True
-            warn_user(found + "From now on labels are read from the gradient.")
+            warn_user(message + "From now on labels are read from the gradient.")
             return
         raise RuntimeError(
-            found
+            message
             + "Give the label of each row of the logits by monitor.observe(labels), -100 where none counts"
             + (" (logits[:, t] goes with labels[:, t + 1])" if shift else "")
             + ", or build the monitor with labels='gradient'."

@@ -140,11 +140,11 @@ class NumberTargets(PassTargets):
 
     def _recovered(self, done: Pass, gradient: Tensor, logits: Tensor) -> Tensor:
         """Read hard labels from the sign of `s (sigmoid(logit) - label)`; NaN in rows without a gradient."""
-        told = torch.isfinite(gradient) & (gradient != 0)
+        graded = torch.isfinite(gradient) & (gradient != 0)
         # A gradient of 0 in a row with others is the residual of a saturated logit, rounded.
-        labels = torch.where(told, gradient < 0, logits > 0)
-        off = off_residual(gradient, logits, torch.where(told, labels.long(), INVALID)).any(1)
-        counts = told.any(1, keepdim=True)
+        labels = torch.where(graded, gradient < 0, logits > 0)
+        off = off_residual(gradient, logits, torch.where(graded, labels.long(), INVALID)).any(1)
+        counts = graded.any(1, keepdim=True)
         self._rows.add(rows=counts.sum(), foreign=off.sum())
         return torch.where(counts, labels.to(torch.float32), torch.nan)
 

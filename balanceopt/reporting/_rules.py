@@ -341,8 +341,12 @@ def _acts_in_vain(run: Run) -> list[Facts]:
 
 
 def _nothing_wrong(run: Run) -> list[Facts]:
-    known = states(run)
-    if len(known) < len(run.modalities) or len(known) < 2 or set(known.values()) - {"fine", "unheard"}:
+    state_of = states(run)
+    if (
+        len(state_of) < len(run.modalities)
+        or len(state_of) < 2
+        or set(state_of.values()) - {"fine", "unheard"}
+    ):
         return []
     bad = _not_finite(run) + _no_gradient(run) + _collapsed(run)
     probes = ", ".join(f"{name} {percent(value)}" for name, value in run.probes().items())

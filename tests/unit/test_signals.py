@@ -591,3 +591,18 @@ def test_norms_of_any_dtype(dtype: torch.dtype):
     p = nn.Parameter(torch.full((70_000,), 300.0, dtype=dtype))
     p.grad = torch.full_like(p, 300.0)
     assert float(signals.norm_of_gradients([p]) or 0) == pytest.approx(300 * 70_000**0.5, rel=1e-3)
+
+
+def test_a_batch_without_samples_is_no_nan():
+    model = Concat()
+    recorder = bo.Recorder(watch(model))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, labels = batches(model, 1)[0]
+    for size in (8, 0, 8):
+        optimizer.zero_grad()
+        F.cross_entropy(model(*(x[:size] for x in inputs)), labels[:size], reduction="sum").backward()
+        optimizer.step()
+    quantities = {step: {row.quantity for row in recorder.rows() if row.step == step} for step in range(3)}
+    assert {"feature_norm", "gradient_share"} <= quantities[0] == quantities[2]
+    assert quantities[1] == {"gradient_norm", "update_ratio"}
+    assert all(math.isfinite(row.value) for row in recorder.rows())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -234,8 +235,7 @@ class ScoreBuffer:
         self._scorer.buffers.discard(self)
 
     def _nothing(self) -> Sums | Kept:
-        head = unwrap(self._monitor.head) if isinstance(self._monitor.head, nn.Module) else None
-        outputs = self._scorer.classes or getattr(head, "out_features", None) or 1
+        outputs = self._scorer.classes or _outputs_of(self._monitor.head) or 1
         return self._scorer.nothing(outputs, next(self._monitor.model.parameters()).device)
 
     def _fold(self) -> None:
@@ -249,6 +249,15 @@ class ScoreBuffer:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is empty and belongs to the monitor's copy, since a pass holds a graph, which can't be copied.
         return _buffer_of, (self._monitor, self.needs_entropy, self.steps)
+
+
+def _outputs_of(head: nn.Module | Mapping[str, nn.Module] | None) -> int | None:
+    """Return the number of outputs of the linear layer that a head, or each modality's head, ends with; else None."""
+    last = next(iter(head.values())) if isinstance(head, Mapping) else head
+    last = None if last is None else unwrap(last)
+    while isinstance(last, nn.Sequential) and len(last):
+        last = unwrap(last[-1])
+    return getattr(last, "out_features", None)
 
 
 def _buffer_of(monitor: ModalityMonitor, needs_entropy: bool, steps: bool) -> ScoreBuffer:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import balanceopt as bo
 from balanceopt.functional import likelihood_score
-from tests.models import INPUTS, Concat, Multimodal, batch, watch
+from tests.models import FUSIONS, INPUTS, Concat, Multimodal, batch, watch
 from tests.training import groups_of, sgd
 from tests.unit.monitor.helpers import no_hooks
 
@@ -578,3 +578,15 @@ def test_a_function_of_outputs_in_the_last_dimension_is_centred_by_output():
         assert taken is not None
         found.append(taken.cross_entropy / taken.cross_entropy.sum())  # the two have other units
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "sum", "mlp"])
+def test_a_rank_without_a_forward_adds_nothing_in_the_shape_of_the_others(fusion: str):
+    model = FUSIONS[fusion]()
+    scores = watch(model).scores()
+    nothing = scores._nothing()  # what the rank adds before its first forward
+    inputs, labels = batch(B)
+    F.cross_entropy(model(*inputs), labels).backward()
+    scores._fold()
+    some = scores._sums
+    assert [x.shape for x in nothing.tensors] == [x.shape for x in some.tensors]

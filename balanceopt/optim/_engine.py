@@ -290,9 +290,15 @@ class Engine:
         self._health.modulated(scores if any(m.needs_scores for m in acting) else None, counts)
 
     def _refuse_compiled(self, slots: dict[str, list[Slot]]) -> None:
-        """Raise where compiled code bypassed the hooks of an encoder."""
-        for name in self.accumulator.uncalled():
-            if holds_compiled_code() and self._any_nonzero(slot.grad for slot in slots.get(name, ())):
+        """Raise where compiled code bypassed the hooks of an encoder, once in a run."""
+        if not holds_compiled_code():
+            return
+        names, uncalled = self.monitor.modalities, self.accumulator.uncalled()
+        here = [float(name not in uncalled) for name in names]
+        called = torch.tensor(here, dtype=torch.float32, device=device_of(self.optimizer))
+        # Of all ranks, since the batches of one may lack a modality, and the sum below takes all ranks.
+        for name, calls in zip(names, sum_over_ranks(called, self.monitor.group).tolist(), strict=True):
+            if not calls and self._any_nonzero(slot.grad for slot in slots.get(name, ())):
                 raise RuntimeError(f"{compiled_before(name)} Until then its modality is not balanced.")
 
     def _any_nonzero(self, gradients: Iterable[Tensor]) -> bool:

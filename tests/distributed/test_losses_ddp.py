@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
+from balanceopt.optim import _engine
 from tests.models import INPUTS, watch
 from tests.ranks import on_ranks
 from tests.training import groups_of, sgd, small_model
@@ -120,3 +121,36 @@ def test_two_ranks_equal_one_process_on_the_whole_batch(ranks: list[Any], case: 
 def test_ranks_stay_the_same_bit_for_bit(ranks: list[Any], case: str):
     first, second = (rank[case]["model"] for rank in ranks)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class MayLack(nn.Module):
+    """Two encoders, of which the second runs only where its input is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(8, 2)
+
+    def forward(self, a: Tensor, b: Tensor | None) -> Tensor:
+        z = torch.zeros(len(a), 4) if b is None else self.b(b)
+        return self.head(torch.cat([self.a(a), z], 1))
+
+
+def lacking_at_first(rank: int) -> int:
+    """Steps in a process with compiled code, the first without a modality on one rank."""
+    vars(_engine)["holds_compiled_code"] = lambda: True
+    model = MayLack()
+    monitor = bo.ModalityMonitor(
+        model, {"a": "a", "b": "b"}, "head", slices={"a": slice(4), "b": slice(4, 8)}
+    )
+    optimizer = bo.ModulatedOptimizer(sgd(model.parameters()), monitor, bo.OGM(0.5, noise=False))
+    for number in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(4, 3)
+        output = model(x, None if rank == 1 and number == 0 else x)
+        F.cross_entropy(output, torch.tensor([0, 1, 0, 1])).backward()
+        optimizer.step()
+    return optimizer.stats()["modulated"]
+
+
+def test_ranks_look_for_compiled_code_together(tmp_path: Path):
+    assert on_ranks(lacking_at_first, tmp_path) == [3, 3]

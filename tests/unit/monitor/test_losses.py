@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import balanceopt as bo
 from balanceopt.functional import likelihood_score
+from balanceopt.monitor._scores import Sums
 from tests.models import FUSIONS, INPUTS, Concat, Multimodal, batch, watch
 from tests.training import groups_of, sgd
 from tests.unit.monitor.helpers import no_hooks
@@ -589,4 +590,6 @@ def test_a_rank_without_a_forward_adds_nothing_in_the_shape_of_the_others(fusion
     F.cross_entropy(model(*inputs), labels).backward()
     scores._fold()
     some = scores._sums
+    assert isinstance(nothing, Sums)
+    assert isinstance(some, Sums)
     assert [x.shape for x in nothing.tensors] == [x.shape for x in some.tensors]

@@ -81,7 +81,7 @@ class Engine:
         self._updates = UpdateScaling()
         self._hiding = Hiding()
         self._seen: list[tuple[int, list[int]]] = []
-        self._looked = False
+        self._looked = self._looked_for_calls = False
         self._health = Health(monitor, strict=strict)
 
     @property
@@ -231,7 +231,7 @@ class Engine:
                 "scores came, but no parameter of this optimizer has a gradient: nothing was updated. Build the "
                 "optimizer after `fully_shard` or a move that replaces parameters.",
             )
-        if not gradients:
+        if not gradients or (scores is None and self._is_idle(gradients)):
             return
         balances = len(self.monitor.modalities) > 1
         acting = [
@@ -240,12 +240,8 @@ class Engine:
             if (balances or not m.needs_scores) and not m.removed and m.is_open(self._number)
         ]
         without_need = [m for m in acting if not m.needs_scores]
-        if scores is None and self._needs_scores:
-            if self._any_nonzero(gradients):
-                if len(without_need) < len(acting):
-                    self._health.without_scores()
-            elif not without_need:
-                return
+        if scores is None and len(without_need) < len(acting):
+            self._health.without_scores()
         ready = acting if scores is not None else without_need
         if not acting:
             self._health.outside_window()
@@ -258,9 +254,10 @@ class Engine:
     ) -> None:
         if not self._looked:  # once: a loop treats `.grad` alike in every step
             refuse_shared_gradients(slot for scaled in slots.values() for slot in scaled)
-            if self._needs_scores:
-                self._refuse_compiled(slots)
             self._looked = True
+        if scores is not None and not self._looked_for_calls:
+            self._refuse_compiled(slots)
+            self._looked_for_calls = True
         if not any(slots.values()):
             self._health.warn(
                 "idle", "no encoder's parameter in this optimizer has a gradient: nothing was modulated."
@@ -300,6 +297,17 @@ class Engine:
         for name, calls in zip(names, sum_over_ranks(called, self.monitor.group).tolist(), strict=True):
             if not calls and self._any_nonzero(slot.grad for slot in slots.get(name, ())):
                 raise RuntimeError(f"{compiled_before(name)} Until then its modality is not balanced.")
+
+    def _is_idle(self, gradients: Iterable[Tensor]) -> bool:
+        """Tell whether a step without scores is no training step, as that by which torch.distributed builds states.
+
+        Such a step has zero gradients and a learning rate of 0. Methods that need no scores look only where one is
+        possible, since looking synchronises the device.
+        """
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        stands = all(isinstance(rate, (int, float)) and rate == 0 for rate in rates)
+        possible = self._needs_scores or self._number == 0 or stands
+        return possible and not self._any_nonzero(gradients)
 
     def _any_nonzero(self, gradients: Iterable[Tensor]) -> bool:
         # A device synchronisation is acceptable, because steps without scores are exceptional. The sum over ranks makes

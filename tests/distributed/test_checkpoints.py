@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_files
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
-from tests.parallel import METHODS, Run, difference, shard
+from tests.parallel import DROPPING, METHODS, Run, difference, shard
 from tests.ranks import on_ranks
 
 pytestmark = [
@@ -129,7 +129,7 @@ def test_new_processes_go_on_bit_for_bit(saved: Any, resumed: Any, case: Any):
 def close(case: Any, saved: Any, resumed: Any) -> None:
     """Loaded is exactly what was saved; what follows, sums of the same samples in another order."""
     assert difference(saved[0][case][0], resumed[0][case][0]) == 0
-    if case[2] not in ("OPM", "all"):  # each rank drops features of its own samples
+    if case[2] not in DROPPING:  # each rank drops features of its own samples
         assert difference(saved[0][case][1], resumed[0][case][1]) < 2e-6
 
 

@@ -87,13 +87,17 @@ def test_making_the_state_leaves_no_noise_in_it(make: Any):
     assert not any(bool(t.any()) for t in tensors)
 
 
-def test_the_epoch_comes_along_flattened(tmp_path: Path):
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda: bo.OGM(0.5, start=1, unit="epoch"),
+        lambda: bo.FixedModulation({"audio": 0.5}, start=1, unit="epoch"),  # needs no scores
+    ],
+)
+def test_the_epoch_comes_along_flattened(tmp_path: Path, method: Any):
     def start() -> Any:
         model = small_model()
-        monitor = watch(model)
-        optimizer = bo.ModulatedOptimizer(
-            sgd(groups_of(model)), monitor, bo.OGM(0.5, start=1, unit="epoch"), seed=1
-        )
+        optimizer = bo.ModulatedOptimizer(sgd(groups_of(model)), watch(model), method(), seed=1)
         return model, optimizer
 
     model, optimizer = start()

@@ -81,7 +81,7 @@ class ProbeMonitor(Method):
         check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
         check_number("lr", lr, above=0)
         require_scores(monitor, "ProbeMonitor")
-        if not monitor.criterion.rowwise:
+        if not monitor.labels.loss.rowwise:
             raise ValueError(
                 "a probe needs to know the task, which a loss function of yours does not tell. Build the monitor with "
                 "a module of torch.nn as `loss=`: CrossEntropyLoss, BCEWithLogitsLoss, MSELoss, L1Loss."
@@ -90,7 +90,7 @@ class ProbeMonitor(Method):
         self.monitor = monitor
         self.lr = lr
         self.passes = 0
-        loss = monitor.criterion
+        loss = monitor.labels.loss
         self.task: TaskKind = "classes" if loss.has_classes else "labels" if loss.recovers else "numbers"
         self._probes: dict[str, _Probe] = {}
         self._warned = WarnOnce()

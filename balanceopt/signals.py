@@ -111,7 +111,7 @@ class StepSignals:
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
         if self.step % self.every or not current.unimodal or current.logits is None:
             return
-        loss = self.monitor.criterion
+        loss = self.monitor.labels.loss
         kind: AnswerKind = "classes" if loss.has_classes else "labels" if loss.recovers else "numbers"
         names = self.monitor.modalities
         absent = torch.full_like(current.logits, torch.nan, dtype=torch.float32)

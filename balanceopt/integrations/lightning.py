@@ -125,7 +125,7 @@ class BalanceCallback(Balance, Callback):
         """Pass the batch's labels to the monitor for the forward that made this loss."""
         if self._labels is None:
             return
-        latest = self.monitor.latest
+        latest = self.monitor.hooks.latest
         if latest is not None and latest is not self._observed:  # a pass takes labels once
             self._observed = latest
             self.monitor.observe(self._labels)

@@ -151,6 +151,11 @@ class Hooks:
         training = self.model.training if self.passes.train_only else torch.is_grad_enabled()
         return not training and not self.diagnosing
 
+    @property
+    def latest(self) -> Pass | None:
+        """Latest training pass."""
+        return self.passes.latest
+
     def rehearse(self, run: Callable[[], Any]) -> Any:
         """Run a forward that counts as no pass, and return its result.
 

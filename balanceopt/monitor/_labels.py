@@ -21,7 +21,12 @@ _KEYS = ("labels", "label")
 
 
 class Labels:
-    """Assign labels to passes, from the most trusted source that the user allows."""
+    """Assign labels to passes, from the most trusted source that the user allows.
+
+    Attributes:
+        allowed: the allowed source, or `"auto"` for all.
+        loss: the loss whose targets the labels are.
+    """
 
     def __init__(self, allowed: LabelSource, ignore_index: int, loss: Loss) -> None:
         """Allow labels from one source, or all (`"auto"`); `ignore_index` labels samples that do not count.
@@ -37,18 +42,18 @@ class Labels:
             )
         self.allowed: LabelSource = allowed
         self._ignore_index = ignore_index
-        self._loss = loss
+        self.loss = loss
         self._next: Observed | None = None
 
     @property
     def ignore_index(self) -> int:
         """Label of samples that do not count: the loss's, else the monitor's option."""
-        return int(getattr(self._loss, "ignore_index", self._ignore_index))
+        return int(getattr(self.loss, "ignore_index", self._ignore_index))
 
     @property
     def recovers(self) -> bool:
         """Whether labels may be read from the gradient at the joint logits."""
-        return self.allows("gradient") and self._loss.recovers
+        return self.allows("gradient") and self.loss.recovers
 
     def allows(self, source: LabelSource) -> bool:
         """Tell whether labels may come from `source`."""
@@ -75,7 +80,7 @@ class Labels:
     def from_call(self, current: Pass, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Read the labels among the model's arguments."""
         if current.labels is None and self.allows("model"):
-            labels = labels_of_call(args, kwargs, classes=self._loss.has_classes)
+            labels = labels_of_call(args, kwargs, classes=self.loss.has_classes)
             if labels is not None:
                 current.labels, current.label_source = labels, "model"
 

@@ -21,12 +21,12 @@ from balanceopt._options import (
 )
 from balanceopt._torch import holds_compiled_code, is_compiled
 from balanceopt.distributed import Group, check_group
-from balanceopt.functional import Loss, LossFunction, as_loss
+from balanceopt.functional import LossFunction, as_loss
 from balanceopt.modality import Encoders, modality_parameters, resolve_encoders, resolve_head, unwrap
 from balanceopt.monitor._answers import Answers
 from balanceopt.monitor._choice import choose_logits
 from balanceopt.monitor._features import Features, Select
-from balanceopt.monitor._forward import Pass, Traces
+from balanceopt.monitor._forward import Traces
 from balanceopt.monitor._hooks import Hooks
 from balanceopt.monitor._labels import Labels, refuse_loss
 from balanceopt.monitor._labels import LabelSource as LabelSource
@@ -83,7 +83,7 @@ class ModalityMonitor:
         hooks: registries of listeners: `hooks.transforms`, `.links`, `.outputs`, `.logits`, `.gradients`, `.starts`,
             `.targets`, `.before_step`, `.after_closure`, `.after_step`, with `add` and `drop`.
         features: choice of the feature tensor in an encoder's output: `features.of(modality, output)`.
-        labels: source of labels: `labels.ignore_index`, `labels.recovers`.
+        labels: source of labels: `labels.loss`, `labels.ignore_index`, `labels.recovers`.
         unimodal: kind of uni-modal logits: `unimodal.live`, `.columns`, `.layout()`; None for features only.
 
     Raises:
@@ -219,7 +219,7 @@ class ModalityMonitor:
         if self.hooks.evaluates:  # of a validation pass, which only probes use
             self.hooks.tell_target("observe", values.detach().clone(), flags)
         else:
-            self.labels.observe(self.latest, values.detach().clone(), flags)
+            self.labels.observe(self.hooks.latest, values.detach().clone(), flags)
 
     def _flags(self, present: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
         """Check and copy the flags `present`."""
@@ -323,16 +323,6 @@ class ModalityMonitor:
             return "the monitor's hooks were removed"
         compiled = self._was_compiled or is_compiled(self.model) or holds_compiled_code()
         return why_silent(self._scorer.seen, compiled=compiled)
-
-    @property
-    def criterion(self) -> Loss:
-        """The loss as scores need it; of `loss`, or cross-entropy."""
-        return self._scorer.loss
-
-    @property
-    def latest(self) -> Pass | None:
-        """Latest training pass."""
-        return self.hooks.passes.latest
 
     @property
     def parameters(self) -> dict[str, list[nn.Parameter]]:

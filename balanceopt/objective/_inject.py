@@ -161,10 +161,10 @@ class Injection:
                 tensor.register_hook(add)
 
     def _on_late_head(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        current = self.monitor.latest
+        current = self.monitor.hooks.latest
         if current is None or in_backward():
             return
-        logits = self.monitor.hooks.answers.logits(module, output, self.monitor.latest)
+        logits = self.monitor.hooks.answers.logits(module, output, self.monitor.hooks.latest)
         if logits is not None and logits.requires_grad:
             logits.register_hook(partial(self._on_late_gradient, current))
 
@@ -192,7 +192,7 @@ class Injection:
 
     def _on_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook the gradient at the loss, where the loop calls the loss on the joint logits."""
-        current = self.monitor.latest
+        current = self.monitor.hooks.latest
         if current is None or not (isinstance(output, Tensor) and output.requires_grad):
             return
         seen: _Seen | None = current.notes.get(self._key)

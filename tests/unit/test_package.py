@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import balanceopt
 
@@ -209,3 +210,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         timeout=120,
     )
     assert ran.stdout.strip().startswith(str(target))
+
+
+def test_a_monitor_shows_few_names():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3) for name in ("a", "b", "head")})
+    monitor = balanceopt.ModalityMonitor(model, {"a": "a", "b": "b"}, "head")
+    assert len([name for name in dir(monitor) if not name.startswith("_")]) <= 18

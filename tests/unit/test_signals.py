@@ -504,8 +504,8 @@ def test_a_monitor_without_a_recorder_makes_no_scores():
     recorder = bo.Recorder(monitor)
     recorder.remove()
     run(model, sgd(model.parameters()), 1)
-    assert monitor.latest is not None
-    assert not monitor.latest.unimodal
+    assert monitor.hooks.latest is not None
+    assert not monitor.hooks.latest.unimodal
 
 
 def test_a_method_that_only_its_recorder_refers_to_goes_on():

@@ -169,10 +169,10 @@ def test_a_diagnosis_takes_the_tensor_that_reaches_the_head(case):
 def test_a_diagnosis_before_any_training_pass_follows_the_graph_once(case, head):
     model, inputs, _ = case
     monitor = watched(model, head=head)
-    passes = monitor.stats()["passes"], monitor.latest
+    passes = monitor.stats()["passes"], monitor.hooks.latest
     loader = [(*inputs, torch.arange(B) % 2)]
     assert not bo.diagnose(loader, loader, monitor=monitor).skipped
-    assert (monitor.stats()["passes"], monitor.latest) == passes
+    assert (monitor.stats()["passes"], monitor.hooks.latest) == passes
     assert monitor.features.of("a", model.first(inputs[0])) is not None
     assert all(p.grad is None for p in model.parameters())
 

@@ -121,9 +121,9 @@ def test_a_loss_that_two_heads_share(loss: nn.Module, order: tuple[int, int]):
     def run(monitor: bo.ModalityMonitor) -> None:
         outputs = model(*inputs)
         sum(loss(outputs[i], targets[i]) for i in order).backward()
-        assert monitor.latest is not None
-        assert monitor.latest.label_source == "loss"
-        assert torch.equal(monitor.latest.labels, targets[0])  # type: ignore[arg-type]
+        assert monitor.hooks.latest is not None
+        assert monitor.hooks.latest.label_source == "loss"
+        assert torch.equal(monitor.hooks.latest.labels, targets[0])  # type: ignore[arg-type]
 
     scored(model, loss, run)
 

@@ -62,7 +62,7 @@ def test_no_grad(model, monitor, mode):
     with mode():
         model(*batch()[0])
     assert scores.take() is None
-    assert monitor.latest is None
+    assert monitor.hooks.latest is None
 
 
 def test_eval_mode(model, monitor):

@@ -144,8 +144,8 @@ def test_a_smaller_last_batch_is_no_matter():
 def test_samples_without_the_weak_modality_keep_the_other():
     model, modulator = warm(q_base=1)
     fused(model)
-    assert modulator.monitor.latest is not None
-    modulator.monitor.latest.closed = True  # as a step of an optimizer does
+    assert modulator.monitor.hooks.latest is not None
+    modulator.monitor.hooks.latest.closed = True  # as a step of an optimizer does
     has_visual = torch.arange(8) < 5
     modulator.monitor.observe(torch.zeros(8, dtype=torch.long), present={"visual": has_visual})
     assert torch.equal(kept(fused(model))[0], ~has_visual)

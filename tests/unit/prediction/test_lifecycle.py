@@ -79,8 +79,8 @@ def test_labels_observed_after_it_was_removed_are_for_the_next_pass():
     modulator.remove()
     modulator.monitor.observe(class_zero(model)[1])
     fused(model)
-    assert modulator.monitor.latest is not None
-    assert modulator.monitor.latest.label_source == "observe"
+    assert modulator.monitor.hooks.latest is not None
+    assert modulator.monitor.hooks.latest.label_source == "observe"
 
 
 def test_a_second_modulator_on_one_monitor_is_refused():
@@ -218,8 +218,8 @@ def test_where_its_absence_was_told_nothing_is_lost():
     model, modulator = warm(q_base=1)
     fused(model)
     inputs, labels = class_zero(model)
-    assert modulator.monitor.latest is not None
-    modulator.monitor.latest.closed = True  # as a step of an optimizer does
+    assert modulator.monitor.hooks.latest is not None
+    modulator.monitor.hooks.latest.closed = True  # as a step of an optimizer does
     modulator.monitor.observe(labels, present={"visual": torch.zeros(8, dtype=torch.bool)})
     audio = model.encoders["audio"]
     assert all(kept(audio(inputs[0])).all() for _ in range(2))

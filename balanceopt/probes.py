@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,8 @@ from balanceopt._options import check_count, check_entries, check_kind, check_nu
 from balanceopt._torch import in_backward
 from balanceopt._warnings import WarnOnce
 from balanceopt.distributed import active_group, sum_over_ranks
-from balanceopt.functional import wide
+from balanceopt.functional import AnswerKind, wide
 from balanceopt.monitor import ModalityMonitor, Pass, ScoreBuffer, require_scores
-
-TaskKind = Literal["classes", "labels", "numbers"]
 
 # Adam's constants, as in its paper.
 _DECAYS = (0.9, 0.999)
@@ -90,8 +88,7 @@ class ProbeMonitor(Method):
         self.monitor = monitor
         self.lr = lr
         self.passes = 0
-        loss = monitor.labels.loss
-        self.task: TaskKind = "classes" if loss.has_classes else "labels" if loss.recovers else "numbers"
+        self.task: AnswerKind = monitor.labels.loss.answers
         self._probes: dict[str, _Probe] = {}
         self._warned = WarnOnce()
         self._results: Tensor | None = None
@@ -206,7 +203,7 @@ class ProbeMonitor(Method):
                 self._end_evaluation()
                 self._begin_training(current)
             into = self._training
-        into.features[name] = self.monitor.features.held(name, output, lambda x: x.detach().clone())
+        into.features[name] = self.monitor.features.held(name, output)
 
     def _on_target(self, source: str, target: Tensor, present: Mapping[str, Tensor]) -> None:
         if self._evaluated is not None:
@@ -394,7 +391,7 @@ class _Probe:
         )
 
     def gradient(
-        self, z: Tensor, y: Tensor, weight: Tensor, prediction: Tensor, task: TaskKind
+        self, z: Tensor, y: Tensor, weight: Tensor, prediction: Tensor, task: AnswerKind
     ) -> tuple[Tensor, Tensor]:
         """Return the gradient, and the features' moments with the number of samples: sums over the samples, flat."""
         if task == "classes":
@@ -469,14 +466,14 @@ class _Round:
         self._sums: dict[str, list[Tensor]] = {}
         self._kept: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._count: dict[str, int] = {}
-        self._task: TaskKind = "classes"
+        self._task: AnswerKind = "classes"
 
     @property
     def is_empty(self) -> bool:
         """Whether no batch came."""
         return not self._count
 
-    def add(self, name: str, prediction: Tensor, y: Tensor, weight: Tensor, task: TaskKind) -> None:
+    def add(self, name: str, prediction: Tensor, y: Tensor, weight: Tensor, task: AnswerKind) -> None:
         """Add a batch of one modality: outputs and targets `(B, O)`, or class indices `(B,)`, and weights `(B,)`."""
         if task == "labels" and y.shape[1] == 1:
             task, prediction, y = "classes", torch.cat([-prediction, prediction], 1), (y[:, 0] > 0.5).long()

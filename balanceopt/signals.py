@@ -14,7 +14,7 @@ from balanceopt._method import ABSENT, Listener
 from balanceopt._sharding import local_part
 from balanceopt._torch import foreach_norm, in_backward
 from balanceopt._warnings import warn_user
-from balanceopt.functional import AnswerKind, agreement, discrepancy_ratio, effective_rank, wide
+from balanceopt.functional import agreement, discrepancy_ratio, effective_rank, wide
 from balanceopt.monitor import ModalityMonitor, Pass, WeakHook
 from balanceopt.optim import STEP
 
@@ -106,17 +106,15 @@ class StepSignals:
             self._forwards += 1
         if self.step % self.every == 0:
             # A copy, because modules after the encoder may change the output in place.
-            self._held[name] = self.monitor.features.held(name, output, lambda x: x.detach().clone())
+            self._held[name] = self.monitor.features.held(name, output)
 
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
         if self.step % self.every or not current.unimodal or current.logits is None:
             return
-        loss = self.monitor.labels.loss
-        kind: AnswerKind = "classes" if loss.has_classes else "labels" if loss.recovers else "numbers"
         names = self.monitor.modalities
         absent = torch.full_like(current.logits, torch.nan, dtype=torch.float32)
         logits = torch.stack([current.unimodal.get(name, absent) for name in names])
-        values = agreement(logits, current.logits, kind)
+        values = agreement(logits, current.logits, self.monitor.labels.loss.answers)
         here = [name in current.unimodal for name in names]
         self._agreement = values if all(here) else _with_nan(values, here)
 
@@ -212,9 +210,7 @@ class StepSignals:
             return
         names = tuple(n for n, norm in zip(self._params, norms, strict=True) if norm is not None)
         values = torch.stack([norm.to(device) for norm in norms if norm is not None])
-        scale = getattr(
-            optimizer, "grad_scale", None
-        )  # of a GradScaler that leaves unscaling to a fused step
+        scale = getattr(optimizer, "grad_scale", None)  # a GradScaler leaves unscaling to a fused step
         if isinstance(scale, Tensor):
             values = values / scale.to(device)
         self._tell("gradient_norm", values, names)

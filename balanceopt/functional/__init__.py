@@ -23,6 +23,7 @@ from balanceopt.functional._kept_predictions import StepLosses as StepLosses
 from balanceopt.functional._kept_predictions import centred_predictions
 from balanceopt.functional._labels import INVALID as INVALID
 from balanceopt.functional._labels import recover_labels, recover_scale
+from balanceopt.functional._losses import AnswerKind as AnswerKind
 from balanceopt.functional._losses import Loss as Loss
 from balanceopt.functional._losses import LossFunction as LossFunction
 from balanceopt.functional._losses import SampleLosses as SampleLosses
@@ -51,7 +52,6 @@ from balanceopt.functional._scores import (
     true_class_score,
 )
 from balanceopt.functional._scores import row_scores as row_scores
-from balanceopt.functional._signals import AnswerKind as AnswerKind
 from balanceopt.functional._signals import agreement, effective_rank
 from balanceopt.functional._target_classes import (
     LabelSetClasses,

@@ -25,6 +25,7 @@ from balanceopt.functional._scores import label_entropy, row_scores
 from balanceopt.functional._targets import Targets, as_targets
 
 TargetKind = Literal["class indices", "probabilities", "multi-hot", "numbers"]
+AnswerKind = Literal["classes", "labels", "numbers"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 # Relative variance at which rounding makes all of an equal target's variance.
@@ -72,7 +73,8 @@ class Loss(ABC):
     call, since users may change them.
 
     Attributes:
-        has_classes: whether a target is one class for each sample or position.
+        answers: what a prediction answers: one class for each sample or position, labels that may hold together, or
+            numbers.
         recovers: whether hard labels can be read from the gradient at the logits.
         scale_free: whether the loss has no scale of its own, so that a step's scores need the baseline of all of the
             step's samples first (`KeptPredictions`); False for likelihoods in nats, whose scores can be summed at once.
@@ -83,12 +85,17 @@ class Loss(ABC):
         label_smoothing: that of a cross-entropy; 0 for other losses.
     """
 
-    has_classes = False
+    answers: AnswerKind = "numbers"
     recovers = False
     scale_free = False
     adds = True
     rowwise = True
     label_smoothing = 0.0
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether a target is one class for each sample or position."""
+        return self.answers == "classes"
 
     @abstractmethod
     def kind(self, target: Tensor) -> TargetKind:
@@ -154,7 +161,7 @@ class CrossEntropy(Loss):
     how much a position of each class counts among the sample's positions, so that only ratios of weights matter.
     """
 
-    has_classes = True
+    answers: AnswerKind = "classes"
     recovers = True
 
     def __init__(self, module: nn.CrossEntropyLoss | None, ignore_index: int = -100) -> None:
@@ -169,7 +176,7 @@ class CrossEntropy(Loss):
 
     @property
     def label_smoothing(self) -> float:  # type: ignore[override]
-        """That of the module; 0 for plain cross-entropy."""
+        """Label smoothing of the module; 0 for plain cross-entropy."""
         return 0.0 if self.module is None else self.module.label_smoothing
 
     def kind(self, target: Tensor) -> TargetKind:
@@ -252,6 +259,7 @@ class BinaryCrossEntropy(Loss):
     probability of its true side as its score.
     """
 
+    answers: AnswerKind = "labels"
     recovers = True
 
     def __init__(self, module: nn.BCEWithLogitsLoss) -> None:
@@ -435,9 +443,7 @@ class FunctionLoss(Loss):
         return SampleLosses(values, torch.ones_like(values[0], dtype=torch.bool), precise(parts))
 
     def _of_one(self, prediction: Tensor, target: Tensor) -> Tensor:
-        if not len(
-            prediction
-        ):  # of a rank without samples, which knows neither shape nor dtype of the target
+        if not len(prediction):  # a rank without samples knows neither shape nor dtype of the target
             return wide(prediction.detach()).new_zeros(0)
         result = self.function(prediction.detach(), target.detach())
         if not (isinstance(result, Tensor) and result.dim() and result.shape[0] == len(prediction)):

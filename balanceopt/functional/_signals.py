@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from balanceopt._options import check_choice, check_tensor
 from balanceopt.functional._dtypes import wide
-
-AnswerKind = Literal["classes", "labels", "numbers"]
+from balanceopt.functional._losses import AnswerKind
 
 
 @torch.no_grad()

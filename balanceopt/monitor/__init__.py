@@ -7,7 +7,7 @@ from balanceopt.monitor._labels import LabelSource
 from balanceopt.monitor._logits import UnimodalLogits, check_layout
 from balanceopt.monitor._module_hooks import WeakHook
 from balanceopt.monitor._monitor import ModalityMonitor, require_scores
-from balanceopt.monitor._outputs import is_differentiable, map_tensors, tensors_in
+from balanceopt.monitor._outputs import detached_copy, is_differentiable, map_tensors, tensors_in
 from balanceopt.monitor._recovery import off_residual, two_classes
 from balanceopt.monitor._refusals import enter, leave, refuse_company, refuse_model
 from balanceopt.monitor._replay import State, evaluate, keep_random_states, without_gradients
@@ -28,6 +28,7 @@ __all__ = [
     "as_rows",
     "check_layout",
     "compiled_before",
+    "detached_copy",
     "enter",
     "evaluate",
     "is_differentiable",

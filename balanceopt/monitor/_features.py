@@ -11,7 +11,7 @@ from balanceopt._pooling import Projection, pool_features, samples_in
 from balanceopt._torch import base_of
 from balanceopt.modality import unwrap
 from balanceopt.monitor._forward import Edge, Pass
-from balanceopt.monitor._outputs import feature_tensors, map_tensors, shapes_of
+from balanceopt.monitor._outputs import detached_copy, feature_tensors, map_tensors, shapes_of
 
 Select = Mapping[str, Callable[[Any], Tensor]]
 
@@ -78,7 +78,9 @@ class Features:
             f"can't be told: {why}. {_CURE.format(name=name)}"
         )
 
-    def held(self, name: str, output: Any, copied: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+    def held(
+        self, name: str, output: Any, copied: Callable[[Tensor], Tensor] = detached_copy
+    ) -> Callable[[], Tensor]:
         """Copy an encoder's output; return a function that reads the features from the copy later."""
         if self.settled(name, output):
             features = copied(self.of(name, output))

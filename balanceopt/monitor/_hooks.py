@@ -21,7 +21,7 @@ from balanceopt.monitor._features import edge_of
 from balanceopt.monitor._forward import Pass, Passes, answers_of
 from balanceopt.monitor._labels import call_of_loss, labels_of_call
 from balanceopt.monitor._module_hooks import Hook, outside_graphs, remove_hooks
-from balanceopt.monitor._outputs import first_tensor, map_tensors, tensors_in
+from balanceopt.monitor._outputs import detached_copy, first_tensor, map_tensors, tensors_in
 from balanceopt.monitor._per_head import refuse_widths
 from balanceopt.monitor._refusals import refuse_join
 from balanceopt.monitor._scorer import Scorer
@@ -232,9 +232,9 @@ class Hooks:
         if sent is not linked and current.scored and not again:
             current.dropped.add(name)
             if name in current.features:
-                current.sent_features[name] = _copied(self.features.of(name, sent))
+                current.sent_features[name] = detached_copy(self.features.of(name, sent))
             else:
-                current.pending_sent[name] = map_tensors(_copied, sent)
+                current.pending_sent[name] = map_tensors(detached_copy, sent)
         self._scorer.hooks.resent(module, sent)
         return sent
 
@@ -313,11 +313,11 @@ class Hooks:
         current.returned[name] = next((x.shape[0] for x in tensors if x.dim()), 0)
         settled = self.features.settled(name, output)
         if self._scorer.needs_outputs or not settled:
-            output = map_tensors(_copied, output)
+            output = map_tensors(detached_copy, output)
             current.outputs.setdefault(name, []).append(output)
         if settled:
             features = self.features.of(name, output)
-            features = features if self._scorer.needs_outputs else _copied(features)
+            features = features if self._scorer.needs_outputs else detached_copy(features)
             current.features[name] = current.sent_features[name] = features
         else:
             current.pending[name] = output
@@ -343,7 +343,7 @@ class Hooks:
         )
         if name is None or not current.head_outputs:
             self._listen(current, head, logits)
-        own = self.answers.rows(head, _copied(logits))
+        own = self.answers.rows(head, detached_copy(logits))
         current.samples = logits.shape[0] if logits.dim() else None
         current.shape, current.classes_first = logits.shape, self.answers.classes_first(head, logits)
         if logits.requires_grad and current.edges:
@@ -372,7 +372,3 @@ class Hooks:
                 "the head runs under reentrant activation checkpointing, which keeps its first run out of the graph. "
                 "Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
             )
-
-
-def _copied(x: Tensor) -> Tensor:
-    return x.detach().clone()

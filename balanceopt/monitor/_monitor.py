@@ -181,7 +181,6 @@ class ModalityMonitor:
             self.unimodal,
             self.features,
             self.labels,
-            form,
             Traces(self.model, self.encoders, self.head),
             strict=strict,
         )
@@ -277,7 +276,7 @@ class ModalityMonitor:
             ValueError: if `module` is another kind of loss than the monitor's.
         """
         check_kind("`module`", module, nn.Module, "the loss module that the loop calls")
-        refuse_loss(module, self._scorer.loss)
+        refuse_loss(module, self.labels.loss)
         return self.hooks.watch_loss(module)
 
     def reset(self) -> None:

@@ -15,6 +15,11 @@ def is_differentiable(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
+def detached_copy(x: Tensor) -> Tensor:
+    """Copy a tensor without its graph, since modules after an encoder may change its output in place."""
+    return x.detach().clone()
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Apply `function` to each tensor in `value`, and keep types and structure."""
     if isinstance(value, Tensor):

@@ -12,7 +12,7 @@ from balanceopt._pooling import as_real, samples_in
 from balanceopt._torch import parameters_of, version_of
 from balanceopt._undo import Undo
 from balanceopt._warnings import warn_user
-from balanceopt.functional import KeptPredictions, Loss, feature_entropy
+from balanceopt.functional import KeptPredictions, feature_entropy
 from balanceopt.monitor._answers import in_output_shape
 from balanceopt.monitor._features import Features
 from balanceopt.monitor._forward import Pass, Traces
@@ -46,18 +46,17 @@ class Scorer:
         unimodal: UnimodalLogits | None,
         features: Features,
         labels: Labels,
-        loss: Loss,
         traces: Traces,
         *,
         strict: bool,
     ) -> None:
-        """Prepare scoring by the `loss` of `unimodal` logits; `strict` raises where labels are doubtful."""
+        """Prepare scoring of `unimodal` logits by the loss of `labels`; `strict` raises where labels are doubtful."""
         self.modalities = tuple(features.encoders)
         self.unimodal = unimodal
         self.features = features
         self.labels = labels
-        self.loss = loss
-        self.targets = pass_targets(labels, loss, strict=strict)
+        self.loss = labels.loss
+        self.targets = pass_targets(labels, strict=strict)
         self._traces = traces
         self.classes: int | None = None
         self.seen = Seen()

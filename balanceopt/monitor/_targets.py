@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts
-from balanceopt.functional import INVALID, Loss
+from balanceopt.functional import INVALID
 from balanceopt.monitor._answers import as_target_rows
 from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._labels import Labels
@@ -29,9 +29,9 @@ _CLEAR_RESIDUAL = 0.05
 class PassTargets(ABC):
     """Base of the targets of one kind of loss."""
 
-    def __init__(self, labels: Labels, loss: Loss) -> None:
-        """Prepare to take the targets of `loss` from where `labels` found them."""
-        self.labels, self.loss = labels, loss
+    def __init__(self, labels: Labels) -> None:
+        """Prepare to take the targets of the loss from where `labels` found them."""
+        self.labels, self.loss = labels, labels.loss
 
     @abstractmethod
     def of(self, done: Pass) -> Tensor | None:
@@ -50,9 +50,9 @@ class PassTargets(ABC):
 class ClassTargets(PassTargets):
     """Class indices or class probabilities, for cross-entropy."""
 
-    def __init__(self, labels: Labels, loss: Loss, *, strict: bool) -> None:
+    def __init__(self, labels: Labels, *, strict: bool) -> None:
         """Prepare as `PassTargets`; `strict` raises where recovered labels are doubtful."""
-        super().__init__(labels, loss)
+        super().__init__(labels)
         self._recovery = Recovery(strict=strict) if labels.recovers else None
         self._agreement = Agreement(recovers=labels.recovers)
 
@@ -80,8 +80,7 @@ class ClassTargets(PassTargets):
         if labels.is_floating_point():
             return labels
         labels = labels.long()  # before comparisons, in which -100 would be 156 among 8-bit labels
-        ignore = self.labels.ignore_index if done.ignore_index is None else done.ignore_index
-        valid = labels != ignore
+        valid = labels != self._ignored_in(done)
         shift = self._agreement.shift
         if done.gradients:
             assert done.logits is not None
@@ -94,10 +93,14 @@ class ClassTargets(PassTargets):
             return self._given(done)
         return torch.where(valid, labels, self.labels.ignore_index)
 
+    def _ignored_in(self, done: Pass) -> int:
+        """Return the ignored label of a pass's given labels: that of the watched loss, else the monitor's."""
+        return self.labels.ignore_index if done.ignore_index is None else done.ignore_index
+
     def _rows(self, done: Pass) -> tuple[Tensor, bool]:
         """Return labels `(N,)`, or soft ones `(N, C)`, and whether neighbouring rows are positions of one sample."""
         assert done.labels is not None and done.logits is not None
-        ignore = self.labels.ignore_index if done.ignore_index is None else done.ignore_index
+        ignore = self._ignored_in(done)
         labels, classes = done.labels.to(done.logits.device), done.logits.shape[1]
         if classes == 1:
             labels = self._agreement.binary(labels, ignore)
@@ -111,9 +114,9 @@ class ClassTargets(PassTargets):
 class NumberTargets(PassTargets):
     """Numbers in the shape of the logits: multi-hot labels, regression targets."""
 
-    def __init__(self, labels: Labels, loss: Loss) -> None:
+    def __init__(self, labels: Labels) -> None:
         """Prepare as `PassTargets`."""
-        super().__init__(labels, loss)
+        super().__init__(labels)
         self._rows = DeferredCounts(("rows", "foreign"), refuse_foreign)
         self._compared: dict[str, DeferredCounts] = {}
 
@@ -181,9 +184,9 @@ class NumberTargets(PassTargets):
         return torch.where(tells & ~graded, torch.nan, target)
 
 
-def pass_targets(labels: Labels, loss: Loss, *, strict: bool) -> PassTargets:
-    """Build the targets of a loss's kind."""
-    return ClassTargets(labels, loss, strict=strict) if loss.has_classes else NumberTargets(labels, loss)
+def pass_targets(labels: Labels, *, strict: bool) -> PassTargets:
+    """Build the targets of the kind of the loss of `labels`."""
+    return ClassTargets(labels, strict=strict) if labels.loss.has_classes else NumberTargets(labels)
 
 
 def _refuse_misfit(done: Pass, rows: Tensor) -> None:

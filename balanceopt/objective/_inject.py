@@ -23,6 +23,7 @@ from balanceopt.monitor import (
     Pass,
     WeakHook,
     as_rows,
+    detached_copy,
     enter,
     is_differentiable,
     leave,
@@ -145,7 +146,7 @@ class Injection:
         seen: _Seen = current.notes.setdefault(self._key, _Seen())
         if not in_backward():
             # A copy, because modules after the encoder may change the output in place.
-            seen.outputs[name] = map_tensors(lambda x: x.detach().clone(), output)
+            seen.outputs[name] = map_tensors(detached_copy, output)
             seen.extras[name] = []
             device = next(x for x in tensors_in(output) if is_differentiable(x)).device.type
             enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -328,7 +328,7 @@ def _latest_features(undo: Undo, monitor: ModalityMonitor) -> dict[str, Callable
     def tap(name: str, output: Any, current: Pass | None) -> None:
         if not in_backward():
             # Copied, because later modules may change the features in place.
-            latest[name] = monitor.features.held(name, output, lambda x: x.detach().clone())
+            latest[name] = monitor.features.held(name, output)
 
     undo.note(partial(monitor.hooks.outputs.drop, tap))
     monitor.hooks.outputs.add(tap)

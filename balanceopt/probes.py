@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from balanceopt._options import check_count, check_entries, check_kind, check_nu
 from balanceopt._torch import in_backward
 from balanceopt._warnings import WarnOnce
 from balanceopt.distributed import active_group, sum_over_ranks
-from balanceopt.functional import AnswerKind, wide
+from balanceopt.functional import AnswerKind, wide, without_autocast
 from balanceopt.monitor import ModalityMonitor, Pass, ScoreBuffer, require_scores
 
 # Adam's constants, as in its paper.
@@ -225,7 +224,7 @@ class ProbeMonitor(Method):
             return
         self._buffer.take_local()
         batch.present = done.present
-        with _plain(self.monitor):
+        with without_autocast(next(self.monitor.model.parameters()).device.type):  # probes would be rounded
             rows = {} if done.target is None else self._rows(batch, done.target, done.samples)
             self._build(rows, self._outputs(done))
             parts = {}
@@ -329,7 +328,7 @@ class ProbeMonitor(Method):
         )
         if batch is None or target is None or not self._probes:
             return
-        with _plain(self.monitor):
+        with without_autocast(next(self.monitor.model.parameters()).device.type):  # probes would be rounded
             for name, (z, y, weight) in self._rows(batch, target, len(target)).items():
                 if name in self._probes:
                     prediction = self._probes[name].predict(z)
@@ -547,9 +546,3 @@ def _may_number(flags: Tensor, count: int) -> bool:
     """Tell whether as many flags are set as `count`, as far as the host can read them."""
     host_value = on_host(flags)
     return host_value is None or int(host_value.sum()) == count
-
-
-def _plain(monitor: ModalityMonitor) -> AbstractContextManager[Any]:
-    """Disable autocast, under which the probes would be rounded."""
-    device = next(monitor.model.parameters()).device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

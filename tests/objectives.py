@@ -86,3 +86,12 @@ def given(
 def plain(model: Any, monitor: bo.ModalityMonitor, extra: Callable[[Any], Any]) -> None:
     inputs, labels = given(len(model.names))
     (F.cross_entropy(model(*inputs), labels) + extra(labels)).backward()
+
+
+def beside_opm(model: Any, monitor: bo.ModalityMonitor, extra: Callable[[Any], Any]) -> None:
+    """A loop in which OPM drops features."""
+    modulator = bo.OPM(monitor, q_base=1.0, seed=0)
+    for seed in range(3):
+        inputs, labels = given(seed=seed)
+        (F.cross_entropy(model(*inputs), labels) + extra(labels)).backward()
+    assert modulator.stats()["dropping"] > 0

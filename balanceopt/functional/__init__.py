@@ -14,6 +14,7 @@ from balanceopt.functional._coefficients import (
 )
 from balanceopt.functional._dropout import kept_but_one, kept_modalities
 from balanceopt.functional._dtypes import wide as wide
+from balanceopt.functional._dtypes import without_autocast as without_autocast
 from balanceopt.functional._gradients import combined_gradient as combined_gradient
 from balanceopt.functional._gradients import gradient_products as gradient_products
 from balanceopt.functional._gradients import min_norm_weight, mixed_gradient, pareto_gradient

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from balanceopt._options import check_count, check_generator, check_number, check_tensor
-from balanceopt.functional._dtypes import wide
+from balanceopt.functional._dtypes import wide, without_autocast
 from balanceopt.functional._sampling import uniforms_like
 
 # Entries of the largest temporary, a block's features or distances: on a CPU the block fits into the cache, on a device
@@ -379,8 +379,7 @@ def _full_precision(device_type: str) -> Iterator[None]:
         m for backend in backends if hasattr(m := getattr(backend, "matmul", None), "fp32_precision")
     ]
     with ExitStack() as stack:
-        if torch.amp.is_autocast_available(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(without_autocast(device_type))
         for matmul in matmuls:
             stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
             matmul.fp32_precision = "ieee"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,3 +17,10 @@ def wide(values: Tensor) -> Tensor:
 def narrowed(result: Tensor, like: Tensor) -> Tensor:
     """Convert a result to the dtype of a floating input; keep it for an integer input, which would truncate."""
     return result.to(like.dtype) if like.is_floating_point() else result
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Disable autocast where a type of device has it, so that operations run in the dtypes of their tensors."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

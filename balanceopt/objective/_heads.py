@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -16,6 +15,7 @@ from balanceopt._torch import after_backward, backward_number, parameter_dict, v
 from balanceopt._undo import Undo
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import Group, active_group
+from balanceopt.functional import without_autocast
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.objective._share import with_share
 
@@ -51,8 +51,7 @@ def build(head: nn.Linear, width: int) -> None:
         device, dtype = head.weight.device, head.weight.dtype
         width = width if head.has_uninitialized_params() else head.weight.shape[1]
         # Autocast is disabled, because its cache would hold a weight without a graph for the first batch.
-        plain = torch.amp.is_autocast_available(device.type)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False) if plain else nullcontext():
+        with torch.no_grad(), without_autocast(device.type):
             head(torch.empty(0, width, device=device, dtype=dtype))
         head.in_features = width  # torch before 2.8 leaves this at 0 for weights loaded from a checkpoint
 

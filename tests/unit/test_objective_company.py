@@ -12,21 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 import balanceopt as bo
 from tests.models import CLASSES, Concat, SumHeads, batch, watch
-from tests.objectives import check, given, gradients
+from tests.objectives import beside_opm, check, given, gradients
 from tests.relearning import train_epoch
 
 
 class TestCompany:
     @pytest.mark.parametrize("heads", ["own", "shared"])
     def test_opm(self, heads):
-        def loop(model, monitor, extra):
-            modulator = bo.OPM(monitor, q_base=1.0, seed=0)
-            for seed in range(3):
-                inputs, labels = given(seed=seed)
-                (F.cross_entropy(model(*inputs), labels) + extra(labels)).backward()
-            assert modulator.stats()["dropping"] > 0
-
-        check(Concat, loop, heads=heads)
+        check(Concat, beside_opm, heads=heads)
 
     @pytest.mark.parametrize("modulation", [bo.OGM(0.5, noise=False), bo.AMSS(), bo.OGM(0.5)], ids=str)
     def test_modulated_optimizers(self, modulation):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import balanceopt as bo
 from tests.models import CLASSES, FUSIONS, PER_HEAD, SPLIT, Concat, ConcatOfWrapped, Multimodal, batch, watch
-from tests.objectives import check, given, plain
+from tests.objectives import beside_opm, check, given, plain
 
 SHARED = {**SPLIT, **PER_HEAD}
 SHARES = [0.0, 0.3]
@@ -50,14 +50,7 @@ class TestBothWays:
 
     @pytest.mark.parametrize("heads", ["own", "shared"])
     def test_opm(self, heads):
-        def loop(model, monitor, extra):
-            modulator = bo.OPM(monitor, q_base=1.0, seed=0)
-            for seed in range(3):
-                inputs, labels = given(seed=seed)
-                (F.cross_entropy(model(*inputs), labels) + extra(labels)).backward()
-            assert modulator.stats()["dropping"] > 0
-
-        check(Concat, loop, heads=heads, joint=0.3)
+        check(Concat, beside_opm, heads=heads, joint=0.3)
 
     def test_a_loss_module(self):
         criterion = nn.MSELoss()

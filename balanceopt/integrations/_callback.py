@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from balanceopt._method import Listener
+from balanceopt._method import ABSENT, Listener
 from balanceopt._options import check_flag, check_kind, check_seed, names_of, shown
 from balanceopt._warnings import warn_user
 from balanceopt.modality import Encoders, find_module, unwrap
@@ -236,17 +236,15 @@ class Balance:
         self._beside.begin_epoch(epoch)
 
     def _hear(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
-        if self._signals is None or quantity not in (
-            "score",
-            "ratio",
-        ):  # which the signals tell in every step
+        # Scores and ratios come from the signals in every step.
+        if self._signals is None or quantity not in ("score", "ratio"):
             self._tell(step, quantity, modalities, values)
 
     def _tell(self, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor) -> None:
         for listener in self.listeners:
             listener(step, quantity, modalities, values)
         if self._logs:
-            copied = torch.where(torch.isneginf(values), torch.nan, values.detach())  # of absent modalities
+            copied = torch.where(values == ABSENT, torch.nan, values.detach())
             self._logged.update(
                 {log_name(quantity, name): copied[index] for index, name in enumerate(modalities)}
             )

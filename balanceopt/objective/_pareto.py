@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import count
 from typing import Any, Literal, get_args
 
 import torch
@@ -133,7 +134,7 @@ class MMPareto(Modulation):
         if not self._acted:
             self._refuse_second()
             self._acted = True
-        extras, indices = injection.extras_of(current, name), iter(range(10**9))
+        extras, indices = injection.extras_of(current, name), count()
 
         def hooked(x: Tensor) -> Tensor:
             if not is_differentiable(x):

@@ -1,0 +1,68 @@
+"""Encoders' features as uni-modal losses need them: attached to their graphs, and clean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balanceopt._torch import holds_compiled_code, in_backward
+from balanceopt.monitor import COMPILED, CallWatch, ModalityMonitor, Pass
+
+
+class LiveFeatures:
+    """Clean features by modality, of the latest forward with gradients and of the latest without."""
+
+    def __init__(self, monitor: ModalityMonitor) -> None:
+        """Start without features; `on_output` is to be a hook of `monitor`."""
+        self.monitor = monitor
+        self.watch: CallWatch | None = None
+        self.forget()
+
+    def of_latest(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int | None]:
+        """Return features by modality, bool `(B,)` flags of samples with each modality, where given, and B, if known.
+
+        Raises:
+            RuntimeError: if there was no forward, or the features carry no gradient to a trained encoder.
+        """
+        outputs = self._with if torch.is_grad_enabled() else self._without
+        features = {name: held() for name, held in outputs.items()}
+        if not features:
+            raise RuntimeError(
+                "no features came by: call the model on a batch before the objective, with the monitor's hooks on."
+                + (" Where the model was called: " + COMPILED if holds_compiled_code() else "")
+            )
+        for name, z in features.items():
+            encoder = self.monitor.encoders[name]
+            trained = any(p.requires_grad for p in encoder.parameters())
+            if torch.is_grad_enabled() and trained and not z.requires_grad:
+                raise RuntimeError(
+                    f"the features of {name!r} carry no gradient to their encoder, as under reentrant activation "
+                    "checkpointing. Use checkpoint(..., use_reentrant=False), or inject=True."
+                )
+        if self._pass is None or not torch.is_grad_enabled():
+            return features, {}, None
+        return features, dict(self._pass.present), self._pass.samples
+
+    def forget(self) -> None:
+        """Release all features."""
+        self._with: dict[str, Callable[[], Tensor]] = {}
+        self._without: dict[str, Callable[[], Tensor]] = {}
+        self._pass: Pass | None = None
+
+    def on_output(self, name: str, output: Any, current: Pass | None) -> None:
+        """Record the features of an encoder's output."""
+        if in_backward():
+            return
+        # A copy, because modules after the encoder may change the output in place.
+        held = self.monitor.features.held(name, output, Tensor.clone)
+        if current is None and not torch.is_grad_enabled():
+            if name in self._without:
+                self._without = {}
+            self._without[name] = held
+            return
+        if current is not self._pass or (current is None and name in self._with):
+            self._with, self._pass = {}, current
+        self._with[name] = held

@@ -20,7 +20,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c $
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SECONDARY:
-.PHONY: help demo evidence test test-settings test-thorough test-slow test-distributed test-frameworks test-bases check format docs bench clean
+.PHONY: help demo evidence test test-settings test-thorough test-slow test-distributed test-frameworks test-bases check format docs docs-serve bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
@@ -72,6 +72,9 @@ format: $(VENV)/.extra-check ## apply the formatter and the safe fixes
 docs: $(VENV)/.extra-docs ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+docs-serve: $(VENV)/.extra-docs ## show the documentation at http://127.0.0.1:8000 and rebuild it with each change
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve $(ARGS)
 
 bench: $(VENV)/.extra-bench ## measure speed, some minutes; ARGS="step monitor" for parts
 	@$(BIN)/python -m benchmarks.speed $(ARGS)

@@ -22,7 +22,7 @@ from balanceopt.monitor import ModalityMonitor
 class OGM(GradientScaling):
     r"""On-the-fly gradient modulation; with `noise=True` also generalization enhancement (OGM-GE).
 
-    $$g^m \leftarrow k^m g^m + h^m, \qquad h^m \sim N(0, \text{noise\_scale}^2 \operatorname{std}(g^m)^2)$$
+    $$g^m \leftarrow k^m g^m + h^m, \qquad h^m \sim N(0, \mathrm{noise\_scale}^2 \operatorname{std}(g^m)^2)$$
 
     for the gradient g of each tensor of the encoder of modality m, with the coefficient \(k^m\) of
     `modulation_coefficient`: below 1 for dominant modalities, 1 for others. The standard deviation is that of the

@@ -53,7 +53,8 @@ class MaskedSubnetworkSGD(ModulatedOptimizer):
         >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b", "head")})
         >>> encoders = {"a": model["a"], "b": model["b"]}
         >>> monitor = bo.ModalityMonitor(model, encoders, head=model["head"])
-        >>> optimizer = bo.MaskedSubnetworkSGD(bo.modality_groups(model, encoders), monitor, lr=0.01, momentum=0.9)
+        >>> groups = bo.modality_groups(model, encoders)
+        >>> optimizer = bo.MaskedSubnetworkSGD(groups, monitor, lr=0.01, momentum=0.9)
         >>> optimizer.modulation.scale
         'none'
 

@@ -47,7 +47,8 @@ class ModulatedOptimizer(torch.optim.Optimizer):
         >>> encoders = {"a": model["a"], "b": model["b"]}
         >>> optimizer = torch.optim.SGD(bo.modality_groups(model, encoders), lr=0.1)
         >>> monitor = bo.ModalityMonitor(model, encoders, head=model["head"])
-        >>> isinstance(bo.ModulatedOptimizer(optimizer, monitor, bo.OGM(noise=False)), torch.optim.Optimizer)
+        >>> optimizer = bo.ModulatedOptimizer(optimizer, monitor, bo.OGM(noise=False))
+        >>> isinstance(optimizer, torch.optim.Optimizer)
         True
 
     Reference:

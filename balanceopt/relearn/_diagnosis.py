@@ -119,7 +119,8 @@ class Diagnosis:
         classes: what the classes are, in words.
 
     Example:
-        >>> print(Diagnosis({"a": 0.9}, {"a": 0.8}, {"a": 0.1}, {"a": 0.29}, {"a": 90}, {"a": 9}, num_clusters=3))
+        >>> purities = {"a": 0.9}, {"a": 0.8}
+        >>> print(Diagnosis(*purities, {"a": 0.1}, {"a": 0.29}, {"a": 90}, {"a": 9}, num_clusters=3))
         modality  train purity  val purity     gap  strength  samples (train + val)
         a               0.9000      0.8000  0.1000    0.2900                 90 + 9
         3 classes: the labels
@@ -234,7 +235,8 @@ def diagnose(
     Example:
         >>> import torch
         >>> labels = torch.arange(40) % 2
-        >>> sharp, blurred = labels[:, None] * 9.0, torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> sharp, blurred = labels[:, None] * 9.0, torch.randn(40, 1, generator=generator)
         >>> train, val = ({"a": sharp, "b": blurred}, labels), ({"a": blurred, "b": blurred}, labels)
         >>> result = diagnose(train, val, seed=0)
         >>> result.largest_gap, result.train_purity["a"], result.gap["b"]

@@ -18,7 +18,7 @@ from balanceopt.modulation import (
     attention_heads,
 )
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.objective import MMPareto, UnimodalObjective
+from balanceopt.objective import MMPareto, TotalCorrelationLoss, UnimodalObjective
 from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
 from balanceopt.prediction import OPM, ForwardMethod, ModalityDropout
 from balanceopt.probes import ProbeMonitor
@@ -54,6 +54,7 @@ __all__ = [
     "Recorder",
     "Report",
     "StepContext",
+    "TotalCorrelationLoss",
     "UnimodalObjective",
     "attach",
     "attention_heads",

@@ -12,6 +12,11 @@ from balanceopt.functional._coefficients import (
     modulation_coefficient,
     priority_coefficients,
 )
+from balanceopt.functional._correlation import CorrelationSums as CorrelationSums
+from balanceopt.functional._correlation import check_class_indices as check_class_indices
+from balanceopt.functional._correlation import correlation_sums as correlation_sums
+from balanceopt.functional._correlation import total_correlation as total_correlation
+from balanceopt.functional._correlation import total_correlation_loss
 from balanceopt.functional._dropout import kept_but_one, kept_modalities
 from balanceopt.functional._dtypes import wide as wide
 from balanceopt.functional._dtypes import without_autocast as without_autocast
@@ -105,6 +110,7 @@ __all__ = [
     "soft_reinit_",
     "systematic_sample",
     "systematic_sample_padded",
+    "total_correlation_loss",
     "true_class_score",
     "unit_importance",
 ]

@@ -140,6 +140,13 @@ def loss_of(world: World, labels: Any, **given: Any) -> Tensor:
         return result
 
 
+def correlation_of(world: World, labels: Any) -> Tensor:
+    with bo.TotalCorrelationLoss(world.monitor) as part:
+        world.model(*world.inputs)
+        result: Tensor = part(labels)
+        return result
+
+
 def watched(world: World, **given: Any) -> bo.ModalityMonitor:
     model = world.model
     defaults: dict[str, Any] = {"model": model, "encoders": model.modalities, "head": model.heads}
@@ -366,6 +373,25 @@ ROWS: dict[str, Row] = {
             "unimodal": [None, 3, "a", FOUR],
             "gamma": NEGATIVE,
             "weight": [3, "a", ONES, torch.tensor(1j)],
+        },
+    ),
+    "total_correlation_loss": function(
+        functional.total_correlation_loss,
+        {"logits": [FOUR, FOUR], "labels": torch.tensor([0, 1, 2, -100])},
+        {
+            "logits": [
+                *(None, 3, "a", [], FOUR, [FOUR, None], [ONES, ONES], [FOUR, FOUR[:3]], [FOUR[:, :1]] * 2),
+                [FOUR, FOUR * 1j],
+            ],
+            "labels": [
+                *NO_TENSOR,
+                *NO_LABELS[5:],
+                torch.zeros(3).long(),
+                torch.tensor([0, 1, 2, 3]),
+                FOUR,
+                torch.ones(4),
+            ],
+            "ignore_index": [1.5, "a", None],
         },
     ),
     "linear_logits": function(
@@ -717,6 +743,26 @@ ROWS: dict[str, Row] = {
             "pool": [3, "median", None],
             "seed": NO_SEED,
         },
+    ),
+    "TotalCorrelationLoss": Row(
+        lambda world, **given: bo.TotalCorrelationLoss(**{"monitor": world.monitor, **given}).remove(),
+        bo.TotalCorrelationLoss,
+        {"monitor": NO_MONITOR, "weight": NEGATIVE, "group_negatives": NO_FLAG},
+    ),
+    "TotalCorrelationLoss.forward": Row(
+        correlation_of,
+        bo.TotalCorrelationLoss.forward,
+        {
+            "labels": [
+                *NO_LABELS,
+                torch.full((8,), 7),
+                torch.zeros(3).long(),
+                torch.ones(8),
+                torch.ones(8, CLASSES),
+                torch.zeros(8, 3).long(),
+            ]
+        },
+        lambda world: {"labels": world.labels},
     ),
     "MMPareto": Row(
         lambda world, **given: bo.MMPareto(

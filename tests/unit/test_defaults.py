@@ -167,6 +167,7 @@ def functional_results() -> list[Tensor]:
         f.kmeans(features, 2, generator=draw).centroids,
         f.reinit_strength(counts, 0.1),
         f.recover_scale(logits - 1, logits, labels).scale,
+        f.total_correlation_loss([logits, logits], labels),
     ]
 
 

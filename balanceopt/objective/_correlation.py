@@ -1,0 +1,191 @@
+"""TotalCorrelationLoss: TCMax's loss on the logits of the model's own head, over ranks too."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from balanceopt._options import check_flag, check_kind, check_number, shown, to_tensor
+from balanceopt._pooling import samples_in
+from balanceopt.distributed import Group, active_group, concatenate_over_ranks, rank_in
+from balanceopt.functional import CorrelationSums, check_class_indices, correlation_sums, total_correlation
+from balanceopt.monitor import CallWatch, ModalityMonitor, UnimodalLogits, require_scores
+from balanceopt.objective._live import LiveFeatures
+
+
+class TotalCorrelationLoss(nn.Module):
+    r"""TCMax: maximise the total correlation of all modalities' features and the label.
+
+    $$L = \log \sum_y \prod_m \sum_j \exp s^m_{j, y} - \frac{1}{B} \sum_i \sum_m s^m_{i, y_i} - \log B$$
+
+    with each modality's part s of the logits of the latest forward, on clean features (before any drop). It takes the
+    place of cross-entropy, or of a part of it: `loss = (1 - w) * criterion(logits, labels) + objective(labels)`. The
+    joint samples are told apart from all combinations of one sample's features with another one's, and not from other
+    classes alone.
+
+    Each call is a batch of its own: with accumulation each micro-batch. Over ranks the combinations are of the whole
+    batch: every rank calls it equally often and gets the same loss, and the mean over ranks of the gradients, as
+    DistributedDataParallel and `fully_shard` make it, is that of the whole batch on one rank. Without gradients
+    (validation) there is no communication.
+
+    A sample that lacks a modality (`monitor.observe(labels, present=...)`) has the logits 0 for it; samples whose label
+    is the monitor's `ignore_index` do not count. Keep a reference to the objective: garbage collection removes its
+    hooks.
+
+    Args:
+        monitor: a `ModalityMonitor` on the model, with a linear head over concatenated features or a head for each
+            modality, whose logits are added.
+        weight: factor w on the loss, >= 0; at 0 the loss is a plain 0.
+        group_negatives: combine the features of all ranks of the monitor's group; False for each rank's own alone.
+
+    Raises:
+        ValueError: for an option outside its range; for a monitor without a head, of another loss than cross-entropy,
+            or of a fusion whose logits are no sum over modalities, which may show in the first call only.
+        TypeError: if `monitor` is no `ModalityMonitor`.
+
+    Example:
+        >>> import balanceopt as bo
+        >>> model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3), "head": nn.Linear(6, 5)})
+        >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"}, head="head")
+        >>> bo.TotalCorrelationLoss(monitor)
+        TotalCorrelationLoss(weight=1, group_negatives=True)
+
+    Reference:
+        Yu et al., Multimodal Classification via Total Correlation Maximization, ICLR 2026; docs/methods/tcmax.md.
+    """
+
+    monitor: ModalityMonitor
+
+    def __init__(
+        self, monitor: ModalityMonitor, *, weight: float = 1.0, group_negatives: bool = True
+    ) -> None:
+        super().__init__()
+        check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
+        check_number("weight", weight, at_least=0)
+        check_flag("group_negatives", group_negatives)
+        if not monitor.labels.loss.has_classes:
+            raise ValueError(
+                "`monitor` should be one of cross-entropy, with `loss=None` or nn.CrossEntropyLoss(): the loss is over "
+                f"combinations of features with one class. Found loss={shown(monitor.loss)}. UnimodalObjective takes "
+                "any loss."
+            )
+        _additive_logits(monitor)
+        self.weight = float(weight)
+        self.group_negatives = group_negatives
+        # Set past nn.Module.__setattr__, because the user's model must not become a submodule.
+        self.__dict__["monitor"] = monitor
+        self._live = LiveFeatures(monitor)
+        monitor.hooks.outputs.add(self._live.on_output)
+        self._live.watch = CallWatch(monitor, None, "it is not in the total correlation")
+        weakref.finalize(self, self._live.watch.remove).atexit = False
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Return the weight times the loss of the latest forward, a scalar in float32 or wider.
+
+        Args:
+            labels: class indices `(B,)`.
+
+        Raises:
+            RuntimeError: before any forward of the model, or before one has shown how features become the head's input.
+            ValueError: if the labels are no class indices, or not one for each sample; for any fusion whose logits are
+                no sum over modalities.
+            TypeError: if labels are no numbers.
+        """
+        target = to_tensor("labels", labels, "class indices (B,)")
+        check_class_indices(target)
+        if not self.weight:
+            return torch.zeros((), dtype=torch.float32, device=target.device)
+        sums = correlation_sums(self._logits(len(target)), target, self.monitor.labels.ignore_index)
+        group = self.monitor.group if self.group_negatives and torch.is_grad_enabled() else False
+        return self.weight * _over_ranks(sums, group)
+
+    def remove(self) -> None:
+        """Remove every hook. May be called twice."""
+        self.monitor.hooks.outputs.drop(self._live.on_output)
+        self._live.forget()
+        if self._live.watch is not None:
+            self._live.watch.remove()
+
+    def extra_repr(self) -> str:
+        """Return the options for `repr`."""
+        return f"weight={self.weight:g}, group_negatives={self.group_negatives}"
+
+    def __enter__(self) -> TotalCorrelationLoss:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is inert, because hooks exist on the original monitor's model only.
+        return {**self.__dict__, "_live": LiveFeatures(self.monitor)}
+
+    def _logits(self, size: int) -> list[Tensor]:
+        """Return each modality's logits `(B, C)`, attached to the graph; 0 for samples that lack the modality."""
+        features, present, samples = self._live.of_latest()
+        if samples is not None and size != samples:
+            raise ValueError(f"`labels` should have one entry for each of {samples} samples. Found {size}.")
+        unimodal = _additive_logits(self.monitor)
+        rows = {}
+        for name, z in features.items():
+            frames = self.monitor.features.projections.get(name) is not None
+            count = samples_in(name, z, size, present.get(name), frames=frames)
+            rows[name] = _by_sample(unimodal.live(name, z, count), size, present.get(name))
+        absent = torch.zeros_like(next(iter(rows.values())))
+        return [rows.get(name, absent) for name in self.monitor.modalities]
+
+
+def _additive_logits(monitor: ModalityMonitor) -> UnimodalLogits:
+    """Return the monitor's uni-modal logits, whose sum over modalities is the joint logits.
+
+    Raises:
+        ValueError: for a monitor without a head, and any fusion whose logits are no such sum.
+    """
+    require_scores(monitor, "TotalCorrelationLoss")
+    assert monitor.unimodal is not None
+    if not monitor.unimodal.are_parts:
+        raise ValueError(
+            "TotalCorrelationLoss needs joint logits that are a sum over modalities: a linear head on concatenated "
+            f"features (scores='split') or a head for each modality ('per-head'). Found {monitor.unimodal.name!r}. For "
+            "this fusion use UnimodalObjective, whose separate heads train each encoder."
+        )
+    return monitor.unimodal
+
+
+def _by_sample(rows: Tensor, size: int, present: Tensor | None) -> Tensor:
+    """Return logits `(B, C)` of all samples, 0 for those without the modality, for which there may be no row."""
+    if present is None:
+        return rows
+    present = present.to(rows.device)
+    if len(rows) != size:
+        if not len(rows):
+            return rows.new_zeros(size, rows.shape[1])
+        rows = rows[(present.cumsum(0) - 1).clamp(min=0)]  # without device synchronisation, unlike a mask
+    return torch.where(present.unsqueeze(1), rows, 0)
+
+
+def _over_ranks(sums: CorrelationSums, group: Group) -> Tensor:
+    """Return the loss of all ranks' rows, with a gradient to this rank's, from one collective of M x C + 2 numbers.
+
+    The gradient is multiplied by the number of ranks, because what averages gradients divides by it.
+    """
+    ranks = active_group(group)
+    if ranks is None:
+        return total_correlation(sums)
+    world = dist.get_world_size(ranks)
+    numbers = torch.cat([sums.log_sums.flatten(), torch.stack([sums.label_sum, sums.samples])])
+    by_rank = list(concatenate_over_ranks(numbers.detach().unsqueeze(0), [1] * world, group).unbind())
+    by_rank[rank_in(group)] = numbers
+    table = torch.stack(by_rank)
+    log_sums = table[:, :-2].logsumexp(0).view_as(sums.log_sums)
+    loss = total_correlation(CorrelationSums(log_sums, table[:, -2].sum(), table[:, -1].sum()))
+    if loss.requires_grad:
+        loss.register_hook(lambda gradient: world * gradient)
+    return loss

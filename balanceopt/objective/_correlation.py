@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from balanceopt._options import check_flag, check_kind, check_number, shown, to_tensor
-from balanceopt._pooling import samples_in
 from balanceopt.distributed import Group, active_group, concatenate_over_ranks, rank_in
 from balanceopt.functional import CorrelationSums, check_class_indices, correlation_sums, total_correlation
-from balanceopt.monitor import CallWatch, ModalityMonitor, UnimodalLogits, require_scores
+from balanceopt.monitor import CallWatch, ModalityMonitor
+from balanceopt.objective._additive import additive_logits, logits_by_sample
 from balanceopt.objective._live import LiveFeatures
 
 
@@ -74,7 +74,7 @@ class TotalCorrelationLoss(nn.Module):
                 f"combinations of features with one class. Found loss={shown(monitor.loss)}. UnimodalObjective takes "
                 "any loss."
             )
-        _additive_logits(monitor)
+        additive_logits(monitor, "TotalCorrelationLoss")
         self.weight = float(weight)
         self.group_negatives = group_negatives
         # Set past nn.Module.__setattr__, because the user's model must not become a submodule.
@@ -132,43 +132,13 @@ class TotalCorrelationLoss(nn.Module):
         features, present, samples = self._live.of_latest()
         if samples is not None and size != samples:
             raise ValueError(f"`labels` should have one entry for each of {samples} samples. Found {size}.")
-        unimodal = _additive_logits(self.monitor)
-        rows = {}
-        for name, z in features.items():
-            frames = self.monitor.features.projections.get(name) is not None
-            count = samples_in(name, z, size, present.get(name), frames=frames)
-            rows[name] = _by_sample(unimodal.live(name, z, count), size, present.get(name))
+        unimodal = additive_logits(self.monitor, "TotalCorrelationLoss")
+        rows = {
+            name: logits_by_sample(self.monitor, unimodal, name, z, size, present.get(name))
+            for name, z in features.items()
+        }
         absent = torch.zeros_like(next(iter(rows.values())))
         return [rows.get(name, absent) for name in self.monitor.modalities]
-
-
-def _additive_logits(monitor: ModalityMonitor) -> UnimodalLogits:
-    """Return the monitor's uni-modal logits, whose sum over modalities is the joint logits.
-
-    Raises:
-        ValueError: for a monitor without a head, and any fusion whose logits are no such sum.
-    """
-    require_scores(monitor, "TotalCorrelationLoss")
-    assert monitor.unimodal is not None
-    if not monitor.unimodal.are_parts:
-        raise ValueError(
-            "TotalCorrelationLoss needs joint logits that are a sum over modalities: a linear head on concatenated "
-            f"features (scores='split') or a head for each modality ('per-head'). Found {monitor.unimodal.name!r}. For "
-            "this fusion use UnimodalObjective, whose separate heads train each encoder."
-        )
-    return monitor.unimodal
-
-
-def _by_sample(rows: Tensor, size: int, present: Tensor | None) -> Tensor:
-    """Return logits `(B, C)` of all samples, 0 for those without the modality, for which there may be no row."""
-    if present is None:
-        return rows
-    present = present.to(rows.device)
-    if len(rows) != size:
-        if not len(rows):
-            return rows.new_zeros(size, rows.shape[1])
-        rows = rows[(present.cumsum(0) - 1).clamp(min=0)]  # without device synchronisation, unlike a mask
-    return torch.where(present.unsqueeze(1), rows, 0)
 
 
 def _over_ranks(sums: CorrelationSums, group: Group) -> Tensor:

@@ -18,7 +18,7 @@ from balanceopt.modulation import (
     attention_heads,
 )
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.objective import MMPareto, TotalCorrelationLoss, UnimodalObjective
+from balanceopt.objective import CompetitionObjective, MMPareto, TotalCorrelationLoss, UnimodalObjective
 from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
 from balanceopt.prediction import OPM, ForwardMethod, ModalityDropout
 from balanceopt.probes import ProbeMonitor
@@ -36,6 +36,7 @@ __all__ = [
     "MaskUnits",
     "MaskedSubnetworkSGD",
     "OGM",
+    "CompetitionObjective",
     "Diagnosis",
     "EpochMethod",
     "FixedModulation",

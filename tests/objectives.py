@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import balanceopt as bo
+from balanceopt._random import generator_for, mixed
+from balanceopt.functional import derangement
 from tests.models import CLASSES, batch, watch
 
 Loop = Callable[[Any, bo.ModalityMonitor, Callable[[Any], Any]], None]
@@ -95,3 +97,17 @@ def beside_opm(model: Any, monitor: bo.ModalityMonitor, extra: Callable[[Any], A
         inputs, labels = given(seed=seed)
         (F.cross_entropy(model(*inputs), labels) + extra(labels)).backward()
     assert modulator.stats()["dropping"] > 0
+
+
+def permutation_of(
+    modality: int,
+    size: int,
+    *,
+    seed: int = 0,
+    call: int = 0,
+    number: int = 0,
+    present: Tensor | None = None,
+) -> Tensor:
+    """What `CompetitionObjective` draws for the `number`-th permutation of a modality."""
+    generator = generator_for(seed, call, mixed(modality, number), torch.device("cpu"))
+    return derangement(size, generator, present)

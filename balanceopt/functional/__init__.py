@@ -12,6 +12,8 @@ from balanceopt.functional._coefficients import (
     modulation_coefficient,
     priority_coefficients,
 )
+from balanceopt.functional._competition import derangement as derangement
+from balanceopt.functional._competition import permutation_divergence
 from balanceopt.functional._correlation import CorrelationSums as CorrelationSums
 from balanceopt.functional._correlation import check_class_indices as check_class_indices
 from balanceopt.functional._correlation import correlation_sums as correlation_sums
@@ -97,6 +99,7 @@ __all__ = [
     "modal_significance",
     "modulation_coefficient",
     "pareto_gradient",
+    "permutation_divergence",
     "priority_coefficients",
     "purity",
     "quantile_classes",

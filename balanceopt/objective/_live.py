@@ -40,11 +40,16 @@ class LiveFeatures:
             if torch.is_grad_enabled() and trained and not z.requires_grad:
                 raise RuntimeError(
                     f"the features of {name!r} carry no gradient to their encoder, as under reentrant activation "
-                    "checkpointing. Use checkpoint(..., use_reentrant=False), or inject=True."
+                    "checkpointing. Use checkpoint(..., use_reentrant=False), or UnimodalObjective(inject=True)."
                 )
         if self._pass is None or not torch.is_grad_enabled():
             return features, {}, None
         return features, dict(self._pass.present), self._pass.samples
+
+    @property
+    def current(self) -> Pass | None:
+        """Training pass of the latest features; None where these are of an evaluation."""
+        return self._pass
 
     def forget(self) -> None:
         """Release all features."""

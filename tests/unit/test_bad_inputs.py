@@ -365,6 +365,14 @@ ROWS: dict[str, Row] = {
         {"joint_sq": ONES, "unimodal_sq": ONES, "dot": ONES},
         {"joint_sq": NO_REAL, "unimodal_sq": [*NO_REAL, torch.ones(3)], "dot": [*NO_REAL, torch.ones(3)]},
     ),
+    "permutation_divergence": function(
+        functional.permutation_divergence,
+        {"logits": torch.ones(2, 3), "permuted": torch.ones(2, 3)},
+        {
+            "logits": [*NO_REAL, ONES],
+            "permuted": [*NO_REAL, ONES, torch.ones(2, 4), torch.ones(3, 3), torch.ones(2, 0)],
+        },
+    ),
     "pareto_gradient": function(
         functional.pareto_gradient,
         {"joint": ONES, "unimodal": ONES},
@@ -775,6 +783,24 @@ ROWS: dict[str, Row] = {
             "scope": NO_CHOICE,
             **WINDOW,
         },
+    ),
+    "CompetitionObjective": Row(
+        lambda world, **given: bo.CompetitionObjective(**{"monitor": world.monitor, **given}).remove(),
+        bo.CompetitionObjective,
+        {
+            "monitor": [*NO_MONITOR, watch(small_model(), loss=nn.MSELoss())],
+            "weight": NEGATIVE,
+            "strategy": NO_CHOICE,
+            "samples": NO_SIZE,
+            "seed": NO_SEED,
+        },
+    ),
+    "CompetitionObjective.load_state_dict": Row(
+        lambda world, **given: bo.CompetitionObjective(world.monitor).load_state_dict(given["state"]),
+        bo.CompetitionObjective.load_state_dict,
+        {"state": [*NO_STATE, {"_extra_state": 3}, {"_extra_state": {"calls": -1, "seed": 0}}]},
+        lambda world: {"state": bo.CompetitionObjective(world.monitor).state_dict()},
+        named={"state": "(state|calls)"},
     ),
     "UnimodalObjective.forward": Row(
         loss_of,

@@ -101,12 +101,15 @@ def trained_with(method: str, kind: type[Multimodal], dtype: torch.dtype) -> Run
         monitor = watch(model)
         optimizer: torch.optim.Optimizer = sgd(groups_of(model), momentum=0.9)
         objective: bo.UnimodalObjective | None = None
+        competition: bo.CompetitionObjective | None = None
         opm: bo.OPM | None = None
         scheduler: bo.ReLearnScheduler | None = None
         if method == "OPM":
             opm = bo.OPM(monitor, seed=3, rescale="official")
         elif method == "re-learning":
             scheduler = bo.ReLearnScheduler(optimizer, monitor, loader, loader, every=2, seed=3, epochs=99)
+        elif method == "competition":
+            competition = bo.CompetitionObjective(monitor, seed=3)
         elif method.startswith("uni-modal"):
             inject = method.endswith("injected")
             objective = bo.UnimodalObjective(monitor, CLASSES, seed=3, inject=inject)
@@ -118,6 +121,8 @@ def trained_with(method: str, kind: type[Multimodal], dtype: torch.dtype) -> Run
             loss = torch.nn.functional.cross_entropy(model(*inputs), labels)
             if objective is not None and not objective.inject:
                 loss = loss + objective(labels)
+            if competition is not None:
+                loss = loss + competition()
             loss.backward()
             optimizer.step()
             if scheduler is not None:
@@ -168,6 +173,7 @@ def functional_results() -> list[Tensor]:
         f.reinit_strength(counts, 0.1),
         f.recover_scale(logits - 1, logits, labels).scale,
         f.total_correlation_loss([logits, logits], labels),
+        f.permutation_divergence(logits, logits.flip(0)),
     ]
 
 
@@ -176,6 +182,7 @@ RUNS: dict[str, Callable[[], Run]] = {
     for method in [*METHODS, *OTHERS]
     for kind, dtype in [(Concat, torch.float32), (Gated, torch.float32), (SumHeads, torch.float64)]
 }
+RUNS["competition"] = partial(trained_with, "competition", Concat, torch.float32)
 RUNS["functional"] = lambda: functional_results
 
 

@@ -159,6 +159,14 @@ def of_fresh_objective(steps: int) -> Loaded:
     return lambda: [[nn.parameter.is_lazy(p) for p in objective.parameters()]], objective.load_state_dict
 
 
+def of_competition(steps: int) -> Loaded:
+    model = small_model()
+    competition = bo.CompetitionObjective(watch(model), seed=steps)
+    model(*batches(model, 1)[0][0])
+    competition()
+    return lambda: [competition.state_dict()], competition.load_state_dict
+
+
 def of_callback(steps: int) -> Loaded:
     """A framework's optimizer, whose checkpoints carry OPM and re-learning."""
     model = small_model()
@@ -189,6 +197,7 @@ def of_callback(steps: int) -> Loaded:
         of_scheduler,
         of_objective,
         of_fresh_objective,
+        of_competition,
         of_callback,
     ],
 )

@@ -58,6 +58,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         functional.min_norm_weight,
         [torch.tensor(x) for x in ([1.0, 4], [3.0, 1], [-1.0, 0])],
     ),
+    "permutation_divergence": (functional.permutation_divergence, [LOGITS, LOGITS.flip(0)]),
     "pareto_gradient": (lambda a, b: functional.pareto_gradient(a, b - 3), [LOGITS, LOGITS.flip(0)]),
     "linear_logits": (
         lambda a, b, w, bias: functional.linear_logits([a, b], w, bias),

@@ -143,3 +143,16 @@ def test_an_encoder_of_some_samples():
             optimizer.step()
     assert optimizer.stats()["modulated"] == 4
     assert probes.passes == 3
+
+
+def test_the_competition_of_modalities():
+    model = FUSIONS["concat"]()
+    competition = bo.CompetitionObjective(watch(model), samples=2)
+    here = {"visual": torch.arange(8) > 2}
+    for number in range(2):
+        inputs, labels = batch(8)
+        with NoWaiting() if number else nullcontext():
+            logits = model(*inputs)
+            competition.monitor.observe(labels, present=here)
+            (F.cross_entropy(logits, labels) + competition()).backward()
+    assert competition.calls == 2

@@ -2,6 +2,7 @@
 
 from balanceopt import functional
 from balanceopt._method import Method
+from balanceopt._versions import show_versions
 from balanceopt.modality import modality_groups
 from balanceopt.modulation import (
     AGM,
@@ -63,4 +64,5 @@ __all__ = [
     "functional",
     "modality_groups",
     "report",
+    "show_versions",
 ]

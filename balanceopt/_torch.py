@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_UNCOMPILED: list[tuple[Callable[..., Any], str | None]] = []
 
 # Operations over lists of tensors in one call, documented although their names are private.
 foreach_add_ = torch._foreach_add_
@@ -155,6 +159,33 @@ def is_traced() -> bool:
         or torch._C._get_dispatch_mode(modes.FAKE) is not None
         or torch._C._get_dispatch_mode(modes.PROXY) is not None
     )
+
+
+def uncompiled(reason: str | None = None) -> Callable[[Function], Function]:
+    """Mark a method that `exclude_from_graphs` excludes from compiled graphs.
+
+    Args:
+        reason: what torch shows of the graph break under `fullgraph=True`.
+    """
+
+    def mark(method: Function) -> Function:
+        _UNCOMPILED.append((method, reason))
+        return method
+
+    return mark
+
+
+@cache
+def exclude_from_graphs() -> None:
+    """Exclude the marked methods of all classes from compiled graphs, from the first monitor on.
+
+    Not at import: `torch.compiler.disable` imports the compiler, which takes ten times as long as all else here.
+    """
+    knows_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
+    for method, reason in _UNCOMPILED:
+        owner = getattr(sys.modules[method.__module__], method.__qualname__.split(".")[0])
+        options: dict[str, Any] = {"reason": reason} if knows_reason else {}
+        setattr(owner, method.__name__, torch.compiler.disable(method, **options))
 
 
 def is_batched(gradient: Tensor) -> bool:

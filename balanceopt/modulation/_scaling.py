@@ -14,7 +14,7 @@ from balanceopt._deferred import on_host
 from balanceopt._method import Unit
 from balanceopt._options import check_choice, check_count
 from balanceopt._sharding import local_part, summed_over_shards
-from balanceopt._torch import foreach_add_, foreach_lerp_, foreach_mul_, foreach_sub
+from balanceopt._torch import foreach_add_, foreach_lerp_, foreach_mul_, foreach_sub, uncompiled
 from balanceopt._warnings import warn_user
 from balanceopt.modulation._base import Modulation, OptimizerHintWarning, Slot, StepContext
 from balanceopt.modulation._cancelling import cancels_constant_factor
@@ -200,7 +200,7 @@ class UpdateScaling:
         if has_effect:
             self._factors.append((list(params), factor))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled()
     @torch.no_grad()
     def finish(self) -> None:
         """Scale the update of the finished step by the recorded factors."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial, wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakMethod, finalize, ref
 
-import torch
 from torch import nn
 
-from balanceopt._torch import AFTER_FORWARD, BEFORE_FORWARD, SHARDING_HOOKS, is_traced, version_of
+from balanceopt._torch import (
+    AFTER_FORWARD,
+    BEFORE_FORWARD,
+    SHARDING_HOOKS,
+    exclude_from_graphs,
+    is_traced,
+    uncompiled,
+    version_of,
+)
 from balanceopt.monitor._outputs import tensors_in
 
 # Shown by torch if a hook breaks the graph under fullgraph=True.
@@ -28,10 +34,7 @@ def outside_graphs(function: Function) -> Function:
     def hook(*args: Any, **kwargs: Any) -> Any:
         return None if is_traced() else function(*args, **kwargs)
 
-    knows_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.8
-    options: dict[str, Any] = {"reason": _NO_FULL_GRAPH} if knows_reason else {}
-    disabled: Function = torch.compiler.disable(hook, **options)
-    return disabled
+    return cast("Function", uncompiled(_NO_FULL_GRAPH)(hook))
 
 
 class WeakHook:
@@ -42,6 +45,7 @@ class WeakHook:
 
     def __init__(self, method: Callable[..., Any] | None = None, *args: Any) -> None:
         """Hold `method` weakly, to call with `args` before torch's arguments; None for a no-op."""
+        exclude_from_graphs()
         self._method = None if method is None else WeakMethod(method)
         self._args = args
 

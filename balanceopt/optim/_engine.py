@@ -12,7 +12,7 @@ from torch import Tensor
 from balanceopt._method import Listener
 from balanceopt._options import shown
 from balanceopt._sharding import local_part
-from balanceopt._torch import holds_compiled_code
+from balanceopt._torch import holds_compiled_code, uncompiled
 from balanceopt._warnings import warn_user
 from balanceopt.distributed import sum_over_ranks
 from balanceopt.modulation import Hiding, Modulation, Slot, StepContext, UpdateScaling
@@ -91,7 +91,7 @@ class Engine:
 
     # -- around a step -------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled()
     def begin(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
         """Begin a step: modulate the gradients; with a closure, return it with modulation after each evaluation.
 
@@ -220,7 +220,7 @@ class Engine:
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled()
     def _act(self) -> None:
         """Modulate the gradients, count the step."""
         scores = self.accumulator.take() if self._needs_scores else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,19 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._method import ABSENT, Method
-from balanceopt._options import check_count, check_entries, check_kind, check_number
+from balanceopt._options import check_count, check_entries, check_kind, check_number, shown
 from balanceopt._torch import in_backward
 from balanceopt._warnings import WarnOnce
 from balanceopt.distributed import active_group, sum_over_ranks
 from balanceopt.functional import AnswerKind, wide, without_autocast
-from balanceopt.monitor import ModalityMonitor, Pass, ScoreBuffer, require_scores
+from balanceopt.monitor import (
+    ModalityMonitor,
+    Pass,
+    ScoreBuffer,
+    detached_copy,
+    require_scores,
+    two_classes,
+)
 
 # Adam's constants, as in its paper.
 _DECAYS = (0.9, 0.999)
@@ -30,6 +37,20 @@ _MOMENTUM = 0.05
 _RANKED = 10_000
 # Order of trust in the sources of targets in validation.
 _SOURCES = ("observe", "loss", "model")
+
+
+class ProbeLosses(NamedTuple):
+    """Mean losses of the probes in the monitor's order, and last the joint loss, each `(M + 1,)` float64.
+
+    NaN where there was no sample, infinite where a prediction was not finite.
+
+    Attributes:
+        train: mean over the training samples, each in the pass that brought it, before the probes' step.
+        val: mean over the samples of validation.
+    """
+
+    train: Tensor
+    val: Tensor
 
 
 class ProbeMonitor(Method):
@@ -97,8 +118,13 @@ class ProbeMonitor(Method):
         self._pass: Pass | None = None
         self._evaluated: _Batch | None = None
         self._rounds = {"probe": _Round(), "probe_train": _Round()}
+        # Sums of losses and numbers of samples: in training over all ranks, in validation this rank's.
+        nothing = torch.zeros(2, len(monitor.modalities) + 1, dtype=torch.float32, device="cpu")
+        self._losses = {"train": nothing, "val": nothing}
         monitor.hooks.starts.add(self._on_start)
         monitor.hooks.outputs.add(self._on_output)
+        monitor.hooks.gradients.add(self._on_gradient)
+        monitor.hooks.heads.add(self._on_head)
         monitor.hooks.targets.add(self._on_target)
 
     def results(self) -> dict[str, float]:
@@ -108,6 +134,21 @@ class ProbeMonitor(Method):
             return {}
         numbers = zip(self.monitor.modalities, self._results.tolist(), strict=True)
         return {name: value for name, value in numbers if value != ABSENT}
+
+    @torch.no_grad()
+    def take_losses(self) -> ProbeLosses:
+        """Return the probes' and the joint mean losses since the previous call, and start anew.
+
+        To be called between epochs. On several ranks it is a collective, and the means are over all ranks' samples. The
+        joint loss is that of the model's own predictions. All losses are of the kind that the probes minimise, without
+        the weights and the smoothing of a loss module.
+        """
+        self._end_evaluation()
+        self._learn()
+        device = next(self.monitor.model.parameters()).device
+        held, self._losses = self._losses, {name: torch.zeros_like(x) for name, x in self._losses.items()}
+        sums = held["train"], sum_over_ranks(held["val"].to(device), self.monitor.group)
+        return ProbeLosses(*((total / count).cpu().double() for total, count in sums))
 
     def flush(self) -> None:
         """End a round of validation, and report this rank's results."""
@@ -121,6 +162,8 @@ class ProbeMonitor(Method):
         hooks = self.monitor.hooks
         hooks.starts.drop(self._on_start)
         hooks.outputs.drop(self._on_output)
+        hooks.gradients.drop(self._on_gradient)
+        hooks.heads.drop(self._on_head)
         hooks.targets.drop(self._on_target)
         if self._buffer is not None:
             self._buffer.remove()
@@ -131,13 +174,15 @@ class ProbeMonitor(Method):
     def state_dict(self) -> dict[str, Any]:
         """Return the state for an exact resume, of plain numbers and tensors.
 
-        On several ranks it lacks the latest training pass, which the ranks have not shared yet.
+        On several ranks it lacks the latest training pass, which the ranks have not shared yet, unless `take_losses`
+        came after the pass.
         """
         if active_group(self.monitor.group) is None:
             self._learn()
         return {
             "passes": self.passes,
             "probes": {name: probe.state_dict() for name, probe in self._probes.items()},
+            "losses": {name: sums.clone() for name, sums in self._losses.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -153,6 +198,9 @@ class ProbeMonitor(Method):
         device = next(self.monitor.model.parameters()).device
         self._probes = {name: _Probe.of_state(part, device) for name, part in state["probes"].items()}
         self.passes = int(state["passes"])
+        self._losses = {
+            name: state["losses"][name].detach().to(device, torch.float32).clone() for name in self._losses
+        }
         # The passes before the load belong to the probes of before.
         self._training, self._pass, self._evaluated, self._results = _Batch(), None, None, None
         self._rounds = {name: _Round() for name in self._rounds}
@@ -161,8 +209,17 @@ class ProbeMonitor(Method):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise where `load_state_dict` would, before anything changes."""
-        check_entries("the state of a ProbeMonitor", state, ("passes", "probes"))
+        check_entries("the state of a ProbeMonitor", state, ("passes", "probes", "losses"))
         check_count("passes", state["passes"])
+        check_entries("the state's 'losses'", state["losses"], tuple(self._losses))
+        for name, sums in self._losses.items():
+            value = state["losses"][name]
+            check_kind(f"the state's {name!r} losses", value, Tensor, "a tensor")
+            if value.shape != sums.shape or not value.is_floating_point():
+                raise ValueError(
+                    f"the state's {name!r} losses should be floating, of shape {tuple(sums.shape)}. Found "
+                    f"{shown(value)}."
+                )
         check_entries("the state's 'probes'", state["probes"], ())
         unknown = set(state["probes"]) - set(self.monitor.modalities)
         if unknown:
@@ -204,6 +261,19 @@ class ProbeMonitor(Method):
             into = self._training
         into.features[name] = self.monitor.features.held(name, output)
 
+    def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
+        # In backward, because the pass releases its logits once it is scored.
+        if current is self._pass and current.logits is not None:
+            self._training.logits = {None: current.logits}
+
+    def _on_head(self, name: str | None, head: torch.nn.Module, output: Any) -> None:
+        if self._evaluated is None or not self._probes:
+            return
+        answers = self.monitor.hooks.answers
+        logits = answers.logits(head, output)
+        if logits is not None:
+            self._evaluated.logits[name] = answers.rows(head, detached_copy(logits))
+
     def _on_target(self, source: str, target: Tensor, present: Mapping[str, Tensor]) -> None:
         if self._evaluated is not None:
             self._evaluated.targets[source] = target
@@ -227,31 +297,38 @@ class ProbeMonitor(Method):
         with without_autocast(next(self.monitor.model.parameters()).device.type):  # probes would be rounded
             rows = {} if done.target is None else self._rows(batch, done.target, done.samples)
             self._build(rows, self._outputs(done))
-            parts = {}
+            parts: dict[str, tuple[Tensor, Tensor]] = {}
+            losses: dict[str | None, Tensor] = {}
             for name, (z, y, weight) in rows.items():
                 prediction = self._probes[name].predict(z)
                 parts[name] = self._probes[name].gradient(z, y, weight, prediction, self.task)
                 self._rounds["probe_train"].add(name, prediction, y, weight, self.task)
-            self._step(parts)
+                losses[name] = self._loss_sums(prediction, y, weight)
+            if done.target is not None and batch.logits:
+                losses[None] = self._joint_sums(batch.logits, done.target)
+            self._step(parts, self._by_head(losses))
         self.passes += bool(rows)
 
-    def _step(self, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Average the gradients and the features' statistics over ranks, and step."""
+    def _step(self, parts: dict[str, tuple[Tensor, Tensor]], losses: Tensor) -> None:
+        """Average the gradients, the features' statistics and the losses over ranks, and step."""
         ends = not self._rounds["probe"].is_empty
         if active_group(self.monitor.group) is None:
             for name, (gradient, moments) in parts.items():
                 self._probes[name].step(gradient, moments, self.lr)
+            self._add_losses("train", losses)
             if ends:
                 self._report(self._sums())
             return
         device = next(self.monitor.model.parameters()).device
         pieces = [x for name, probe in self._probes.items() for x in parts.get(name, probe.nothing())]
+        pieces.append(losses.flatten())
         # Ranks may validate one by one: whoever ends a round gets the sums of all that end one now.
         sums = self._sums()
         pieces += [(x if ends else torch.zeros_like(x)).flatten().to(device) for x in sums.values()]
         total = sum_over_ranks(torch.cat(pieces), self.monitor.group).split([len(piece) for piece in pieces])
         for index, probe in enumerate(self._probes.values()):
             probe.step(total[2 * index], total[2 * index + 1], self.lr)
+        self._add_losses("train", total[2 * len(self._probes)].view_as(losses))
         if ends:
             self._report({name: x.view(2, -1) for name, x in zip(sums, total[-len(sums) :], strict=True)})
 
@@ -286,10 +363,7 @@ class ProbeMonitor(Method):
         self, batch: _Batch, target: Tensor, samples: int | None
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return, by modality, features `(B, D)`, targets, and weights `(B,)` that are 0 for rows that don't count."""
-        if self.task == "classes" and target.is_floating_point() and target.numel() == len(target):
-            target = target.flatten().round().long()  # of a single logit
-        soft = target.is_floating_point() or self.task != "classes"
-        y = target.reshape(len(target), -1) if soft else target.reshape(-1)
+        y = self._by_sample(target)
         result = {}
         for name, held in batch.features.items():
             z = wide(self.monitor.features.pooled(name, held(), samples))
@@ -305,19 +379,60 @@ class ProbeMonitor(Method):
                     "(pixels, tokens). They are not probed.",
                 )
                 continue
-            counts = torch.isfinite(z).all(1)
+            labels, counts = self._valid(labels, z.dtype)
+            counts = counts & torch.isfinite(z).all(1)
             if here is not None:
                 counts = counts & here.to(z.device)
-            if soft:
-                labels = labels.to(z.dtype)
-                counts = counts & torch.isfinite(labels).all(1)
-                labels = torch.nan_to_num(labels)
-            else:
-                labels = labels.long()  # before the comparison, in which -100 would be 156 among 8-bit labels
-                counts = counts & (labels != self.monitor.labels.ignore_index)
-                labels = torch.where(counts, labels, 0)
             result[name] = torch.nan_to_num(z), labels, counts.to(z.dtype)
         return result
+
+    def _by_sample(self, target: Tensor) -> Tensor:
+        """Return a target as class indices `(B,)`, or as numbers `(B, O)`."""
+        if self.task == "classes" and target.is_floating_point() and target.numel() == len(target):
+            target = target.flatten().round().long()  # of a single logit
+        numbers = target.is_floating_point() or self.task != "classes"
+        return target.reshape(len(target), -1) if numbers else target.reshape(-1)
+
+    def _valid(self, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return targets with a valid number in every place, and bool `(B,)`, the rows whose target is valid."""
+        if y.dim() == 2:
+            return torch.nan_to_num(y.to(dtype)), torch.isfinite(y).all(1)
+        y = y.long()  # before the comparison, in which -100 would be 156 among 8-bit labels
+        valid = y != self.monitor.labels.ignore_index
+        return torch.where(valid, y, 0), valid
+
+    def _joint_sums(self, by_head: Mapping[str | None, Tensor], target: Tensor) -> Tensor:
+        """Return the sum of the losses of the joint logits, and their number; 0 for a target of other rows."""
+        logits = wide(torch.stack(list(by_head.values())).sum(0))
+        logits = two_classes(logits) if self.task == "classes" else logits
+        y = self._by_sample(target).to(logits.device)
+        if y.shape not in (logits.shape, logits.shape[:1]):
+            return torch.zeros(2, dtype=torch.float32, device=logits.device)
+        y, valid = self._valid(y, logits.dtype)
+        return self._loss_sums(logits, y, valid.to(logits.dtype))
+
+    def _loss_sums(self, prediction: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Return the sum of the losses of predictions `(B, O)`, infinite for what is not finite, and their number."""
+        if self.task == "classes":
+            loss = F.cross_entropy(prediction, y, reduction="none")
+        elif self.task == "labels":
+            loss = F.binary_cross_entropy_with_logits(prediction, y, reduction="none").mean(1)
+        else:
+            loss = (prediction - y).square().mean(1)
+        loss = torch.where(weight > 0, loss.nan_to_num(nan=torch.inf, posinf=torch.inf), 0)
+        return torch.stack([loss.sum(), weight.sum()]).float()
+
+    def _by_head(self, sums: Mapping[str | None, Tensor]) -> Tensor:
+        """Return `(2, M + 1)`: sums of losses and numbers of samples of all probes, and last of the joint logits."""
+        device = next(self.monitor.model.parameters()).device
+        nothing = torch.zeros(2, dtype=torch.float32, device=device)
+        names = (*self.monitor.modalities, None)
+        return torch.stack([sums.get(name, nothing).to(device) for name in names], 1)
+
+    def _add_losses(self, split: str, sums: Tensor) -> None:
+        """Add sums `(2, M + 1)` to those of a split."""
+        # Not in place, because sums made in inference mode can't be changed outside.
+        self._losses[split] = self._losses[split].to(sums.device) + sums
 
     @torch.no_grad()
     def _end_evaluation(self) -> None:
@@ -328,11 +443,16 @@ class ProbeMonitor(Method):
         )
         if batch is None or target is None or not self._probes:
             return
+        losses: dict[str | None, Tensor] = {}
         with without_autocast(next(self.monitor.model.parameters()).device.type):  # probes would be rounded
             for name, (z, y, weight) in self._rows(batch, target, len(target)).items():
                 if name in self._probes:
                     prediction = self._probes[name].predict(z)
                     self._rounds["probe"].add(name, prediction, y, weight, self.task)
+                    losses[name] = self._loss_sums(prediction, y, weight)
+            if batch.logits:
+                losses[None] = self._joint_sums(batch.logits, target)
+        self._add_losses("val", self._by_head(losses))
 
     def _report(self, sums: dict[str, Tensor]) -> None:
         self._rounds = {name: _Round() for name in self._rounds}
@@ -349,11 +469,13 @@ class _Batch:
 
     Attributes:
         features: by modality, a function that returns the detached features.
+        logits: logits `(N, C)` of each modality's head, or under None the joint ones.
         targets: targets by source, in eval mode.
         present: bool `(B,)` by modality, samples that have the modality.
     """
 
     features: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    logits: dict[str | None, Tensor] = field(default_factory=dict)
     targets: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
 

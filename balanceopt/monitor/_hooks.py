@@ -56,6 +56,7 @@ Tap = Callable[[str, Any, Pass | None], None]
 LogitListener = Callable[[Pass, Tensor], None]
 GradientListener = Callable[[Pass, Tensor], None]
 StartListener = Callable[[Pass | None], None]
+HeadListener = Callable[[str | None, nn.Module, Any], None]
 TargetListener = Callable[[str, Tensor, Mapping[str, Tensor]], None]
 StepListener = Callable[[torch.optim.Optimizer, bool], None]
 StepEnd = Callable[[torch.optim.Optimizer], None]
@@ -76,6 +77,8 @@ class Hooks:
             go to parameters.
         starts: functions `(pass)` called when the model's forward begins, before any encoder; `pass` is None in a
             forward that is evaluated (`evaluates`).
+        heads: functions `(modality, head, output)` called with the output of each head in forwards that are evaluated;
+            the modality is None for the joint head.
         targets: functions `(source, target, present)` called with the targets of forwards that are evaluated; the
             source is `"observe"`, `"loss"` or `"model"`.
         before_step: functions `(optimizer, has_closure)` called at the start of a modulated step, before any gradient
@@ -109,6 +112,7 @@ class Hooks:
         self.logits: Listeners[LogitListener] = Listeners()
         self.gradients: Listeners[GradientListener] = Listeners()
         self.starts: Listeners[StartListener] = Listeners()
+        self.heads: Listeners[HeadListener] = Listeners()
         self.targets: Listeners[TargetListener] = Listeners()
         self.before_step: Listeners[StepListener] = Listeners()
         self.after_closure: Listeners[StepEnd] = Listeners()
@@ -245,6 +249,7 @@ class Hooks:
         if in_backward():
             self._refuse_reentrant_head(output)
             return
+        self._show_answer(name, module, output)
         current = self.passes.of_head()
         if current is None:
             return
@@ -256,6 +261,8 @@ class Hooks:
         if in_backward():
             return
         current = self.passes.end()
+        if self.head is self.model and output is not None:
+            self._show_answer(None, module, output)
         if current is None:
             return
         current.broke_off = output is None and sys.exc_info()[0] is not None
@@ -301,6 +308,11 @@ class Hooks:
             listener(current, rows)
 
     # -- steps of a pass -----------------------------------------------------------------------------------------
+
+    def _show_answer(self, name: str | None, head: nn.Module, output: Any) -> None:
+        """Pass a head's output to the listeners, in a forward that is evaluated."""
+        for listener in self.heads if self.heads and self.evaluates else ():
+            listener(name, head, output)
 
     def _keep(self, name: str, current: Pass, output: Any) -> None:
         """Record copies of an encoder's output, since the fusion may change the output in place (an in-place ReLU)."""

@@ -67,7 +67,8 @@ def run(rank: int = 0, ranks: int = 1, validates: str = "all", wrap: str = "ddp"
         optimizer.step()
     weights = {name: probe.weight for name, probe in probes._probes.items()}
     rows = [] if recorder is None else recorder.rows()
-    return {"weights": weights, "told": told, "quantities": {row.quantity for row in rows}}
+    losses = probes.take_losses()
+    return {"weights": weights, "told": told, "losses": losses, "quantities": {row.quantity for row in rows}}
 
 
 def work(rank: int, validates: str, wrap: str) -> dict[str, Any]:
@@ -83,6 +84,8 @@ def test_probes_are_those_of_one_process_with_all_samples(tmp_path, ranks):
             torch.testing.assert_close(one["weights"][name], weight, rtol=1e-3, atol=1e-4)
         for quantity in ("probe", "probe_train"):
             torch.testing.assert_close(one["told"][quantity], alone["told"][quantity])
+        for losses, expected in zip(one["losses"], alone["losses"], strict=True):
+            torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fully_shard"])
@@ -94,6 +97,9 @@ def test_one_rank_may_record_and_validate_alone(wrap, tmp_path):
         assert second["told"] == {}
     assert set(first["told"]) == {"probe", "probe_train"}
     assert {"score", "gradient_norm", "update_ratio", "effective_rank", "probe"} <= first["quantities"]
+    for a, b in zip(first["losses"], second["losses"], strict=True):
+        assert torch.equal(a, b)
+        assert bool(a.isfinite().all())
     for name in first["weights"]:
         assert torch.equal(first["weights"][name], second["weights"][name])
 

@@ -98,25 +98,27 @@ def test_the_model_trains_as_without_probes(fusion: str):
     )
 
 
-def reference(batches: list[tuple[Tensor, Tensor]], lr: float) -> tuple[nn.Linear, float]:
-    """A probe by autograd and torch's Adam, and its mean accuracy on each batch before its step."""
+def reference(batches: list[tuple[Tensor, Tensor]], lr: float) -> tuple[nn.Linear, float, float]:
+    """A probe by autograd and torch's Adam, its mean accuracy and its mean loss on each batch before its step."""
     width = batches[0][0].shape[1]
     head = nn.Linear(width, CLASSES)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     adam = torch.optim.Adam(head.parameters(), lr=lr / width**0.5)
     mean, variance = torch.zeros(width), torch.ones(width)
-    right = []
+    right, losses = [], []
     for number, (z, y) in enumerate(batches):
         logits = head((z - mean) / variance.sqrt())
         right.append((logits.argmax(1) == y).float())
         adam.zero_grad()
-        F.cross_entropy(logits, y).backward()
+        loss = F.cross_entropy(logits, y)
+        losses.append(loss.item())
+        loss.backward()
         adam.step()
         share = max(0.05, 1 / (number + 1))
         mean = mean + share * (z.mean(0) - mean)
         variance = variance + share * (z.var(0, unbiased=False) - variance)
-    return head, float(torch.cat(right).mean())
+    return head, float(torch.cat(right).mean()), sum(losses) / len(losses)
 
 
 def test_the_probe_is_torchs_adam_on_standardised_features():
@@ -133,9 +135,10 @@ def test_the_probe_is_torchs_adam_on_standardised_features():
     recorder = bo.Recorder(probes)
     state = probes.state_dict()["probes"]["audio"]
     validate(model, monitor, 1)
-    head, accuracy = reference(batches, 0.1)
+    head, accuracy, loss = reference(batches, 0.1)
     torch.testing.assert_close(state["weight"], torch.cat([head.weight, head.bias[:, None]], 1).detach())
     assert recorder.series("probe_train")["audio"][1] == pytest.approx([accuracy])
+    assert float(probes.take_losses().train[0]) == pytest.approx(loss, rel=1e-4)
 
 
 def test_a_round_ends_with_the_next_training_pass():
@@ -257,7 +260,9 @@ def test_resume_is_exact(tmp_path: Any):
         torch.manual_seed(3)
         train(one, torch.optim.SGD(one.parameters(), lr=0.05), 10)
         validate(one, its_monitor)
-    assert resumed.passes == probes.passes == 29
+    for losses, expected in zip(resumed.take_losses(), probes.take_losses(), strict=True):
+        assert torch.equal(losses, expected)
+    assert resumed.passes == probes.passes == 30
     assert resumed.results() == probes.results()
     a, b = resumed.state_dict(), probes.state_dict()
     for name, part in a["probes"].items():
@@ -265,15 +270,98 @@ def test_resume_is_exact(tmp_path: Any):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(b["probes"][name][key]))
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_joint_loss_is_the_models(fusion: str):
+    torch.manual_seed(0)
+    model = FUSIONS[fusion]()
+    monitor = watch(model)
+    probes = bo.ProbeMonitor(monitor)
+    (inputs, labels), (others, targets) = batch(8), batch(5)
+    loss = F.cross_entropy(model(*inputs), labels)
+    loss.backward()
+    assert float(probes.take_losses().train[-1]) == pytest.approx(loss.item(), rel=1e-4)
+    model.eval()
+    means, rows = [], 0
+    with torch.inference_mode():
+        for x, y in ((inputs, labels), (others, targets)):
+            means.append(F.cross_entropy(model(*x), y).item() * len(y))
+            monitor.observe(y)
+            rows += len(y)
+    assert float(probes.take_losses().val[-1]) == pytest.approx(sum(means) / rows, rel=1e-4)
+
+
+def test_losses_of_a_loop_that_calls_parts():
+    torch.manual_seed(0)
+    model = Concat()
+    monitor = watch(model)
+    probes = bo.ProbeMonitor(monitor)
+
+    def loss_of(inputs: list[Tensor], labels: Tensor) -> Tensor:
+        return F.cross_entropy(model.fuse(model.encode(*inputs)), labels)
+
+    for _ in range(2):
+        loss_of(*telling()).backward()
+    model.eval()
+    inputs, labels = telling()
+    with torch.no_grad():
+        value = loss_of(inputs, labels).item()
+        monitor.observe(labels)
+    assert float(probes.take_losses().val[-1]) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.BCEWithLogitsLoss()])
+def test_losses_of_other_tasks(loss: nn.Module):
+    torch.manual_seed(0)
+    model = Concat()
+    probes = bo.ProbeMonitor(watch(model, loss=loss))
+    inputs, labels = telling()
+    target = F.one_hot(labels, CLASSES).float()
+    joint = loss(model(*inputs), target)
+    joint.backward()
+    untrained = loss(torch.zeros_like(target), target)
+    losses = probes.take_losses()
+    torch.testing.assert_close(losses.train.float(), torch.stack([untrained, untrained, joint.detach()]))
+    assert bool(losses.val.isnan().all())
+    model.eval()
+    with torch.no_grad():
+        joint = loss(model(*inputs), target)
+    losses = probes.take_losses()
+    assert bool((losses.val[:2].float() < untrained).all())
+    torch.testing.assert_close(losses.val[2].float(), joint)
+
+
+def test_losses_start_anew_and_count_valid_samples_only():
+    model, monitor, probes, _ = probed(5)
+    probes.take_losses()
+    assert all(bool(x.isnan().all()) for x in probes.take_losses())
+    model.eval()
+    inputs, labels = telling()
+    with torch.no_grad():
+        logits = model(*inputs)
+        ignored = torch.where(torch.arange(64) < 32, labels, -100)
+        monitor.observe(ignored, present={"visual": torch.arange(64) < 0})
+    losses = probes.take_losses().val
+    assert float(losses[-1]) == pytest.approx(F.cross_entropy(logits[:32], labels[:32]).item(), rel=1e-5)
+    assert losses.isnan().tolist() == [False, True, False]
+    with torch.no_grad():
+        model(inputs[0] * math.nan, inputs[1])
+        monitor.observe(labels)
+    losses = probes.take_losses().val
+    assert losses.isnan().tolist() == [True, False, False]
+    assert bool(losses[-1].isinf())
+
+
 def broken(state: dict[str, Any], how: str) -> Any:
     if how == "no mapping":
         return None
     if how == "missing":
-        return {"passes": 3}
+        return {key: value for key, value in state.items() if key != "losses"}
     if how == "count":
         return {**state, "passes": -1}
     if how == "modality":
         return {**state, "probes": {**state["probes"], "smell": state["probes"]["audio"]}}
+    if how == "losses":
+        return {**state, "losses": {**state["losses"], "val": torch.zeros(2, 2)}}
     probe = dict(state["probes"]["audio"])
     if how == "shape":
         probe["mean"] = torch.zeros(99)
@@ -282,7 +370,7 @@ def broken(state: dict[str, Any], how: str) -> Any:
     return {**state, "probes": {"audio": probe}}
 
 
-@pytest.mark.parametrize("how", ["no mapping", "missing", "count", "modality", "shape", "tensor"])
+@pytest.mark.parametrize("how", ["no mapping", "missing", "count", "modality", "losses", "shape", "tensor"])
 def test_a_load_that_fails_changes_nothing(how: str):
     *_, probes, _ = probed(5)
     before = probes.state_dict()
@@ -309,7 +397,9 @@ def test_the_end_leaves_no_hook(end: str):
         del probes
         gc.collect()
     hooks = monitor.hooks
-    assert [len(x) for x in (hooks.starts, hooks.outputs, hooks.targets)] == [0, 0, 0]
+    assert [
+        len(x) for x in (hooks.starts, hooks.outputs, hooks.gradients, hooks.heads, hooks.targets)
+    ] == 5 * [0]
     assert not monitor._scorer.buffers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, get_args
 
 import torch
@@ -99,7 +99,8 @@ class UnimodalObjective(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        weights = _checked(monitor, out_features, heads, weight, joint)
+        _check(monitor, out_features, heads, joint)
+        weights = _by_modality(monitor, weight, joint)
         check_flag("inject", inject)
         check_function("loss", loss, "(prediction, target)")
         loss = monitor.loss if loss is None else loss
@@ -107,7 +108,7 @@ class UnimodalObjective(nn.Module):
         check_pool(pool)
         check_seed(seed)
         self.heads: HeadKind = heads
-        self.weight = weights
+        self._weight = weights
         self.joint = float(joint)
         # Set past nn.Module.__setattr__, because the user's loss and model must not become submodules.
         self.__dict__.update(monitor=monitor, loss=loss)
@@ -124,6 +125,21 @@ class UnimodalObjective(nn.Module):
             self._injection.hook()
         self._share = JointShare(monitor, self.joint, called=not inject and any(weights.values()))
         self._share.hook()
+
+    @property
+    def weight(self) -> Mapping[str, float]:
+        """Weight of each modality's loss, which may be set between steps: to a number for all, or a mapping."""
+        return MappingProxyType(self._weight)
+
+    @weight.setter
+    def weight(self, weight: float | Mapping[str, float]) -> None:
+        weights = _by_modality(self.monitor, weight, self.joint)
+        if self._injection is not None and not self._injection.handles and any(weights.values()):
+            raise RuntimeError(
+                "`weight` can't be set above 0 where inject=True has no hooks: the objective was removed, or built "
+                "with weight 0. Build it with a weight above 0."
+            )
+        self._weight.update(weights)
 
     @property
     def inject(self) -> bool:
@@ -158,17 +174,17 @@ class UnimodalObjective(nn.Module):
                 "inject=True adds the uni-modal gradients already: leave the objective out of the loss."
             )
         target = to_tensor("labels", labels, "the loss's target, such as class indices (B,)")
-        if not any(self.weight.values()):
+        if not any(self._weight.values()):
             return torch.zeros((), dtype=torch.float32, device=target.device)
         self._share.note_call()
         features, present, samples = self._live.of_latest()
         target, positions = self._criterion.by_sample(target, samples)
         losses = []
         for name, z in features.items():
-            if self.weight[name]:
+            if self._weight[name]:
                 logits = self._heads.logits(name, z, len(target), present.get(name), positions)
                 chosen = with_modality(logits, target, present.get(name))
-                losses.append(self.weight[name] * self._criterion.mean(name, *chosen))
+                losses.append(self._weight[name] * self._criterion.mean(name, *chosen))
         if torch.is_grad_enabled():
             self._heads.warn_if_untrained()
         total = torch.stack([wide(loss) for loss in losses]).sum()
@@ -238,7 +254,7 @@ class UnimodalObjective(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options for `repr`."""
-        return f"heads={self.heads!r}, weight={self.weight}, joint={self.joint:g}, inject={self.inject}"
+        return f"heads={self.heads!r}, weight={self._weight}, joint={self.joint:g}, inject={self.inject}"
 
     def __enter__(self) -> UnimodalObjective:
         return self
@@ -255,7 +271,7 @@ class UnimodalObjective(nn.Module):
 
     def _touched(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return 0 with a gradient for heads unused in this rank's batch, so that ranks average the same heads."""
-        names = [n for n in self.monitor.modalities if n not in features or not self.weight[n]]
+        names = [n for n in self.monitor.modalities if n not in features or not self._weight[n]]
         unused = [p for name in names for p in self._heads.of(name).parameters()]
         built = [p.sum() for p in unused if not nn.parameter.is_lazy(p)]
         return 0.0 * torch.stack(built).sum() if built else torch.zeros((), dtype=torch.float32, device="cpu")
@@ -269,19 +285,20 @@ def _made_heads(monitor: ModalityMonitor, out_features: int, seed: int | None) -
     return [OwnHead(out_features, seed, first.device, dtype) for seed in seeds]
 
 
-def _checked(
-    monitor: ModalityMonitor,
-    out_features: int,
-    heads: str,
-    weight: float | Mapping[str, float],
-    joint: float,
-) -> dict[str, float]:
-    """Check the arguments; return the weights by modality."""
+def _check(monitor: ModalityMonitor, out_features: int, heads: str, joint: float) -> None:
+    """Check the constructor's arguments."""
     check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
     check_count("out_features", out_features, at_least=1)
     check_choice("heads", heads, get_args(HeadKind))
     if heads == "shared":
         require_scores(monitor, "UnimodalObjective(heads='shared')")
+    check_number("joint", joint, at_least=0, at_most=1)
+
+
+def _by_modality(
+    monitor: ModalityMonitor, weight: float | Mapping[str, float], joint: float
+) -> dict[str, float]:
+    """Return the weights by modality, checked."""
     weights = dict(weight) if isinstance(weight, Mapping) else dict.fromkeys(monitor.modalities, weight)
     unknown = weights.keys() - set(monitor.modalities)
     if unknown:
@@ -290,7 +307,6 @@ def _checked(
         )
     for value in weights.values():
         check_number("weight", value, at_least=0)
-    check_number("joint", joint, at_least=0, at_most=1)
     result = {name: float(weights.get(name, 0.0)) for name in monitor.modalities}
     trained = {name: any(p.requires_grad for p in params) for name, params in monitor.parameters.items()}
     untaught = [name for name, value in result.items() if not value and trained[name]]

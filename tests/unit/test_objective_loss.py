@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import pickle
 import weakref
 from typing import Any, cast
@@ -132,6 +133,42 @@ class TestLoss:
         inputs, labels = batch()
         model(*inputs)
         torch.testing.assert_close(both(labels), 0.5 * one[0](labels) + 2 * one[1](labels))
+
+    def test_weights_may_be_set(self):
+        model = Concat()
+        monitor = watch(model)
+        held = [objective_of(model, monitor=monitor, weight=w, seed=0) for w in (1.0, {"visual": 0.25})]
+        held[0].weight = {"visual": 0.25}
+        inputs, labels = batch()
+        model(*inputs)
+        values = [objective(labels) for objective in held]
+        assert torch.equal(*values)
+        assert held[0].weight == held[1].weight == {"audio": 0.0, "visual": 0.25}
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            held[0].weight["audio"] = -1.0
+        for bad in (-1, {"touch": 1.0}, math.nan):
+            with pytest.raises(ValueError, match="`weight` should be"):
+                held[0].weight = bad
+        assert held[0].weight == held[1].weight
+
+    def test_set_weights_are_those_of_the_injection(self):
+        found = []
+        for first in ({"visual": 0.25}, 1.0):
+            torch.manual_seed(0)
+            model = Concat()
+            objective = objective_of(model, weight=first, seed=0, inject=True)
+            objective.weight = 0.0
+            objective.weight = {"visual": 0.25}
+            inputs, labels = batch()
+            F.cross_entropy(model(*inputs), labels).backward()
+            found.append([p.grad for p in (*model.parameters(), *objective.head_of("visual").parameters())])
+            assert objective.head_of("audio").weight.grad is None
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        objective.remove()
+        with pytest.raises(
+            RuntimeError, match="`weight` can't be set above 0 where inject=True has no hooks"
+        ):
+            objective.weight = 1.0
 
     def test_weight_zero_changes_no_bit(self):
         model = Concat()

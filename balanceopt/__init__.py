@@ -24,7 +24,7 @@ from balanceopt.optim import MaskedSubnetworkSGD, ModulatedOptimizer, attach
 from balanceopt.prediction import OPM, ForwardMethod, ModalityDropout
 from balanceopt.probes import ProbeMonitor
 from balanceopt.recording import Recorder
-from balanceopt.relearn import Diagnosis, EpochMethod, ReLearnScheduler, diagnose
+from balanceopt.relearn import BlendScheduler, Diagnosis, EpochMethod, ReLearnScheduler, diagnose
 from balanceopt.reporting import Report, report
 
 __version__ = "0.1.0"
@@ -37,6 +37,7 @@ __all__ = [
     "MaskUnits",
     "MaskedSubnetworkSGD",
     "OGM",
+    "BlendScheduler",
     "CompetitionObjective",
     "Diagnosis",
     "EpochMethod",

@@ -3,6 +3,7 @@
 Names outside `__all__` are for the rest of the package.
 """
 
+from balanceopt.functional._blending import blend_weights
 from balanceopt.functional._clustering import KMeansResult, kmeans, minmax_scale, purity
 from balanceopt.functional._coefficients import CoefficientForm as CoefficientForm
 from balanceopt.functional._coefficients import (
@@ -77,6 +78,7 @@ __all__ = [
     "adaptive_coefficient",
     "agreement",
     "balance_coefficient",
+    "blend_weights",
     "centred_predictions",
     "discrepancy_ratio",
     "drop_probability",

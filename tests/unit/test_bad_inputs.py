@@ -56,6 +56,7 @@ NO_STATE: list[Any] = [None, 3, {}, [], "state"]
 NO_THRESHOLD: list[Any] = [value for value in NO_NUMBER if value != INF]
 NO_PRESENT: list[Any] = [3, "a", [True, False], torch.ones(2), torch.ones(3).bool(), torch.tensor(True)]
 NO_FLAGS: list[Any] = [3, "a", [True], torch.ones(2, 4), torch.ones(2).bool(), torch.ones(3, 4).bool()]
+LOSSES = ("train_before", "train_after", "val_before", "val_after")
 NO_GENERATOR: list[Any] = [3, "cpu", torch.Generator]
 
 
@@ -131,6 +132,11 @@ def scheduler(world: World, **given: Any) -> bo.ReLearnScheduler:
 
 def objective(world: World, **given: Any) -> bo.UnimodalObjective:
     return bo.UnimodalObjective(**{"monitor": world.monitor, "out_features": CLASSES, **given})
+
+
+def blending(world: World, **given: Any) -> bo.BlendScheduler:
+    with objective(world) as part, bo.ProbeMonitor(world.monitor) as probes:
+        return bo.BlendScheduler(**{"objective": part, "probes": probes, **given})
 
 
 def loss_of(world: World, labels: Any, **given: Any) -> Tensor:
@@ -298,6 +304,15 @@ ROWS: dict[str, Row] = {
         functional.regulation_strength,
         {"cross_entropy": ONES},
         {"cross_entropy": [*NO_VECTOR, torch.ones(0)], "beta": NEGATIVE, "present": NO_PRESENT},
+    ),
+    "blend_weights": function(
+        functional.blend_weights,
+        dict.fromkeys(LOSSES, ONES),
+        {
+            **{name: [*NO_VECTOR, torch.ones(0), torch.ones(4)] for name in LOSSES},
+            "floor": [*NO_PART, 0, 0.0001],
+        },
+        train_before="(train_before|val_after|val_before|train_after)",
     ),
     "in_prime_window": function(
         functional.in_prime_window,
@@ -802,6 +817,12 @@ ROWS: dict[str, Row] = {
         lambda world: {"state": bo.CompetitionObjective(world.monitor).state_dict()},
         named={"state": "(state|calls)"},
     ),
+    "UnimodalObjective.weight": Row(
+        lambda world, **given: setattr(objective(world), *given.popitem()),
+        bo.UnimodalObjective,
+        {"weight": [*NEGATIVE, {"smell": 1.0}, {3: 1.0}, {"audio": NAN}, {"audio": "1"}]},
+        lambda world: {"weight": 0.5},
+    ),
     "UnimodalObjective.forward": Row(
         loss_of,
         bo.UnimodalObjective.forward,
@@ -898,6 +919,31 @@ ROWS: dict[str, Row] = {
             ]
         },
         named={"train": "train"},
+    ),
+    "BlendScheduler": Row(
+        blending,
+        bo.BlendScheduler,
+        {
+            "objective": [None, 3, "a", nn.Linear(1, 1), bo.UnimodalObjective],
+            "probes": [None, 3, "a", bo.ProbeMonitor],
+            "every": NO_SIZE,
+            "floor": [*NO_PART, 0, 0.0001],
+            "min_joint": [*NO_PART, 0],
+        },
+    ),
+    "BlendScheduler.load_state_dict": Row(
+        lambda world, state: blending(world).load_state_dict(state),
+        bo.BlendScheduler.load_state_dict,
+        {
+            "state": [
+                *NO_STATE,
+                *(
+                    {"last_epoch": 1, "weight": {"audio": 1, "visual": 1}, "losses": losses}
+                    for losses in (3, torch.ones(2, 2), torch.ones(2, 3).long())
+                ),
+            ]
+        },
+        lambda world: {"state": blending(world).state_dict()},
     ),
     "diagnose": Row(
         lambda world, **given: bo.diagnose(**given),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import balanceopt as bo
 from balanceopt.integrations._callback import Beside
+from tests.blending import Run
 from tests.models import CLASSES, Concat, Gated, watch
 from tests.training import backward, batches, groups_of, sgd, small_model
 
@@ -143,6 +144,14 @@ def of_scheduler(steps: int) -> Loaded:
     return lambda: [scheduler.state_dict()], scheduler.load_state_dict
 
 
+def of_blending(steps: int) -> Loaded:
+    run = Run(every=1)
+    for epoch in range(steps // 2):
+        run.epoch(epoch)
+    scheduler = run.scheduler
+    return lambda: [scheduler.state_dict(), dict(run.objective.weight)], scheduler.load_state_dict
+
+
 def of_objective(steps: int) -> Loaded:
     model = small_model()
     objective = bo.UnimodalObjective(watch(model), CLASSES, seed=steps)
@@ -195,6 +204,7 @@ def of_callback(steps: int) -> Loaded:
         of_opm,
         of_opm_by_zero_out,
         of_scheduler,
+        of_blending,
         of_objective,
         of_fresh_objective,
         of_competition,

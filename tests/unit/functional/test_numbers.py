@@ -47,6 +47,10 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     "balance_coefficient": (functional.balance_coefficient, [torch.tensor([1.0, 2, 4])]),
     "priority_coefficients": (functional.priority_coefficients, [torch.tensor([1.0, 2, 2])]),
     "regulation_strength": (functional.regulation_strength, [torch.tensor([0.0, 1, 3])]),
+    "blend_weights": (
+        functional.blend_weights,
+        [torch.tensor(x) for x in ([4.0, 4, 4], [0.0, 3, 3], [4.0, 4, 4], [2.0, 3, 4])],
+    ),
     "in_prime_window": (functional.in_prime_window, [torch.tensor([[1.0, 2], [3, 2]])]),
     "kept_modalities": (
         lambda p: functional.kept_modalities(p, 5, generator()),

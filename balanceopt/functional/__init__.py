@@ -70,6 +70,8 @@ from balanceopt.functional._target_classes import (
 )
 from balanceopt.functional._targets import Targets as Targets
 from balanceopt.functional._targets import as_targets as as_targets
+from balanceopt.functional._vote import VoteKind as VoteKind
+from balanceopt.functional._vote import vote
 
 __all__ = [
     "KMeansResult",
@@ -118,4 +120,5 @@ __all__ = [
     "total_correlation_loss",
     "true_class_score",
     "unit_importance",
+    "vote",
 ]

@@ -6,7 +6,7 @@ from balanceopt.monitor._forward import Pass
 from balanceopt.monitor._labels import LabelSource
 from balanceopt.monitor._logits import UnimodalLogits, check_layout
 from balanceopt.monitor._module_hooks import WeakHook
-from balanceopt.monitor._monitor import ModalityMonitor, require_scores
+from balanceopt.monitor._monitor import ModalityMonitor, flags_by_modality, require_scores
 from balanceopt.monitor._outputs import detached_copy, is_differentiable, map_tensors, tensors_in
 from balanceopt.monitor._recovery import off_residual, two_classes
 from balanceopt.monitor._refusals import enter, leave, refuse_company, refuse_model
@@ -31,6 +31,7 @@ __all__ = [
     "detached_copy",
     "enter",
     "evaluate",
+    "flags_by_modality",
     "is_differentiable",
     "keep_random_states",
     "leave",

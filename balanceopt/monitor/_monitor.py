@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Literal, get_args
 from weakref import finalize
@@ -214,34 +214,15 @@ class ModalityMonitor:
                 "`labels` should be the targets of the loss: class indices (B,) or numbers (B, ...). "
                 f"Found shape {tuple(values.shape)}, dtype {values.dtype}."
             )
-        flags = {} if present is None else self._flags(present, len(values))
+        flags = (
+            {}
+            if present is None
+            else flags_by_modality(present, self.modalities, len(values), positions=True)
+        )
         if self.hooks.evaluates:  # of a validation pass, which only probes use
             self.hooks.tell_target("observe", values.detach().clone(), flags)
         else:
             self.labels.observe(self.hooks.latest, values.detach().clone(), flags)
-
-    def _flags(self, present: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
-        """Check and copy the flags `present`."""
-        check_kind("`present`", present, Mapping, "a mapping from modality to bool (B,)")
-        unknown = present.keys() - self.encoders.keys()
-        if unknown:
-            raise KeyError(
-                f"`present` should be given by modality {self.modalities}. Found {names_of(unknown)}."
-            )
-        flags = {}
-        for name, rows in present.items():
-            values = to_tensor(f"present[{name!r}]", rows, "bool (B,), one flag for each sample")
-            number = values.is_floating_point() or values.is_complex()
-            fits = values.dim() == 1 and (
-                samples == len(values) or (len(values) and samples % len(values) == 0)
-            )
-            if number or not fits:
-                raise ValueError(
-                    f"`present[{name!r}]` should be bool (B,), one flag for each of the {samples} samples. "
-                    f"Found shape {tuple(values.shape)}, dtype {values.dtype}."
-                )
-            flags[name] = values.detach().clone().bool()
-        return flags
 
     def _check_by_modality(
         self, option: str, given: object, what: str, fits: Callable[[object], bool]
@@ -351,6 +332,41 @@ class ModalityMonitor:
             f"ModalityMonitor(modalities={list(self.modalities)}, scores={scores!r}, "
             f"labels={self.labels.allowed!r})"
         )
+
+
+def flags_by_modality(
+    present: Mapping[str, Tensor], modalities: Collection[str], samples: int, *, positions: bool = False
+) -> dict[str, Tensor]:
+    """Check and copy the flags of the samples that have each modality.
+
+    Args:
+        present: bool `(B,)` by modality.
+        modalities: names of all modalities.
+        samples: number of samples B.
+        positions: whether `samples` may count several positions of each sample.
+
+    Raises:
+        KeyError: for an unknown modality.
+        TypeError, ValueError: if `present` is no mapping to flags `(B,)`.
+    """
+    check_kind("`present`", present, Mapping, "a mapping from modality to bool (B,)")
+    unknown = present.keys() - set(modalities)
+    if unknown:
+        raise KeyError(f"`present` should be given by modality {modalities}. Found {names_of(unknown)}.")
+    flags = {}
+    for name, rows in present.items():
+        values = to_tensor(f"present[{name!r}]", rows, "bool (B,), one flag for each sample")
+        number = values.is_floating_point() or values.is_complex()
+        flat = values.dim() == 1
+        several = flat and positions and len(values) and samples % len(values) == 0
+        fits = flat and (samples == len(values) or several)
+        if number or not fits:
+            raise ValueError(
+                f"`present[{name!r}]` should be bool (B,), one flag for each of the {samples} samples. "
+                f"Found shape {tuple(values.shape)}, dtype {values.dtype}."
+            )
+        flags[name] = values.detach().clone().bool()
+    return flags
 
 
 def require_scores(monitor: ModalityMonitor, who: str) -> None:

@@ -158,6 +158,22 @@ class Heads:
         by_sample: Tensor = rows.unflatten(0, (-1, positions))
         return by_sample
 
+    def trained_logits(
+        self, name: str, features: Tensor, samples: int | None, present: Tensor | None, positions: int
+    ) -> Tensor:
+        """Return the uni-modal logits of a head that exists.
+
+        Raises:
+            RuntimeError: for a separate head that no training pass and no checkpoint has built.
+            ValueError: as `logits`.
+        """
+        if not self.shared and is_lazy(self.of(name).weight):
+            raise RuntimeError(
+                f"the head of {name!r} was never trained: it is built in the first training pass with the modality, "
+                "or by load_state_dict. Train the objective, or load what its state_dict() returned."
+            )
+        return self.logits(name, features, samples, present, positions)
+
     def _logits(self, name: str, features: Tensor, samples: int | None, present: Tensor | None) -> Tensor:
         project = self.monitor.features.projections.get(name)
         samples = samples_in(name, features, samples, present, frames=project is not None)

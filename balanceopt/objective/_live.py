@@ -1,4 +1,4 @@
-"""Encoders' features as uni-modal losses need them: attached to their graphs, and clean."""
+"""Encoders' features as uni-modal losses and votes need them: clean, and in training attached to their graphs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from balanceopt.monitor import COMPILED, CallWatch, ModalityMonitor, Pass
 
 
 class LiveFeatures:
-    """Clean features by modality, of the latest forward with gradients and of the latest without."""
+    """Clean features by modality, of the latest forward with gradients, without them, and in eval mode."""
 
-    def __init__(self, monitor: ModalityMonitor) -> None:
-        """Start without features; `on_output` is to be a hook of `monitor`."""
+    def __init__(self, monitor: ModalityMonitor, *, trains: bool = True) -> None:
+        """Start without features; `on_output`, and for evaluations `on_start`, are to be hooks of `monitor`.
+
+        Args:
+            monitor: monitor on the encoders.
+            trains: whether features of training passes are recorded, for a loss of them.
+        """
         self.monitor = monitor
         self.watch: CallWatch | None = None
+        self._trains = trains
         self.forget()
 
     def of_latest(self) -> tuple[dict[str, Tensor], dict[str, Tensor], int | None]:
@@ -46,6 +52,21 @@ class LiveFeatures:
             return features, {}, None
         return features, dict(self._pass.present), self._pass.samples
 
+    def of_evaluation(self) -> dict[str, Tensor]:
+        """Return detached features by modality of the latest forward, if that was one in eval mode.
+
+        Raises:
+            RuntimeError: if it was none.
+        """
+        features = {name: held().detach() for name, held in self._evaluated.items()}
+        if not features:
+            raise RuntimeError(
+                "predict() needs the features of the forward that made the logits: call the model in eval mode "
+                "(model.eval(), torch.no_grad()) just before, with the monitor's hooks on."
+                + (" Where the model was called: " + COMPILED if holds_compiled_code() else "")
+            )
+        return features
+
     @property
     def current(self) -> Pass | None:
         """Training pass of the latest features; None where these are of an evaluation."""
@@ -55,14 +76,24 @@ class LiveFeatures:
         """Release all features."""
         self._with: dict[str, Callable[[], Tensor]] = {}
         self._without: dict[str, Callable[[], Tensor]] = {}
+        self._evaluated: dict[str, Callable[[], Tensor]] = {}
+        self._whole = False
         self._pass: Pass | None = None
+
+    def on_start(self, current: Pass | None) -> None:
+        """Release the features of the evaluated forward before, of which the next one may lack a modality."""
+        self._evaluated, self._whole = {}, True
 
     def on_output(self, name: str, output: Any, current: Pass | None) -> None:
         """Record the features of an encoder's output."""
-        if in_backward():
+        if in_backward() or (current is not None and not self._trains):
             return
         # A copy, because modules after the encoder may change the output in place.
         held = self.monitor.features.held(name, output, Tensor.clone)
+        if current is None and self.monitor.hooks.evaluates:
+            if name in self._evaluated and not self._whole:  # the encoders alone are called, again
+                self._evaluated = {}
+            self._evaluated[name] = held
         if current is None and not torch.is_grad_enabled():
             if name in self._without:
                 self._without = {}

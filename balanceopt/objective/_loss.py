@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from balanceopt._options import check_kind
-from balanceopt.functional import LossFunction, as_loss, as_targets, wide
+from balanceopt._options import check_kind, check_tensor, shown
+from balanceopt.functional import LossFunction, VoteKind, as_loss, as_targets, wide
 from balanceopt.monitor import ModalityMonitor, two_classes
 
 _OTHER_TARGETS = (
@@ -129,6 +129,40 @@ class UnimodalLoss:
         count = labels.sum(1) > 0 if labels.is_floating_point() else labels != ignore_index
         return total / count.sum().clamp(min=1)
 
+    def voted(self) -> VoteKind:
+        """Return what the heads vote on.
+
+        Raises:
+            ValueError: for numbers, and for a function, which does not tell.
+        """
+        if not self._form.rowwise:
+            raise ValueError(
+                "a vote needs to know the task, which a loss function of yours does not tell. Build the monitor with a "
+                "module of torch.nn as `loss=`: CrossEntropyLoss, BCEWithLogitsLoss."
+            )
+        if self._form.answers == "numbers":
+            raise ValueError(
+                "numbers do not vote: what a modality alone expects lies closer to the mean than what all expect "
+                "together, so that averaging the heads costs accuracy. Take the model's own output in a regression."
+            )
+        return "labels" if self.outputs == 1 else self._form.answers
+
+    def as_rows(self, logits: Tensor) -> Tensor:
+        """Return joint logits with their C outputs last, `(B, ..., C)`.
+
+        Raises:
+            TypeError, ValueError: if they are none.
+        """
+        check_tensor("logits", logits, f"(B, {self.outputs}), what the model returned")
+        rows = logits.unsqueeze(-1) if self.outputs == 1 and logits.dim() == 1 else logits
+        if not logits.is_floating_point() or rows.dim() < 2 or rows.shape[-1] != self.outputs:
+            raise ValueError(
+                f"`logits` should be what the model returned, floating, of shape (B, {self.outputs}) or (B, positions, "
+                f"{self.outputs}). Found {shown(logits)}. Where classes come before positions, pass "
+                "logits.movedim(1, -1)."
+            )
+        return rows
+
     def _by_output(self, target: Tensor) -> bool:
         """Whether a target has an entry for each output, rather than a class index."""
         return target.is_floating_point() or not self._form.has_classes
@@ -176,6 +210,15 @@ def with_modality(predictions: Tensor, target: Tensor, present: Tensor | None) -
     rows = present.to(predictions.device).nonzero()[:, 0]
     chosen = predictions[rows] if len(predictions) == len(target) else predictions
     return chosen, target.to(predictions.device)[rows]
+
+
+def in_samples(predictions: Tensor, present: Tensor, samples: int) -> Tensor:
+    """Return predictions `(B, ...)` of all samples, from all or from those alone that have a modality; 0 for others."""
+    if len(predictions) == samples:
+        return predictions
+    result = predictions.new_zeros(samples, *predictions.shape[1:])
+    result[present.to(predictions.device)] = predictions
+    return result
 
 
 def share_of_modality(at_loss: Tensor, present: Tensor | None, samples: int, *, selects: bool) -> Tensor:

@@ -25,12 +25,12 @@ from balanceopt._options import (
 )
 from balanceopt._pooling import Pool, check_pool
 from balanceopt.distributed import active_group, shared_seed
-from balanceopt.functional import LossFunction, wide
-from balanceopt.monitor import CallWatch, ModalityMonitor, require_scores
+from balanceopt.functional import LossFunction, vote, wide
+from balanceopt.monitor import CallWatch, ModalityMonitor, flags_by_modality, require_scores
 from balanceopt.objective._heads import HeadKind, Heads, OwnHead
 from balanceopt.objective._inject import Injection, remove_handles
 from balanceopt.objective._live import LiveFeatures
-from balanceopt.objective._loss import UnimodalLoss, with_modality
+from balanceopt.objective._loss import UnimodalLoss, in_samples, with_modality
 from balanceopt.objective._share import JointShare
 
 
@@ -43,6 +43,8 @@ class UnimodalObjective(nn.Module):
     a separate one, trained with the model, or the modality's part of the shared head. L is the monitor's loss. In the
     loop: `loss = loss + objective(labels)`. With `inject=True` there is no call: the same gradients are added at the
     encoders' outputs during backward. Keep a reference to the objective: garbage collection removes its hooks.
+
+    In validation and test, `objective.predict(logits)` lets the joint head and the modalities' heads vote.
 
     Args:
         monitor: a `ModalityMonitor` on the model.
@@ -114,10 +116,11 @@ class UnimodalObjective(nn.Module):
         self.__dict__.update(monitor=monitor, loss=loss)
         self.own_heads = nn.ModuleList(_made_heads(monitor, out_features, seed) if heads == "own" else [])
         self._heads = Heads(monitor, self.own_heads, out_features, pool, self.joint)
-        self._live = LiveFeatures(monitor)
+        self._live = LiveFeatures(monitor, trains=not inject)
         self._injection = Injection(monitor, self._heads, weights, self._criterion) if inject else None
+        monitor.hooks.starts.add(self._live.on_start)
+        monitor.hooks.outputs.add(self._live.on_output)
         if self._injection is None:
-            monitor.hooks.outputs.add(self._live.on_output)
             self._live.watch = CallWatch(monitor, None, "it has no uni-modal loss")
             weakref.finalize(self, self._live.watch.remove).atexit = False
         else:
@@ -194,6 +197,67 @@ class UnimodalObjective(nn.Module):
             total.register_hook(lambda _: average.after_this_backward())
         return total
 
+    @torch.no_grad()
+    def predict(self, logits: Tensor, *, present: Mapping[str, Tensor] | None = None) -> Tensor:
+        r"""Return the vote of the joint head and the modalities' heads, in place of the joint logits, in eval mode.
+
+        $$\log p(c) = \frac{1}{1 + n} \Big(f(c) + \sum_m h^m(z^m)(c)\Big) + \text{const}$$
+
+        with the joint logits f of the model's latest forward in eval mode, and its features z of n modalities. A
+        modality leaves the vote whose `weight` is 0, whose encoder was not called in that forward, or, for a sample,
+        that `present` says is missing. Where a modality is missing the joint head, which was trained on all of them,
+        leaves it too, unless nobody else is left. Nothing is trained, no training score changes, and no rank waits for
+        another.
+
+        Args:
+            logits: what the model returned, in any form that ends in the C outputs: `(B, C)`, `(B, T, C)` for positions
+                T of features `(B, T, D)`; with one output `(B,)` too.
+            present: bool `(B,)` by modality, for batches in which some samples lack a modality.
+
+        Returns:
+            In the shape of `logits`, float32 or wider, and usable like them: log-probabilities of classes, or logits of
+            labels and of two classes in one logit.
+
+        Raises:
+            RuntimeError: if no forward in eval mode came before, or the heads were never trained.
+            ValueError: for a regression, whose numbers do not vote, and a loss that is a function; for logits or flags
+                of another shape.
+            TypeError: if `logits` is no tensor, or `present` no mapping to flags.
+            KeyError: if `present` names an unknown modality.
+
+        Example:
+            >>> import balanceopt as bo
+            >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b")})
+            >>> objective = bo.UnimodalObjective(bo.ModalityMonitor(model, {"a": "a", "b": "b"}), out_features=3)
+            >>> logits = model["a"](torch.ones(4, 2)) + model["b"](torch.ones(4, 2))  # a training forward
+            >>> _ = objective(torch.tensor([0, 1, 2, 0])), model.eval()
+            >>> logits = model["a"](torch.ones(5, 2)) + model["b"](torch.ones(5, 2))
+            >>> objective.predict(logits).exp().sum(1)
+            tensor([1., 1., 1., 1., 1.])
+
+        Reference:
+            `functional.vote`; docs/methods/unimodal.md.
+        """
+        answers = self._criterion.voted()
+        rows = self._criterion.as_rows(logits)
+        samples, positions = len(rows), rows.shape[1:-1].numel()
+        flags = {} if present is None else flags_by_modality(present, self.monitor.modalities, samples)
+        every = torch.ones(samples, dtype=torch.bool, device=rows.device)
+        features = self._live.of_evaluation()
+        complete = every if features.keys() == set(self.monitor.modalities) else ~every
+        voters, here = [wide(rows)], []
+        for name, z in features.items():
+            flag = flags[name].to(rows.device) if name in flags else every
+            complete = complete & flag
+            if self._weight[name] and len(z):
+                answer = self._heads.trained_logits(name, z, samples, flags.get(name), positions)
+                voters.append(in_samples(wide(answer).to(rows.device), flag, samples).view(rows.shape))
+                here.append(flag)
+        alone = ~torch.stack(here).any(0) if here else every
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in voters) else torch.float32
+        votes = torch.stack([x.to(dtype) for x in voters])
+        return vote(votes, torch.stack([complete | alone, *here]), answers).view(logits.shape)
+
     def head_of(self, name: str) -> nn.Linear:
         """Return the separate head of the modality `name`."""
         return self._heads.of(name)
@@ -207,6 +271,7 @@ class UnimodalObjective(nn.Module):
 
     def remove(self) -> None:
         """Remove every hook. May be called twice."""
+        self.monitor.hooks.starts.drop(self._live.on_start)
         self.monitor.hooks.outputs.drop(self._live.on_output)
         self._live.forget()
         self._share.remove()

@@ -60,6 +60,10 @@ LOSSES = ("train_before", "train_after", "val_before", "val_after")
 NO_GENERATOR: list[Any] = [3, "cpu", torch.Generator]
 
 
+# Stands for what the model returns.
+JOINT = object()
+
+
 class World:
     """What a call can change: a model, its monitor, an optimizer, a watched pass."""
 
@@ -137,6 +141,19 @@ def objective(world: World, **given: Any) -> bo.UnimodalObjective:
 def blending(world: World, **given: Any) -> bo.BlendScheduler:
     with objective(world) as part, bo.ProbeMonitor(world.monitor) as probes:
         return bo.BlendScheduler(**{"objective": part, "probes": probes, **given})
+
+
+def prediction_of(world: World, logits: Any, **given: Any) -> Tensor:
+    with objective(world) as part:
+        world.model(*world.inputs)
+        part(world.labels)
+        try:
+            world.model.eval()
+            with torch.no_grad():
+                joint = world.model(*world.inputs)
+            return part.predict(joint if logits is JOINT else logits, **given)
+        finally:
+            world.model.train()
 
 
 def loss_of(world: World, labels: Any, **given: Any) -> Tensor:
@@ -346,6 +363,15 @@ ROWS: dict[str, Row] = {
             "generator": NO_GENERATOR,
             "present": NO_FLAGS,
             "device": ["cpu", 3.5, [], torch.device],
+        },
+    ),
+    "vote": function(
+        functional.vote,
+        {"logits": torch.ones(2, 4, 3)},
+        {
+            "logits": [*NO_REAL, torch.ones(4, 3), torch.ones(0, 4, 3)],
+            "present": NO_FLAGS,
+            "answers": [*NO_CHOICE, "numbers"],
         },
     ),
     "effective_rank": function(
@@ -838,6 +864,19 @@ ROWS: dict[str, Row] = {
             "out_features": [3],
         },
         lambda world: {"labels": world.labels.clamp(min=3)},
+    ),
+    "UnimodalObjective.predict": Row(
+        prediction_of,
+        bo.UnimodalObjective.predict,
+        {
+            "logits": [*NO_REAL, torch.ones(8, 3), torch.ones(7, CLASSES), torch.ones(8, CLASSES).long()],
+            "present": [
+                *NO_MAPPING[:3],
+                *({"audio": value} for value in (None, "a", torch.ones(8, 1).bool(), torch.ones(8))),
+                *({"audio": torch.ones(4).bool()}, {"smell": torch.ones(8).bool()}),
+            ],
+        },
+        lambda world: {"logits": JOINT},
     ),
     # the monitor
     "ModalityMonitor": Row(

@@ -116,7 +116,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def resumed(saved: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return on_ranks(load_and_train, tmp_path_factory.mktemp("resumed"), saved[0], 2, CASES, 2)
+    return on_ranks(load_and_train, tmp_path_factory.mktemp("resumed"), saved[0], 2, CASES, 2, fresh=True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

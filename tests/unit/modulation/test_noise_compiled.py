@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from balanceopt.modulation._noise import scale_and_add_gaussians_
 from tests.models import watch
 from tests.noise import gaussian_like
 from tests.training import batches, distance, groups_of, modulated, same_bits, sgd, small_model, train
+from tests.unit.optim.test_memory import CHUNK, step
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -30,8 +32,13 @@ ROUNDING = 4e-6
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled() -> None:
-    _noise_compiled.warm_up(CPU)
+def code() -> Iterator[str]:
+    """The kernel for two threads, which all tests share, since a compilation takes most of a minute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch._dynamo.reset()
+    yield "".join(run_and_get_code(_noise_compiled.warm_up, CPU)[1])
+    torch.set_num_threads(before)
 
 
 def noise(*shape: int, seed: int = 0, step: int = 0, index: int = 0) -> torch.Tensor:
@@ -81,14 +88,13 @@ def test_elements_are_not_correlated(long, lag, power):
     assert abs(float(product.mean())) < 5 * float(product.std()) / math.sqrt(product.numel())
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_number_of_threads_changes_roundings_alone(long, threads):
-    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        torch.set_num_threads(threads)
         torch.testing.assert_close(noise(len(long)), long, rtol=0, atol=ROUNDING)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(2)
 
 
 # In place; through memory of its own: an odd number, other dtypes, other layouts.
@@ -112,6 +118,12 @@ def test_tensors_are_scaled_and_get_noise(name):
     torch.testing.assert_close(x.double(), want, rtol=tolerance, atol=tolerance)
 
 
+def test_it_is_made_in_chunks():
+    peak, kept = step(bo.OGM(0.5, noise="compiled"))
+    assert peak < CHUNK
+    assert kept < 0.01
+
+
 def test_training_and_resuming():
     model, optimizer = modulated(bo.OGM(0.5, noise="compiled"))
     bare, alone = modulated(bo.OGM(0.5, noise=False))
@@ -126,18 +138,11 @@ def test_training_and_resuming():
     assert same_bits(model, twin)
 
 
-def test_one_kernel_that_threads_share_serves_tensors_of_any_size_also_after_a_reset():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        torch._dynamo.reset()
-        _, code = run_and_get_code(_noise_compiled.warm_up, CPU)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for size in (2**16, 2**15 + 2, 2**16 + 3, 2**20 + 2**16):
-                noise(size)
-    finally:
-        torch.set_num_threads(before)
-    assert "#pragma omp parallel" in "".join(code)
+def test_one_kernel_that_threads_share_serves_tensors_of_any_size_also_after_a_reset(code):
+    assert "#pragma omp parallel" in code
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (2**16, 2**15 + 2, 2**16 + 3, 2**20 + 2**16):
+            noise(size)
 
 
 @pytest.mark.parametrize("x", [2.0**-32, 1e-7, 0.5, 0.5**0.5, 0.70711, 0.999, 1 - 2.0**-24, 1.0])

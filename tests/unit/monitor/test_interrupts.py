@@ -134,8 +134,11 @@ def damage(case, kind, chosen):
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # OPM tells of forwards that broke off
 
 
-@KINDS
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    # Of errors, the case with most to take back; all of them at any line below.
+    [*((name, KeyboardInterrupt) for name in CASES), ("diagnosis", MemoryError)],
+)
 def test_nothing_is_left_of_an_interrupt(name, kind):
     left = damage(CASES[name](), kind, partial(first_and_last, files=SWAPPING))
     assert not left

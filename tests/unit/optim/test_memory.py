@@ -85,9 +85,8 @@ def test_a_scaled_update_takes_a_copy_of_the_slowed_encoder():
     assert kept == pytest.approx(encoder, rel=0.01)
 
 
-@pytest.mark.parametrize("noise", [True, "compiled"])
-def test_noise_is_made_in_chunks(noise):
-    peak, kept = step(bo.OGM(0.5, noise=noise))
+def test_noise_is_made_in_chunks():
+    peak, kept = step(bo.OGM(0.5))
     assert peak < CHUNK
     assert kept < 0.01
 

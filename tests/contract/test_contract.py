@@ -76,6 +76,16 @@ class Run:
     file: io.BytesIO
 
 
+def run_of(method: Method, base: Base) -> Run:
+    model, optimizer = build(base, method.make())
+    start = copy.deepcopy([p.detach() for p in model.parameters()])
+    losses = advance(model, optimizer, base, range(2))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    losses += advance(model, optimizer, base, range(2, 4))
+    return Run(method, base, model, optimizer, start, losses, file)
+
+
 @pytest.fixture(
     scope="module",
     params=[
@@ -84,14 +94,7 @@ class Run:
     ],
 )
 def run(request: pytest.FixtureRequest) -> Run:
-    method, base = request.param
-    model, optimizer = build(base, method.make())
-    start = copy.deepcopy([p.detach() for p in model.parameters()])
-    losses = advance(model, optimizer, base, range(2))
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    losses += advance(model, optimizer, base, range(2, 4))
-    return Run(method, base, model, optimizer, start, losses, file)
+    return run_of(*request.param)
 
 
 def test_steps(run: Run):

@@ -112,9 +112,10 @@ def check(namespace: dict[str, Any]) -> None:
                 value()
         if isinstance(value, Method):
             for base in (base for base in BASES if base.name in ("SGD", "Adam")):
-                contract.test_steps(value, base)
-                contract.test_at_its_limit_it_is_the_base_bit_for_bit(value, base)
-                contract.test_resumes_bit_for_bit(value, base)
+                contract.test_at_its_limit_it_is_the_base_bit_for_bit((value, base))
+                training = contract.run_of(value, base)
+                contract.test_steps(training)
+                contract.test_resumes_bit_for_bit(training)
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())

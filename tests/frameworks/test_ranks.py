@@ -27,7 +27,7 @@ def check(results, reference):
 
 def test_lightning(tmp_path):
     pytest.importorskip("lightning")
-    runs = list(zip(*on_ranks(rank_runs.lightning, tmp_path), strict=True))
+    runs = list(zip(*on_ranks(rank_runs.lightning, tmp_path, fresh=True), strict=True))
     assert len(runs) == 4
     for results in runs:
         check(results, plain(model_and_batches()[1]))
@@ -35,12 +35,12 @@ def test_lightning(tmp_path):
 
 def test_fabric(tmp_path):
     pytest.importorskip("lightning")
-    check(on_ranks(rank_runs.fabric, tmp_path), plain(model_and_batches()[1]))
+    check(on_ranks(rank_runs.fabric, tmp_path, fresh=True), plain(model_and_batches()[1]))
 
 
 def test_accelerate(tmp_path):
     pytest.importorskip("accelerate")
-    check(on_ranks(rank_runs.accelerate, tmp_path), plain(model_and_batches()[1]))
+    check(on_ranks(rank_runs.accelerate, tmp_path, fresh=True), plain(model_and_batches()[1]))
 
 
 def test_transformers(tmp_path):
@@ -50,5 +50,5 @@ def test_transformers(tmp_path):
 
     make = default_optimizer(tmp_path)
     scaled = OGM(0.5, apply_to="update")
-    results = on_ranks(rank_runs.transformers, tmp_path, str(tmp_path / "out"))
+    results = on_ranks(rank_runs.transformers, tmp_path, str(tmp_path / "out"), fresh=True)
     check(results, plain(model_and_batches()[1], modulation=scaled, make=make, clip=1.0, schedule=linear))

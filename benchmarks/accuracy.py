@@ -17,7 +17,7 @@ from benchmarks.evidence.configs import CONFIGS
 from benchmarks.evidence.grid import Grid
 from benchmarks.evidence.pool import run_all
 from benchmarks.evidence.progress import Progress
-from benchmarks.evidence.report import aim_text, write
+from benchmarks.evidence.report import aim_text, write, write_page
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.rows import rows_of, with_needs
 from benchmarks.evidence.sets import SETS
@@ -30,8 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then write what is there."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    page = options.page or options.out / "evidence.md"
+    numbers = page.with_suffix(".json")
     if options.config:
         _reproduce(parser, options)
+        return
+    if options.from_json:
+        _print(write_page(numbers, page))
         return
     folder = options.data or (_DATA if _DATA.is_dir() else None)
     try:
@@ -41,12 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(options.out / "results.jsonl")
     if not options.no_run:
         _run(grid, results, folder, options.jobs, 60 * options.budget)
-    sets = summarise(grid, results)
-    if not sets:
+    summary = summarise(grid, results)
+    if not summary.sets:
         print("Nothing was tested yet.")
         return
-    print(aim_text(sets))
-    for path in write(sets, options.page or options.out / "evidence.md", options.out / "evidence.json"):
+    print(aim_text(summary.sets))
+    _print(write(summary, page, numbers))
+
+
+def _print(paths: Sequence[Path]) -> None:
+    for path in paths:
         print(path)
 
 
@@ -131,13 +140,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=positive, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=Path("out/evidence"), help="folder of results.jsonl")
     parser.add_argument(
-        "--page", type=Path, help="Markdown page that gets the tables; OUT/evidence.md by default"
+        "--page",
+        type=Path,
+        help="Markdown page that gets the tables, with the numbers as .json beside; OUT/evidence.md by default",
     )
+    parser.add_argument(
+        "--from-json", action="store_true", help="make the page of the numbers beside it, and run nothing"
+    )
+    parser.add_argument("--no-run", action="store_true", help="only write what the runs so far say")
     papers = parser.add_argument_group("a paper's setting, on its public data set")
     papers.add_argument("--config", choices=CONFIGS, metavar="NAME", help=f"one of {', '.join(CONFIGS)}")
     papers.add_argument("--device", default="cpu", help="cuda, cuda:1, mps, ...; for --config")
     papers.add_argument("--epochs", type=positive, help="instead of the paper's own; for --config")
-    parser.add_argument("--no-run", action="store_true", help="only write what the runs so far say")
     return parser
 
 

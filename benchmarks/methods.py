@@ -49,15 +49,19 @@ class Method:
         optimizer: what the loop steps.
         recorder: holds score, ratio and coefficient over time; None if nothing is recorded.
         losses: functions of the labels whose values the loop adds to the loss.
+        share: factor on the joint loss in the sum.
         epoch_ends: called after each epoch.
         removes: called at the end, to take hooks off.
+        objective: whose heads can vote with the joint head after training; None without such heads.
     """
 
     optimizer: torch.optim.Optimizer
     recorder: bo.Recorder | None = None
     losses: tuple[Callable[[Tensor], Tensor], ...] = ()
+    share: float = 1.0
     epoch_ends: tuple[Callable[[], object], ...] = ()
     removes: tuple[Callable[[], object], ...] = ()
+    objective: bo.UnimodalObjective | None = None
 
 
 Build = Callable[[MultimodalClassifier, Context], Method]

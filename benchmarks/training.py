@@ -50,10 +50,20 @@ def fit(
     *,
     seed: int = 0,
     on_epoch: Callable[[], object] = lambda: None,
+    on_end: Callable[[Method], object] = lambda method: None,
 ) -> bo.Recorder | None:
     """Train `model` in place with one method; returns what the method recorded.
 
     Batches depend on the seed and not on the method, so runs of one seed can be compared in pairs.
+
+    Args:
+        model: to train.
+        build: makes the method.
+        data: to train on.
+        recipe: how to train.
+        seed: of batches and method.
+        on_epoch: called after each epoch.
+        on_end: called with the method after the training, before its hooks are removed.
     """
     modalities = tuple(model.encoders)
     loader = batches(data.train, modalities, recipe.batch_size, seed)
@@ -63,7 +73,8 @@ def fit(
         loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed, recipe.epochs, loss
     )
     method = build(model, context)
-    loop(model, method, loader, recipe.epochs, recipe.decay_epoch, on_epoch, loss or F.cross_entropy)
+    criterion = loss or F.cross_entropy
+    loop(model, method, loader, recipe.epochs, recipe.decay_epoch, on_epoch, criterion, on_end)
     return method.recorder
 
 
@@ -75,6 +86,7 @@ def loop(
     decay_epoch: int | None,
     on_epoch: Callable[[], object] = lambda: None,
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    on_end: Callable[[Method], object] = lambda method: None,
 ) -> None:
     """The user's loop: batches `(*inputs, labels)`, a learning rate that falls to a tenth after `decay_epoch`."""
     milestones = [] if decay_epoch is None else [decay_epoch]
@@ -84,7 +96,7 @@ def loop(
             model.train()
             for *inputs, labels in loader:
                 method.optimizer.zero_grad()
-                loss = criterion(model(*inputs), labels)
+                loss = method.share * criterion(model(*inputs), labels)
                 for extra in method.losses:
                     loss = loss + extra(labels)
                 loss.backward()
@@ -93,6 +105,7 @@ def loop(
             for act in method.epoch_ends:
                 act()
             on_epoch()
+        on_end(method)
     finally:
         for remove in method.removes:
             remove()

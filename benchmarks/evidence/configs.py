@@ -82,7 +82,7 @@ def convolutions(inputs: Mapping[str, Tensor], num_classes: int) -> nn.Module:
 
 # What a practitioner would try first.
 _COMPARED: dict[str, dict[str, Any]] = {
-    "fixed modality dropout": {"dropout_p": 0.5},
+    "fixed modality dropout": {"dropout_p": 0.3},
     "uni-modal losses": {"unimodal_heads": "own", "unimodal_weight": 1.0},
 }
 _OGM = {

@@ -38,10 +38,12 @@ class Grid:
                 tuning.extend(missing)
                 if options is not None:
                     tests.extend(self._tests(name, row, options))
-        # Tuning runs of one row may be asked for by several others.
-        tuning = list({job.key: job for job in tuning}.values())
+        # Rows of the same options share their runs.
         tests = sorted((job for job in tests if job not in results), key=lambda job: job.seed)
-        return tuning + tests
+        first: dict[str, Job] = {}
+        for job in [*tuning, *tests]:
+            first.setdefault(job.key, job)
+        return list(first.values())
 
     def chosen(self, name: str, row: Row, results: Results) -> dict[str, Any] | None:
         """All options of a row; None while a choice is open."""
@@ -52,7 +54,8 @@ class Grid:
         options = self.chosen(name, row, results)
         if options is None:
             return {}
-        return {job.seed: results[job] for job in self._tests(name, row, options) if job in results}
+        tests = self._tests(name, row, options)
+        return {job.seed: dict(row.read(results[job])) for job in tests if job in results}
 
     def tuned(self, name: str, row: Row, results: Results) -> float:
         """Mean metric of its options on the data that are kept for choices; NaN if that was not run."""
@@ -60,16 +63,31 @@ class Grid:
         if options is None:
             return float("nan")
         jobs = self._tuning(name, row, options)
-        return float(np.mean([results[j]["metric"] if j in results else np.nan for j in jobs]))
+        return float(np.mean([row.read(results[j])["metric"] if j in results else np.nan for j in jobs]))
 
     def remaining(self, results: Results) -> Iterator[tuple[str, str, int]]:
-        """(set, row, runs that are still to be made), also of those that are not ready."""
+        """(set, row, runs that are still to be made), at most: rows whose options are not chosen yet may share some."""
         for name, rows in self.rows.items():
+            counted: set[str] = set()
             for row in rows.values():
                 options, tuning = self._choices(name, row, results)
                 jobs = tuning if options is None else tuning + self._tests(name, row, options)
-                done = {job.key for job in jobs if job in results}
-                yield name, row.name, self._tuning_runs(name, row) + len(self.seeds) - len(done)
+                missing = {job.key for job in jobs if job not in results} - counted
+                counted |= missing
+                count = len(missing)
+                if options is None and not row.votes:  # a vote follows trainings of another row
+                    unknown = self._tuning_runs(name, row) - len({job.key for job in tuning})
+                    count += len(self.seeds) + max(0, unknown)
+                yield name, row.name, count
+
+    def runs(self, name: str, results: Results) -> list[dict[str, Any]]:
+        """All runs that a set's numbers rest on, each once."""
+        found: dict[str, dict[str, Any]] = {}
+        for row in self.rows[name].values():
+            options, tuning = self._choices(name, row, results)
+            jobs = tuning if options is None else tuning + self._tests(name, row, options)
+            found |= {job.key: results[job] for job in jobs if job in results}
+        return list(found.values())
 
     def _settle(self, name: str, row: Row, results: Results) -> tuple[dict[str, Any] | None, list[Job]]:
         """The row's options, or None and the runs that have to be made first (none if they wait for another row)."""
@@ -80,17 +98,17 @@ class Grid:
         """The row's options if all runs that they rest on are there, else None; and these runs as far as known."""
         options = dict(row.options)
         tuning: list[Job] = []
-        for option, source in row.inherits.items():
+        for option, (source, chosen) in row.inherits.items():
             other = self.chosen(name, self.rows[name][source], results)
             if other is None:
                 return None, []
-            options[option] = other[option]
+            options[option] = other[chosen]
         for knob in row.knobs:
             tried = [self._tuning(name, row, {**options, knob.name: c}) for c in knob.candidates]
             tuning += [job for jobs in tried for job in jobs]
             if any(job not in results for job in tuning):
                 return None, tuning
-            scores = [float(np.mean([results[job]["metric"] for job in jobs])) for jobs in tried]
+            scores = [float(np.mean([row.read(results[job])["metric"] for job in jobs])) for jobs in tried]
             options[knob.name] = knob.best(scores)
         if row.kind == "recipe":
             # Nothing to choose, but which recipe is recommended is decided on the same data.

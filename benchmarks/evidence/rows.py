@@ -1,25 +1,24 @@
 """The rows of the tables: what is added to joint training, and what of it is tuned.
 
 A row is data: options of `benchmarks.evidence.building`, the one of them that is tuned, and those that it takes over
-from what another row has chosen. A new recipe is one line in `RECIPES`.
+from what another row has chosen. A new method is one line in `METHODS`, a new recipe one in `RECIPES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.evidence.sets import EvidenceSet
-from benchmarks.tasks import NUMBER, Task
+from benchmarks.tasks import CLASS, NUMBER, Task
 
-Kind = Literal["reference", "alone", "method", "recipe"]
+Kind = Literal["reference", "alone", "control", "method", "recipe"]
 
-# What every row may be compared with.
+# What every other row is compared with.
 JOINT = "joint"
-JOINT_ADAMW = "joint, AdamW"
-FIXED_DROPOUT = "fixed modality dropout"
-UNIMODAL = "uni-modal losses"
+# Ends the name of a row in which the own heads vote with the joint head, after another row's training.
+VOTES = ", heads vote"
 
 
 @dataclass(frozen=True)
@@ -44,108 +43,111 @@ class Knob:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train.
+    """One way to train, or to predict after it.
 
     Args:
         name: in the table.
         options: fixed ones.
         knobs: tuned one after the other.
-        inherits: option -> row that has chosen it.
-        reference: row that it is compared with.
+        inherits: option -> (row that has chosen it, its name there).
         kind: what it is in the table.
         modality: the only one that is trained; None for all.
+        votes: whether the own heads vote with the joint head, after the same training.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     knobs: tuple[Knob, ...] = ()
-    inherits: Mapping[str, str] = field(default_factory=dict)
-    reference: str = JOINT
+    inherits: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     kind: Kind = "method"
     modality: str | None = None
+    votes: bool = False
 
     def serves(self, task: Task) -> bool:
-        """Whether it can be run: the shared head's parts of a regression add up to the target, so none can be it."""
-        return task is not NUMBER or self.options.get("unimodal_heads") != "shared"
+        """Whether it can be run: parts of a regression add up and do not vote, and some losses are of classes alone."""
+        if task is NUMBER and (self.votes or self.options.get("unimodal_heads") == "shared"):
+            return False
+        return task is CLASS or not _OF_CLASSES & {*self.options, *(knob.name for knob in self.knobs)}
 
     def needs(self) -> set[str]:
-        """Rows that must be there before this one can be tuned and judged."""
-        return {*self.inherits.values(), self.reference} - {self.name}
+        """Rows that must be there before this one can be tuned."""
+        return {row for row, _ in self.inherits.values()} - {self.name}
+
+    def read(self, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What was measured of this row in a run that it may share with another one."""
+        return {**result, **result["vote"]} if self.votes else result
 
 
-_LIKE_JOINT = {"lr": JOINT, "epochs": JOINT}
+# Options of losses that are defined for classes alone.
+_OF_CLASSES = {"tcmax_weight", "mcr_weight"}
+
+_LIKE_JOINT = {"lr": (JOINT, "lr"), "epochs": (JOINT, "epochs")}
+_OWN = {"unimodal_heads": "own", "unimodal_weight": 1.0}
 _WEIGHTS = Knob("unimodal_weight", (0.3, 1.0, 3.0))
 _ALPHAS = Knob("ogm_alpha", (0.1, 0.3, 0.8))
 _TEMPERATURES = Knob("amss_temperature", (0.1, 0.2, 0.5))
-# The published weight of AMSS+ makes steps many times as long.
-_SHORTER = Knob("lr_factor", (1.0, 0.25, 1 / 16))
 
 
-def _row(name: str, options: Mapping[str, Any], *knobs: Knob, **inherits: str) -> Row:
-    return Row(name, options, knobs, {**_LIKE_JOINT, **inherits})
+def _row(name: str, options: Mapping[str, Any], *knobs: Knob, kind: Kind = "method") -> Row:
+    return Row(name, options, knobs, _LIKE_JOINT, kind)
 
 
 def _recipe(name: str, **options: Any) -> Row:
-    return Row(f"recipe: {name}", options, (), _LIKE_JOINT, kind="recipe")
+    return _row(f"recipe: {name}", options, kind="recipe")
 
+
+# What a method has to beat, beside joint training and the encoders alone.
+CONTROLS = (
+    _row("encoders' learning rate x c", {}, Knob("encoder_factor", (0.3, 3.0, 10.0)), kind="control"),
+    _row("modality dropout, fixed rate", {}, Knob("dropout_p", (0.15, 0.3, 0.5)), kind="control"),
+    _row("uni-modal losses", {"unimodal_heads": "own"}, _WEIGHTS, kind="control"),
+)
 
 METHODS = (
-    _row(FIXED_DROPOUT, {}, Knob("dropout_p", (0.25, 0.5, 0.75))),
-    _row(UNIMODAL, {"unimodal_heads": "own"}, _WEIGHTS),
     _row("uni-modal losses, shared head", {"unimodal_heads": "shared"}, _WEIGHTS),
+    _row("DGL", {"unimodal_heads": "own", "unimodal_joint": 0.0}, _WEIGHTS),
+    _row("MMPareto", _OWN, Knob("mmpareto_gamma", (1.0, 1.5, 2.0))),
+    _row("G-Blending", _OWN, Knob("blend_every", (1, 2, 4))),
+    _row("MCR's competition + uni-modal losses", _OWN, Knob("mcr_weight", (0.1, 0.3, 1.0))),
+    _row("TCMax", {}, Knob("tcmax_weight", (0.3, 0.6, 1.0))),
     _row("OGM", {"ogm_noise": False}, _ALPHAS),
     _row("OGM-GE", {"ogm_noise": True}, _ALPHAS),
+    _row("AGM", {}, Knob("agm_alpha", (0.1, 0.3, 1.0))),
+    _row("MLB", _OWN, Knob("mlb_alpha", (0.5, 2.0, 5.0))),
+    _row("InfoReg", {}, Knob("inforeg_scale", (0.01, 0.1, 1.0))),
     _row("OPM", {}, Knob("opm_q_base", (0.25, 0.5, 0.75))),
-    _row("OGM + OPM", {"ogm_noise": False}, _ALPHAS, opm_q_base="OPM"),
     _row("AMSS", {"amss_scale": "none"}, _TEMPERATURES),
-    _row('AMSS+ "unbiased"', {"amss_scale": "unbiased"}, _TEMPERATURES),
-    _row('AMSS+ "official"', {"amss_scale": "official"}, _SHORTER, amss_temperature="AMSS"),
+    _row("AMSS+", {"amss_scale": "unbiased"}, _TEMPERATURES),
     _row("re-learning", {}, Knob("relearn_lam", (1.0, 3.0, 7.0))),
-    _row("re-learning + uni-modal losses", {"unimodal_heads": "own"}, _WEIGHTS, relearn_lam="re-learning"),
-    _row("OPM + uni-modal losses", {"unimodal_heads": "own"}, _WEIGHTS, opm_q_base="OPM"),
-    _row("OGM-GE + uni-modal losses", {"unimodal_heads": "own", "ogm_noise": True}, _WEIGHTS, ogm_alpha="OGM-GE"),
-    _row("fixed dropout + uni-modal losses", {"unimodal_heads": "own"}, _WEIGHTS, dropout_p=FIXED_DROPOUT),
-    Row(
-        "OGM-GE by update, AdamW", {"optimizer": "adamw", "ogm_noise": True, "ogm_apply_to": "update"}, (_ALPHAS,),
-        {"lr": JOINT_ADAMW, "epochs": JOINT_ADAMW}, reference=JOINT_ADAMW,
-    ),
-)  # fmt: skip
-
-_OWN = {"unimodal_heads": "own", "unimodal_weight": 1.0}
+)
 
 # One setting for all sets, nothing tuned on any.
 RECIPES = (
     _recipe("uni-modal losses", **_OWN),
+    _recipe("dropout 0.3 + uni-modal losses", **_OWN, dropout_p=0.3),
     _recipe("re-learning + uni-modal losses", **_OWN, relearn_lam=3.0),
-    _recipe("re-learning + 3 x uni-modal losses", unimodal_heads="own", unimodal_weight=3.0, relearn_lam=3.0),
     _recipe("OPM 0.25 + uni-modal losses", **_OWN, opm_q_base=0.25),
     _recipe("OPM 0.25 + re-learning + uni-modal losses", **_OWN, opm_q_base=0.25, relearn_lam=3.0),
-    _recipe(
-        "OPM 0.25 + 3 x uni-modal losses, shared head",
-        unimodal_heads="shared",
-        unimodal_weight=3.0,
-        opm_q_base=0.25,
-    ),
 )
 
 
 def rows_of(found: EvidenceSet) -> dict[str, Row]:
-    """All rows of a set, in the order of its table."""
+    """Name -> row for a set, in the order of the table."""
     by_lr = Knob("lr", found.lrs)
     start = {"lr": _middle(found.lrs), "epochs": _middle(found.lengths)}
     # Longer than it takes to converge would only cost time, for this row and all others.
     length = Knob("epochs", found.lengths, tolerance=0.5)
     joint = Row(JOINT, start, (by_lr, length), kind="reference")
     # As joint training, an encoder alone has the best learning rate for itself.
-    alone = [
-        Row(f"{m} alone", {}, (by_lr,), {"epochs": JOINT}, kind="alone", modality=m) for m in found.modalities
-    ]
+    as_long = {"epochs": (JOINT, "epochs")}
+    alone = [Row(f"{m} alone", {}, (by_lr,), as_long, "alone", modality=m) for m in found.modalities]
     adamw = Row(
-        JOINT_ADAMW, {"optimizer": "adamw"}, (Knob("lr", found.adam_lrs),), {"epochs": JOINT},
-        kind="reference",
+        "joint, AdamW", {"optimizer": "adamw"}, (Knob("lr", found.adam_lrs),), as_long, "reference"
     )  # fmt: skip
-    rows = (joint, *alone, adamw, *METHODS, *RECIPES)
-    return {row.name: row for row in rows if row.serves(found.task)}
+    plain = (joint, *alone, adamw, *_rivals(found.modalities))
+    rows = [row for row in (*plain, *CONTROLS, *METHODS, *RECIPES) if row.serves(found.task)]
+    pairs = ((row, *_voting(row, found.task)) for row in rows)
+    return {row.name: row for pair in pairs for row in pair}
 
 
 def with_needs(rows: Mapping[str, Row], names: set[str]) -> dict[str, Row]:
@@ -154,6 +156,35 @@ def with_needs(rows: Mapping[str, Row], names: set[str]) -> dict[str, Row]:
     while more := {need for name in wanted for need in rows[name].needs()} - wanted:
         wanted |= more
     return {name: row for name, row in rows.items() if name in wanted}
+
+
+def _rivals(modalities: Sequence[str]) -> list[Row]:
+    """What can be made of encoders that were trained alone, each with its own best learning rate."""
+    alone = {f"{m}_lr": (f"{m} alone", "lr") for m in modalities}
+    length = {"epochs": (JOINT, "epochs")}
+    return [
+        Row(
+            "ensemble of encoders alone (UME)", {"start": "ensemble"},
+            (Knob("pool", ("logits", "probabilities")),), {**alone, **length}, "control",
+        ),
+        Row(
+            "encoders alone, then frozen", {"start": "frozen"},
+            (Knob("lr_factor", (0.1, 0.3, 1.0)),), {**alone, **_LIKE_JOINT}, "control",
+        ),
+        Row(
+            "encoders alone, then fine-tuned", {"start": "tuned"},
+            (Knob("encoder_factor", (0.1, 0.3, 1.0)),), {**alone, **_LIKE_JOINT}, "control",
+        ),
+    ]  # fmt: skip
+
+
+def _voting(row: Row, task: Task) -> list[Row]:
+    """The same training with another way to predict, for rows with own heads."""
+    if row.options.get("unimodal_heads") != "own":
+        return []
+    chosen = {knob.name: (row.name, knob.name) for knob in row.knobs}
+    votes = replace(row, name=row.name + VOTES, knobs=(), inherits={**row.inherits, **chosen}, votes=True)
+    return [votes] if votes.serves(task) else []
 
 
 def _middle(values: tuple[Any, ...]) -> Any:

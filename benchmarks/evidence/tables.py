@@ -1,18 +1,99 @@
-"""Markdown: two tables a set, the recipes against the aim, and where they go in a page."""
+"""Markdown: every row in every set, two tables a set, the recipes against the aim, and where they go in a page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-from benchmarks.evidence.aim import Check
+from benchmarks.evidence.aim import Check, Sets, of_classes
+from benchmarks.evidence.rows import JOINT
 from benchmarks.evidence.statistics import Paired
-from benchmarks.evidence.summary import RowSummary, SetSummary
+from benchmarks.evidence.summary import RowSummary, SetSummary, Summary
 from benchmarks.report import mean_and_spread
 
 MARK = "<!-- {} of benchmarks.accuracy -->"
+
+_KINDS = {
+    "reference": "other optimizer",
+    "control": "controls, tuned",
+    "method": "methods, tuned",
+    "recipe": "recipes, one setting for all sets",
+}
+
+
+def overview(sets: Sets) -> str:
+    """Each row in a line: mean and worst difference to joint training, and what it gives the starved encoders."""
+    judged = of_classes(sets)
+    header = ["", f"mean of {len(judged)} sets", "worst set", "clearly better, worse", "gap closed", "time"]
+    lines = [header, ["---"] * len(header)]
+    for kind, names in _by_kind(sets):
+        lines.append([f"**{_KINDS[kind]}**", *[""] * (len(header) - 1)])
+        lines += [_overview_of(name, sets, judged) for name in names]
+    return markdown(lines)
+
+
+def differences_table(sets: Sets) -> str:
+    """Each row's difference to joint training in each set, with its interval."""
+    header = ["", *sets]
+    lines = [header, ["---"] * len(header)]
+    for _, names in _by_kind(sets):
+        for name in names:
+            rows = [found.rows.get(name) for found in sets.values()]
+            lines.append([name, *(_with_interval(row.difference) if row else "" for row in rows)])
+    return markdown(lines)
+
+
+def cost_text(summary: Summary) -> str:
+    """How many runs, how long, with which versions."""
+    sets = summary.sets.values()
+    clock = "" if math.isnan(summary.minutes) else f", {summary.minutes:.0f} minutes on the clock"
+    return (
+        f"{sum(found.runs for found in sets):,} trainings on {len(sets)} sets, "
+        f"{sum(found.cpu_minutes for found in sets):.0f} minutes of processor time with all measuring{clock}. "
+        f"torch {summary.versions['torch']}, balanceopt {summary.versions['balanceopt']}."
+    )
+
+
+def _by_kind(sets: Sets) -> Iterator[tuple[str, list[str]]]:
+    """Kind and names of the rows that train all modalities, without joint training itself."""
+    kinds = {name: row.kind for found in sets.values() for name, row in found.rows.items()}
+    for kind in _KINDS:
+        names = [name for name, k in kinds.items() if k == kind and name != JOINT]
+        if names:
+            yield kind, names
+
+
+def _overview_of(name: str, sets: Sets, judged: Sets) -> list[str]:
+    rows = {key: found.rows[name] for key, found in sets.items() if name in found.rows}
+    differences = {key: row.difference for key, row in rows.items() if row.difference is not None}
+    of_accuracy = {key: d for key, d in differences.items() if key in judged}
+    shares = [
+        100 * row.recovery[starved][0]
+        for key, row in rows.items()
+        if (starved := sets[key].starved) is not None and starved in row.recovery
+    ]
+    shares = [share for share in shares if not math.isnan(share)]
+    if not of_accuracy:
+        return [name, *[""] * 5]
+    worst = min(of_accuracy, key=lambda key: of_accuracy[key].mean)
+    average = f"{mean(d.mean for d in of_accuracy.values()):+.1f}"
+    return [
+        name,
+        average if len(of_accuracy) == len(judged) else f"{average} ({len(of_accuracy)} sets)",
+        f"{of_accuracy[worst].mean:+.1f} {worst}",
+        f"{sum(d.low > 0 for d in differences.values())}, {sum(d.high < 0 for d in differences.values())}"
+        f" of {len(differences)}",
+        f"{mean(shares):.0f} % ({min(shares):.0f} to {max(shares):.0f})" if shares else "",
+        number(mean(row.time for row in rows.values()), 1),
+    ]
+
+
+def _with_interval(difference: Paired | None) -> str:
+    found = _difference(difference)
+    return f"{found[0]} ({found[1]})" if difference is not None else ""
 
 
 def main_table(found: SetSummary) -> str:
@@ -69,15 +150,15 @@ def aim_table(checks: Mapping[str, Sequence[Check]]) -> str:
     return markdown(lines)
 
 
-def section(found: SetSummary, picture: str | None) -> str:
+def section(found: SetSummary, picture: str) -> str:
     """All of a set."""
     seeds = max(len(row.seeds) for row in found.rows.values())
     starved = f"The starved encoder is {found.starved}." if found.starved else "No encoder is starved."
     return "\n\n".join(
         [
             f"### {found.title}",
-            f"{seeds} seeds. {starved}",
-            *([f"![Difference to joint training]({picture})"] if picture else []),
+            f"{seeds} seeds, {found.runs} trainings. {starved}",
+            f"![Difference to joint training]({picture})",
             main_table(found),
             robustness_table(found),
             "<details markdown><summary>Options that were chosen</summary>",
@@ -87,20 +168,17 @@ def section(found: SetSummary, picture: str | None) -> str:
     )
 
 
-def holds(page: Path, name: str) -> bool:
-    """Whether `page` has the marks `name`."""
-    return page.is_file() and page.read_text(encoding="utf-8").count(MARK.format(name)) == 2
-
-
-def put(page: Path, name: str, text: str) -> None:
-    """Replace what is between the marks `name` in `page`; a page without them gets them at its end."""
-    mark = MARK.format(name)
+def put(page: Path, blocks: Mapping[str, str]) -> None:
+    """Replace what is between the marks of each block's name in `page`; a page without them gets them at its end."""
     content = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if not holds(page, name):
-        content = f"{content}\n{mark}\n{mark}\n"
-    before, _, after = content.split(mark)
+    for name, text in blocks.items():
+        mark = MARK.format(name)
+        if content.count(mark) != 2:
+            content = f"{content}\n{mark}\n{mark}\n"
+        before, _, after = content.split(mark)
+        content = f"{before}{mark}\n\n{text}\n\n{mark}{after}"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(f"{before}{mark}\n\n{text}\n\n{mark}{after}", encoding="utf-8")
+    page.write_text(content, encoding="utf-8")
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.data import MultimodalData, Split
 from benchmarks.evidence.building import build_of
-from benchmarks.evidence.rows import METHODS
-from benchmarks.evidence.running import measure
+from benchmarks.evidence.rows import CONTROLS, METHODS
+from benchmarks.evidence.running import answers_of, measure, probe
 from benchmarks.models import classifier_for
 from benchmarks.tasks import CLASS, LABELS, NUMBER, Task, determination, mean_average_precision
 from benchmarks.training import Recipe, fit
@@ -73,7 +73,7 @@ def made(task: Task) -> MultimodalData:
 def test_every_row_trains_otherwise_than_joint(task: Task) -> None:
     data = made(task)
     joint = trained(data, {"lr": 0.03, "epochs": 5})
-    for row in (row for row in METHODS if row.serves(task)):
+    for row in (row for row in (*CONTROLS, *METHODS) if row.serves(task)):
         found = trained(data, options_of(row))
         assert found.isfinite().all(), row.name
         assert not torch.equal(found, joint), row.name
@@ -95,15 +95,15 @@ def test_a_trained_model_is_measured_by_the_tasks_metric(task: Task) -> None:
     fit(model, build_of({"lr": 0.03, "epochs": 20}), data, Recipe(20, 0.03, batch_size=16))
     with torch.no_grad():
         outputs = model(*data.test.inputs.values())
-    found = measure(model, data)
+    found = measure(answers_of(model), data, modalities=data.modalities)
     assert task.measure(outputs, data.test.labels) > 60
     assert found["missing"]["strong"] < found["missing"]["weak"] < task.measure(outputs, data.test.labels)
-    assert found["probes"]["strong"] > found["probes"]["weak"]
+    assert probe(model, data, "strong") > probe(model, data, "weak")
     assert np.isnan(found["ece"])
     assert found["groups"] == {}
     for p in model.parameters():
         p.data.fill_(float("nan"))
-    assert set(measure(model, data)["probes"].values()) == {0.0}
+    assert probe(model, data, "strong") == 0.0
 
 
 def test_a_unit_that_is_dead_on_the_samples_seen_does_not_ruin_a_probe_of_numbers() -> None:

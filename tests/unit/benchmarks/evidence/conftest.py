@@ -11,8 +11,12 @@ import pytest
 
 from benchmarks.evidence import sets
 from benchmarks.evidence.grid import Grid
-from benchmarks.evidence.rows import FIXED_DROPOUT, JOINT, UNIMODAL, rows_of, with_needs
+from benchmarks.evidence.rows import JOINT, rows_of, with_needs
 from benchmarks.evidence.running import Job
+
+DROPOUT = "modality dropout, fixed rate"
+ENSEMBLE = "ensemble of encoders alone (UME)"
+RECIPE = "recipe: uni-modal losses"
 
 
 @pytest.fixture
@@ -44,10 +48,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> sets.EvidenceSet:
 
 @pytest.fixture
 def grid(folder: Path, small: sets.EvidenceSet) -> Grid:
-    """Joint training, each encoder alone, both simple remedies and one recipe; two seeds."""
+    """Joint training, each encoder alone and their ensemble, two controls, one recipe and its vote; two seeds."""
     rows = rows_of(small)
-    alone = {f"{m} alone" for m in small.modalities}
-    wanted = with_needs(rows, {JOINT, FIXED_DROPOUT, UNIMODAL, "recipe: uni-modal losses", *alone})
+    wanted = with_needs(rows, {JOINT, DROPOUT, "uni-modal losses", f"{RECIPE}, heads vote", RECIPE, ENSEMBLE})
     return Grid({"mfeat_3": wanted}, range(2), folder)
 
 
@@ -56,13 +59,19 @@ def made_up(job: Job) -> dict[str, Any]:
     rng = np.random.default_rng(int(job.key, 16))
     modalities = sets.SETS[job.set].modalities if job.modality is None else (job.modality,)
     bonus = 5.0 * ("alone" in job.row) + 3.0 * ("recipe" in job.row)
-    accuracy = 80 + bonus + 10 * job.options["lr"] + rng.normal()
-    return {
+    accuracy = 80 + bonus + 10 * job.options.get("lr", 0) + rng.normal()
+    said = {
         "metric": accuracy,
-        "probes": {m: 60 + bonus + rng.normal() for m in modalities},
         "ece": 2.0,
         "groups": {"1": accuracy - 5, "2": accuracy},
         "missing": {} if job.modality else dict.fromkeys(modalities, 50.0),
+    }
+    vote = {**said, "metric": accuracy + 1} if job.options.get("unimodal_heads") == "own" else None
+    return {
+        **said,
+        "probes": {m: 60 + bonus + rng.normal() for m in modalities},
+        **({} if vote is None else {"vote": vote}),
         "train_s": 1.0,
         "all_s": 1.5,
+        "clock": [1000.0 + job.seed, 1001.5 + job.seed],
     }

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from benchmarks.data import Split
+from benchmarks.evidence import alone
+from benchmarks.evidence.alone import Ensemble, Frozen, Pool, start_from, train_alone
 from benchmarks.evidence.building import build_of
-from benchmarks.evidence.rows import METHODS, RECIPES, Knob, rows_of, with_needs
-from benchmarks.evidence.running import Job, measure, run
+from benchmarks.evidence.rows import CONTROLS, METHODS, RECIPES, Knob, rows_of, with_needs
+from benchmarks.evidence.running import Job, answers_of, measure, probe, run
 from benchmarks.evidence.sets import SETS, data_of
 from benchmarks.models import classifier_for
 from benchmarks.training import Recipe, fit
 
+OWN = {"unimodal_heads": "own", "unimodal_weight": 1.0}
 JOB = Job("mfeat_3", "joint", None, {"lr": 0.1, "epochs": 1}, "test", 0, "")
 
 
 def options_of(row):
-    """A row's options with the first candidate of each knob; what it inherits as some value."""
-    inherited = {"lr": 0.03, "epochs": 5, "opm_q_base": 0.5, "amss_temperature": 0.2, "relearn_lam": 3.0}
-    inherited |= {"ogm_alpha": 0.8, "dropout_p": 0.5}
-    taken = {option: inherited[option] for option in row.inherits}
-    return {**taken, **row.options, **{knob.name: knob.candidates[0] for knob in row.knobs}}
+    """A row's options with the last candidate of each knob, at joint training's rate and length."""
+    return {**row.options, **{knob.name: knob.candidates[-1] for knob in row.knobs}, "lr": 0.03, "epochs": 5}
 
 
-@pytest.mark.parametrize("row", [*METHODS, *RECIPES], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*CONTROLS, *METHODS, *RECIPES], ids=lambda row: row.name)
 def test_every_row_trains_otherwise_than_joint(row, folder):
     data = data_of("mfeat_3", folder, "test", 0)
-    recipe = Recipe(5, 0.03)
+    recipe = Recipe(5, 0.03, batch_size=16)
     weights = []
     for options in (options_of(row), {"lr": 0.03, "epochs": 5}):
         torch.manual_seed(0)
@@ -43,7 +44,7 @@ def test_every_row_trains_otherwise_than_joint(row, folder):
 
 def test_a_run_is_repeatable_and_complete(folder):
     first, again = run(JOB, folder), run(JOB, folder)
-    seconds = {"train_s", "all_s"}
+    seconds = {"train_s", "all_s", "clock"}
     assert {k: v for k, v in first.items() if k not in seconds} == {
         k: v for k, v in again.items() if k not in seconds
     }
@@ -52,7 +53,7 @@ def test_a_run_is_repeatable_and_complete(folder):
 
 
 def test_a_tuning_run_is_scored_and_no_more(folder):
-    assert set(run(replace(JOB, part="tune"), folder)) == {"metric", "train_s", "all_s"}
+    assert set(run(replace(JOB, part="tune"), folder)) == {"metric", "train_s", "all_s", "clock"}
 
 
 def test_an_encoder_alone(folder):
@@ -65,7 +66,7 @@ def test_a_missing_modality_has_features_of_zero(folder):
     data = data_of("mfeat_3", folder, "test", 0)
     torch.manual_seed(0)
     model = classifier_for(data)
-    found = measure(model, data)["missing"]["mor"]
+    found = measure(answers_of(model), data, modalities=["mor"])["missing"]["mor"]
     # The mor columns of the head see nothing.
     assert isinstance(model.head, torch.nn.Linear)
     model.head.weight.data[:, -32:] = 0
@@ -78,7 +79,7 @@ def test_accuracy_of_each_person(folder):
     data = data_of("mfeat_3", folder, "test", 0)
     half = (torch.arange(len(data.test)) % 2).long()
     data = replace(data, test=Split(data.test.inputs, data.test.labels, half))
-    found = measure(classifier_for(data), data)["groups"]
+    found = measure(answers_of(classifier_for(data)), data)["groups"]
     model_right = sum(found[g] * (half == int(g)).sum().item() for g in ("0", "1")) / len(half)
     torch.manual_seed(0)
     assert set(found) == {"0", "1"}
@@ -90,9 +91,73 @@ def test_a_diverged_training_is_a_result(folder):
     model = classifier_for(data)
     for p in model.parameters():
         p.data.fill_(float("nan"))
-    found = measure(model, data)
-    assert set(found["probes"].values()) == {10.0}
-    assert found["ece"] < 100
+    assert probe(model, data, "pix") == 10.0
+    assert measure(answers_of(model), data)["ece"] < 100
+
+
+def test_heads_that_vote_are_measured_beside_the_joint_head(folder):
+    found = run(replace(JOB, options={"lr": 0.03, "epochs": 5, **OWN}), folder)
+    joint = {name: found[name] for name in found["vote"]}
+    assert set(joint) == {"metric", "ece", "groups", "missing"}
+    assert found["vote"]["metric"] != joint["metric"]
+    # A modality that is missing has no vote: the joint head alone would ask its columns of zeros.
+    assert found["vote"]["missing"] != joint["missing"]
+    assert "vote" not in run(replace(JOB, options={"lr": 0.03, "epochs": 1}), folder)
+
+
+def alone_of(folder):
+    data = data_of("mfeat_3", folder, "test", 0)
+    return data, {m: train_alone("mfeat_3", folder, "test", 0, 0, m, 0.03, 2).model for m in data.modalities}
+
+
+def test_an_ensemble_is_the_mean_of_its_models(folder):
+    data, models = alone_of(folder)
+    inputs = data.test.inputs
+    with torch.no_grad():
+        logits = torch.stack([models[m].eval()(x) for m, x in inputs.items()])
+        of_logits, of_probabilities = (
+            Ensemble(models, pool, data.task).eval()(*inputs.values()) for pool in get_args(Pool)
+        )
+    torch.testing.assert_close(of_logits, logits.mean(0))
+    torch.testing.assert_close(of_probabilities, logits.softmax(-1).mean(0).log())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_joint_training_starts_from_encoders_alone(folder, frozen):
+    data, models = alone_of(folder)
+    before = {m: encoder_of(models[m].encoders[m]) for m in models}
+    torch.manual_seed(0)
+    model = classifier_for(data)
+    start_from(model, models, frozen=frozen)
+    fit(model, build_of({"lr": 0.03, "epochs": 1}), data, Recipe(1, 0.03))
+    for m, encoder in model.encoders.items():
+        assert isinstance(encoder, Frozen) == frozen
+        assert torch.equal(encoder_of(encoder), before[m]) == frozen
+        # Others start from the same encoder.
+        assert torch.equal(encoder_of(models[m].encoders[m]), before[m])
+
+
+def encoder_of(encoder):
+    return torch.nn.utils.parameters_to_vector(encoder.parameters()).detach().clone()
+
+
+def test_a_frozen_encoder_keeps_the_statistics_of_its_norms():
+    encoder = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    frozen = Frozen(encoder).train()
+    frozen(torch.randn(8, 3))
+    assert encoder[1].num_batches_tracked == 0
+
+
+def test_an_encoder_alone_is_trained_once(folder, monkeypatch):
+    train_alone.cache_clear()
+    fits = []
+    monkeypatch.setattr(alone, "fit", lambda *args, **kwargs: fits.append(args))
+    lrs = dict.fromkeys(("fou_lr", "pix_lr", "mor_lr"), 0.1)
+    for pool in ("logits", "probabilities"):
+        run(replace(JOB, options={**lrs, "epochs": 1, "start": "ensemble", "pool": pool}), folder)
+    run(replace(JOB, modality="pix"), folder)
+    train_alone.cache_clear()
+    assert len(fits) == 3
 
 
 def test_the_key_is_of_what_decides_the_result():
@@ -104,10 +169,11 @@ def test_the_key_is_of_what_decides_the_result():
             replace(JOB, part="tune"),
             replace(JOB, data="other"),
             replace(JOB, options={"lr": 0.2, "epochs": 1}),
-            replace(JOB, row="other"),
         )
     }
-    assert len(keys) == 6
+    assert len(keys) == 5
+    # Rows of the same options share their runs.
+    assert replace(JOB, row="other").key == JOB.key
     assert replace(JOB, options={"epochs": 1, "lr": 0.1}).key == JOB.key
 
 
@@ -119,13 +185,18 @@ def test_the_cheapest_candidate_within_the_tolerance_wins():
 
 def test_rows_bring_what_they_need():
     rows = rows_of(SETS["mfeat_3"])
-    found = with_needs(rows, {"OGM + OPM", "OGM-GE by update, AdamW"})
-    assert list(found) == ["joint", "joint, AdamW", "OPM", "OGM + OPM", "OGM-GE by update, AdamW"]
+    found = with_needs(rows, {"encoders alone, then frozen", "DGL, heads vote"})
+    alone = ["fou alone", "pix alone", "mor alone"]
+    assert list(found) == ["joint", *alone, "encoders alone, then frozen", "DGL", "DGL, heads vote"]
     assert all(row.needs() <= set(rows) for row in rows.values())
 
 
-def test_a_regression_has_no_row_that_trains_parts_of_the_shared_head():
-    shared = {row.name for row in (*METHODS, *RECIPES) if row.options.get("unimodal_heads") == "shared"}
-    assert shared
-    assert set(rows_of(SETS["yeast"])) >= shared
-    assert not set(rows_of(SETS["diabetes"])) & shared
+def test_rows_are_left_out_where_a_task_has_no_use_for_them():
+    classes, labels, numbers = (set(rows_of(SETS[name])) for name in ("mfeat_3", "yeast", "diabetes"))
+    shared, of_classes = {"uni-modal losses, shared head"}, {"TCMax", "MCR's competition + uni-modal losses"}
+    assert of_classes <= classes
+    assert shared <= labels
+    assert not of_classes & labels
+    assert not (of_classes | shared) & numbers
+    assert any(name.endswith("heads vote") for name in labels)
+    assert not any(name.endswith("heads vote") for name in numbers)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from balanceopt._deferred import on_host
 from balanceopt._method import ABSENT, Method
-from balanceopt._options import check_count, check_entries, check_kind, check_number, shown
+from balanceopt._options import check_count, check_entries, check_flag, check_kind, check_number, shown
 from balanceopt._torch import in_backward
 from balanceopt._warnings import WarnOnce
 from balanceopt.distributed import active_group, sum_over_ranks
@@ -75,13 +75,15 @@ class ProbeMonitor(Method):
     Args:
         monitor: a `ModalityMonitor`, which methods may share.
         lr: learning rate of the probes, which is divided by the square root of the features' width.
+        losses: sum the losses too, for `take_losses`, on all ranks alike.
 
     Attributes:
         passes: number of training passes that the probes have learned from.
 
     Raises:
         TypeError: if `monitor` is no `ModalityMonitor`.
-        ValueError: if `lr` is not a positive number; for a monitor without a head, or whose loss is a function.
+        ValueError: if `lr` is not a positive number, or `losses` no flag; for a monitor without a head, or whose loss
+            is a function.
 
     Example:
         >>> import balanceopt as bo
@@ -95,9 +97,10 @@ class ProbeMonitor(Method):
         Alain and Bengio, Understanding intermediate layers using linear classifier probes, 2016; docs/watching.md.
     """
 
-    def __init__(self, monitor: ModalityMonitor, *, lr: float = 0.02) -> None:
+    def __init__(self, monitor: ModalityMonitor, *, lr: float = 0.02, losses: bool = False) -> None:
         check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
         check_number("lr", lr, above=0)
+        check_flag("losses", losses)
         require_scores(monitor, "ProbeMonitor")
         if not monitor.labels.loss.rowwise:
             raise ValueError(
@@ -107,6 +110,7 @@ class ProbeMonitor(Method):
         super().__init__()
         self.monitor = monitor
         self.lr = lr
+        self.losses = losses
         self.passes = 0
         self.task: AnswerKind = monitor.labels.loss.answers
         self._probes: dict[str, _Probe] = {}
@@ -142,7 +146,14 @@ class ProbeMonitor(Method):
         To be called between epochs. On several ranks it is a collective, and the means are over all ranks' samples. The
         joint loss is that of the model's own predictions. All losses are of the kind that the probes minimise, without
         the weights and the smoothing of a loss module.
+
+        Raises:
+            RuntimeError: for probes that were not built with `losses=True`.
         """
+        if not self.losses:
+            raise RuntimeError(
+                "these probes sum no losses: build them with ProbeMonitor(monitor, losses=True)."
+            )
         self._end_evaluation()
         self._learn()
         device = next(self.monitor.model.parameters()).device
@@ -263,11 +274,11 @@ class ProbeMonitor(Method):
 
     def _on_gradient(self, current: Pass, gradient: Tensor) -> None:
         # In backward, because the pass releases its logits once it is scored.
-        if current is self._pass and current.logits is not None:
+        if self.losses and current is self._pass and current.logits is not None:
             self._training.logits = {None: current.logits}
 
     def _on_head(self, name: str | None, head: torch.nn.Module, output: Any) -> None:
-        if self._evaluated is None or not self._probes:
+        if not self.losses or self._evaluated is None or not self._probes:
             return
         answers = self.monitor.hooks.answers
         logits = answers.logits(head, output)
@@ -303,32 +314,35 @@ class ProbeMonitor(Method):
                 prediction = self._probes[name].predict(z)
                 parts[name] = self._probes[name].gradient(z, y, weight, prediction, self.task)
                 self._rounds["probe_train"].add(name, prediction, y, weight, self.task)
-                losses[name] = self._loss_sums(prediction, y, weight)
+                if self.losses:
+                    losses[name] = self._loss_sums(prediction, y, weight)
             if done.target is not None and batch.logits:
                 losses[None] = self._joint_sums(batch.logits, done.target)
-            self._step(parts, self._by_head(losses))
+            self._step(parts, self._by_head(losses) if self.losses else None)
         self.passes += bool(rows)
 
-    def _step(self, parts: dict[str, tuple[Tensor, Tensor]], losses: Tensor) -> None:
+    def _step(self, parts: dict[str, tuple[Tensor, Tensor]], losses: Tensor | None) -> None:
         """Average the gradients, the features' statistics and the losses over ranks, and step."""
         ends = not self._rounds["probe"].is_empty
         if active_group(self.monitor.group) is None:
             for name, (gradient, moments) in parts.items():
                 self._probes[name].step(gradient, moments, self.lr)
-            self._add_losses("train", losses)
+            if losses is not None:
+                self._add_losses("train", losses)
             if ends:
                 self._report(self._sums())
             return
         device = next(self.monitor.model.parameters()).device
         pieces = [x for name, probe in self._probes.items() for x in parts.get(name, probe.nothing())]
-        pieces.append(losses.flatten())
+        pieces += [] if losses is None else [losses.flatten()]
         # Ranks may validate one by one: whoever ends a round gets the sums of all that end one now.
         sums = self._sums()
         pieces += [(x if ends else torch.zeros_like(x)).flatten().to(device) for x in sums.values()]
         total = sum_over_ranks(torch.cat(pieces), self.monitor.group).split([len(piece) for piece in pieces])
         for index, probe in enumerate(self._probes.values()):
             probe.step(total[2 * index], total[2 * index + 1], self.lr)
-        self._add_losses("train", total[2 * len(self._probes)].view_as(losses))
+        if losses is not None:
+            self._add_losses("train", total[2 * len(self._probes)].view_as(losses))
         if ends:
             self._report({name: x.view(2, -1) for name, x in zip(sums, total[-len(sums) :], strict=True)})
 
@@ -449,10 +463,12 @@ class ProbeMonitor(Method):
                 if name in self._probes:
                     prediction = self._probes[name].predict(z)
                     self._rounds["probe"].add(name, prediction, y, weight, self.task)
-                    losses[name] = self._loss_sums(prediction, y, weight)
+                    if self.losses:
+                        losses[name] = self._loss_sums(prediction, y, weight)
             if batch.logits:
                 losses[None] = self._joint_sums(batch.logits, target)
-        self._add_losses("val", self._by_head(losses))
+        if self.losses:
+            self._add_losses("val", self._by_head(losses))
 
     def _report(self, sums: dict[str, Tensor]) -> None:
         self._rounds = {name: _Round() for name in self._rounds}

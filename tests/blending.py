@@ -35,7 +35,7 @@ class Run:
         self.caller: nn.Module = self.model
         self.monitor = watch(self.model)
         self.objective = bo.UnimodalObjective(self.monitor, CLASSES, inject=inject, seed=0)
-        self.probes = bo.ProbeMonitor(self.monitor)
+        self.probes = bo.ProbeMonitor(self.monitor, losses=True)
         groups = [*self.model.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
         self.scheduler = bo.BlendScheduler(self.objective, self.probes, **{"every": 2, **options})

@@ -46,7 +46,7 @@ class BlendScheduler(EpochMethod):
 
     Args:
         objective: a `UnimodalObjective` with `joint=1`, in the loop or injected; its weights until the first blend.
-        probes: a `ProbeMonitor` on the objective's monitor, which only one scheduler may use.
+        probes: a `ProbeMonitor(monitor, losses=True)` on the objective's monitor, for this scheduler alone.
         every: number n of epochs of a super-epoch, >= 1.
         floor: the least |O| as a share of the largest one, in [0.001, 1].
         min_joint: the least w of the joint loss, in (0, 1]: the objective's weights sum to at most 1 / `min_joint`.
@@ -61,7 +61,7 @@ class BlendScheduler(EpochMethod):
         >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b", "head")})
         >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"}, head="head")
         >>> objective = bo.UnimodalObjective(monitor, out_features=5)
-        >>> bo.BlendScheduler(objective, bo.ProbeMonitor(monitor), every=5)
+        >>> bo.BlendScheduler(objective, bo.ProbeMonitor(monitor, losses=True), every=5)
         BlendScheduler(every=5, floor=0.1, min_joint=0.1)
 
     Reference:
@@ -88,8 +88,11 @@ class BlendScheduler(EpochMethod):
                 "`objective` should have joint=1, since the joint loss is one of those that are weighed, and a weight "
                 f"above 0 to begin with. Found joint={objective.joint:g} and weight={dict(objective.weight)}."
             )
-        if probes.monitor is not objective.monitor:
-            raise ValueError("`probes` should be built with the objective's monitor. Found another.")
+        if probes.monitor is not objective.monitor or not probes.losses:
+            raise ValueError(
+                "`probes` should be built with the objective's monitor and losses=True. Found "
+                f"{'losses=False' if probes.monitor is objective.monitor else 'another monitor'}."
+            )
         super().__init__(objective.monitor)
         self.objective = objective
         self.probes = probes

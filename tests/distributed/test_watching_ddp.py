@@ -47,7 +47,7 @@ def run(rank: int = 0, ranks: int = 1, validates: str = "all", wrap: str = "ddp"
     elif ranks > 1:
         caller = DistributedDataParallel(model)
     monitor = watch(model)
-    probes = bo.ProbeMonitor(monitor)
+    probes = bo.ProbeMonitor(monitor, losses=True)
     recorder = bo.Recorder(monitor, probes) if rank == 0 else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     told: dict[str, torch.Tensor] = {}

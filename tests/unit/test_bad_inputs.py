@@ -139,7 +139,7 @@ def objective(world: World, **given: Any) -> bo.UnimodalObjective:
 
 
 def blending(world: World, **given: Any) -> bo.BlendScheduler:
-    with objective(world) as part, bo.ProbeMonitor(world.monitor) as probes:
+    with objective(world) as part, bo.ProbeMonitor(world.monitor, losses=True) as probes:
         return bo.BlendScheduler(**{"objective": part, "probes": probes, **given})
 
 
@@ -1085,7 +1085,7 @@ ROWS: dict[str, Row] = {
     "ProbeMonitor": Row(
         lambda world, **given: bo.ProbeMonitor(**{"monitor": world.monitor, **given}).remove(),
         bo.ProbeMonitor,
-        {"monitor": NO_MONITOR, "lr": [*NEGATIVE, 0]},
+        {"monitor": NO_MONITOR, "lr": [*NEGATIVE, 0], "losses": NO_FLAG},
     ),
     "report": Row(
         lambda world, **given: bo.report(**given),

@@ -201,9 +201,14 @@ def test_removed_it_leaves_the_weights():
 
 def test_what_cannot_be_blended_is_refused():
     monitor = watch(Concat())
-    probes = bo.ProbeMonitor(monitor)
+    probes = bo.ProbeMonitor(monitor, losses=True)
     for options in ({"joint": 0.5}, {"weight": 0.0}):
         with pytest.raises(ValueError, match="`objective` should have joint=1"):
             bo.BlendScheduler(bo.UnimodalObjective(monitor, CLASSES, **options), probes)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`probes` should be built with the objective's monitor"):
+    with pytest.raises(ValueError, match=r"with the objective's monitor and losses=True\. Found another"):
         bo.BlendScheduler(bo.UnimodalObjective(watch(Concat()), CLASSES), probes)
+    probes = bo.ProbeMonitor(monitor)
+    with pytest.raises(ValueError, match=r"and losses=True\. Found losses=False"):
+        bo.BlendScheduler(bo.UnimodalObjective(monitor, CLASSES), probes)
+    with pytest.raises(RuntimeError, match=r"build them with ProbeMonitor\(monitor, losses=True\)"):
+        probes.take_losses()

@@ -50,11 +50,13 @@ def validate(model: Multimodal, monitor: bo.ModalityMonitor, passes: int = 4) ->
     model.train()
 
 
-def probed(steps: int = 150) -> tuple[Multimodal, bo.ModalityMonitor, bo.ProbeMonitor, bo.Recorder]:
+def probed(
+    steps: int = 150, **options: Any
+) -> tuple[Multimodal, bo.ModalityMonitor, bo.ProbeMonitor, bo.Recorder]:
     torch.manual_seed(0)
     model = Concat()
     monitor = watch(model)
-    probes = bo.ProbeMonitor(monitor)
+    probes = bo.ProbeMonitor(monitor, **options)
     recorder = bo.Recorder(monitor, probes, every=10)
     train(model, sgd(model), steps)
     return model, monitor, probes, recorder
@@ -125,7 +127,7 @@ def test_the_probe_is_torchs_adam_on_standardised_features():
     torch.manual_seed(0)
     model = Concat()
     monitor = watch(model)
-    probes = bo.ProbeMonitor(monitor, lr=0.1)
+    probes = bo.ProbeMonitor(monitor, lr=0.1, losses=True)
     batches = []
     for _ in range(20):
         inputs, labels = telling(16)
@@ -246,7 +248,7 @@ def test_a_single_logit():
 
 
 def test_resume_is_exact(tmp_path: Any):
-    model, monitor, probes, _ = probed(20)
+    model, monitor, probes, _ = probed(20, losses=True)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "probes": probes.state_dict()}, file)
     file.seek(0)
@@ -254,7 +256,7 @@ def test_resume_is_exact(tmp_path: Any):
     twin = Concat()
     twin.load_state_dict(saved["model"])
     other = watch(twin)
-    resumed = bo.ProbeMonitor(other)
+    resumed = bo.ProbeMonitor(other, losses=True)
     resumed.load_state_dict(saved["probes"])
     for one, its_monitor in ((model, monitor), (twin, other)):
         torch.manual_seed(3)
@@ -275,7 +277,7 @@ def test_the_joint_loss_is_the_models(fusion: str):
     torch.manual_seed(0)
     model = FUSIONS[fusion]()
     monitor = watch(model)
-    probes = bo.ProbeMonitor(monitor)
+    probes = bo.ProbeMonitor(monitor, losses=True)
     (inputs, labels), (others, targets) = batch(8), batch(5)
     loss = F.cross_entropy(model(*inputs), labels)
     loss.backward()
@@ -294,7 +296,7 @@ def test_losses_of_a_loop_that_calls_parts():
     torch.manual_seed(0)
     model = Concat()
     monitor = watch(model)
-    probes = bo.ProbeMonitor(monitor)
+    probes = bo.ProbeMonitor(monitor, losses=True)
 
     def loss_of(inputs: list[Tensor], labels: Tensor) -> Tensor:
         return F.cross_entropy(model.fuse(model.encode(*inputs)), labels)
@@ -313,7 +315,7 @@ def test_losses_of_a_loop_that_calls_parts():
 def test_losses_of_other_tasks(loss: nn.Module):
     torch.manual_seed(0)
     model = Concat()
-    probes = bo.ProbeMonitor(watch(model, loss=loss))
+    probes = bo.ProbeMonitor(watch(model, loss=loss), losses=True)
     inputs, labels = telling()
     target = F.one_hot(labels, CLASSES).float()
     joint = loss(model(*inputs), target)
@@ -331,7 +333,7 @@ def test_losses_of_other_tasks(loss: nn.Module):
 
 
 def test_losses_start_anew_and_count_valid_samples_only():
-    model, monitor, probes, _ = probed(5)
+    model, monitor, probes, _ = probed(5, losses=True)
     probes.take_losses()
     assert all(bool(x.isnan().all()) for x in probes.take_losses())
     model.eval()

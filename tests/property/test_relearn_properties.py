@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import balanceopt as bo
@@ -15,6 +15,8 @@ from balanceopt.relearn._classes import TargetReader, fit_classes
 from balanceopt.relearn._features import balanced
 
 seeds = st.integers(0, 2**16)
+# Where an example is two whole diagnoses.
+few = settings(max_examples=max(12, settings().max_examples // 4))
 
 
 def features(seed: int, rows: int, names: tuple[str, ...] = ("a", "b", "c"), classes: int = 3):
@@ -24,6 +26,7 @@ def features(seed: int, rows: int, names: tuple[str, ...] = ("a", "b", "c"), cla
     return {m: 2 * i * shown + torch.randn(rows, 3, generator=draw) for i, m in enumerate(names)}, labels
 
 
+@few
 @given(seeds, st.integers(6, 40), st.integers(6, 40), st.floats(0, 20))
 def test_ranges(seed, rows, held, lam):
     found = bo.diagnose(features(seed, rows), features(seed + 1, held), lam=lam, seed=seed)
@@ -33,6 +36,7 @@ def test_ranges(seed, rows, held, lam):
         assert found.strength[name] == pytest.approx(math.tanh(lam * found.gap[name]))
 
 
+@few
 @given(seeds, st.permutations(["a", "b", "c"]))
 def test_the_order_of_modalities_does_not_matter(seed, order):
     (x, y), val = features(seed, 30), features(seed + 1, 20)
@@ -42,6 +46,7 @@ def test_the_order_of_modalities_does_not_matter(seed, order):
     assert other.modalities == tuple(order)
 
 
+@few
 @given(seeds, st.permutations(range(3)))
 def test_names_of_classes_do_not_matter(seed, renamed):
     (x, y), (v, w) = features(seed, 30), features(seed + 1, 20)
@@ -50,6 +55,7 @@ def test_names_of_classes_do_not_matter(seed, renamed):
     assert bo.diagnose((x, names[y]), (v, names[w]), seed=seed) == one
 
 
+@few
 @given(seeds, st.integers(-20, 20), st.floats(-100, 100, width=32))
 def test_the_scale_of_features_does_not_matter(seed, exponent, shift):
     (x, y), val = features(seed, 30), features(seed + 1, 20)
@@ -58,6 +64,7 @@ def test_the_scale_of_features_does_not_matter(seed, exponent, shift):
     assert bo.diagnose((moved, y), val, seed=seed) == bo.diagnose((exact, y), val, seed=seed)
 
 
+@few
 @given(seeds)
 def test_arguments_are_not_changed(seed):
     (x, y), (v, w) = features(seed, 30), features(seed + 1, 20)
@@ -81,6 +88,7 @@ def classes_of(train, val, rule, sizes=(50,)):
     return [fitted.of(rows) for rows in read]
 
 
+@few
 @given(seeds, whole, whole, st.sampled_from(RISING))
 def test_a_rising_function_of_the_targets_leaves_the_diagnosis_as_it_is(seed, train, val, rising):
     y, w = (torch.tensor(values, dtype=torch.float64) / 4 for values in (train, val))

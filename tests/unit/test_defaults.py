@@ -177,10 +177,12 @@ def functional_results() -> list[Tensor]:
     ]
 
 
+KINDS = [(Concat, torch.float32), (Gated, torch.float32), (SumHeads, torch.float64)]
 RUNS: dict[str, Callable[[], Run]] = {
     f"{method} {kind.__name__} {str(dtype)[6:]}": partial(trained_with, method, kind, dtype)
     for method in [*METHODS, *OTHERS]
-    for kind, dtype in [(Concat, torch.float32), (Gated, torch.float32), (SumHeads, torch.float64)]
+    # How logits are made matters to scores and features, which all gradient methods have in common.
+    for kind, dtype in (KINDS if method in ("OGM-GE", *OTHERS) else KINDS[:1])
 }
 RUNS["competition"] = partial(trained_with, "competition", Concat, torch.float32)
 RUNS["functional"] = lambda: functional_results

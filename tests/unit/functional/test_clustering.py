@@ -337,7 +337,7 @@ print(digest.hexdigest())
 @pytest.mark.timeout(120)
 def test_kmeans_has_the_same_bits_on_every_processor_and_with_any_number_of_threads():
     found = set()
-    for capability, threads in (("default", 1), ("avx2", 1), ("avx2", 4)):
+    for capability, threads in (("default", 1), ("avx2", 4)):
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, "-c", BITS, str(threads)]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

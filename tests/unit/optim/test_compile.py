@@ -56,9 +56,15 @@ def run(form: Any, base: str, modulation: str, *, compiled: bool) -> torch.nn.Mo
     return model
 
 
-@pytest.mark.parametrize("form", [bo.ModulatedOptimizer, hooked], ids=["wrapper", "hooks"])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("modulation", MODULATIONS)
+@pytest.mark.parametrize(
+    ("form", "base", "modulation"),
+    [
+        (bo.ModulatedOptimizer, "sgd", "noise"),
+        (bo.ModulatedOptimizer, "adamw", "update"),
+        (hooked, "sgd", "update"),
+        (hooked, "adamw", "noise"),
+    ],
+)
 def test_compiled_step(form: Any, base: str, modulation: str):
     eager = run(form, base, modulation, compiled=False)
     assert distance(eager, run(form, base, modulation, compiled=True)) < 1e-6

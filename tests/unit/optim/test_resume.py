@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,44 +17,41 @@ from tests.training import batch, batches, groups_of, modulated, same_bits, sgd,
 
 ROOT = Path(__file__).parents[3]
 
-RESUME = """
+MAKE = """[
+    (bo.OGM(0.5), lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)),
+    (bo.OGM(0.5, apply_to="update", start=2, end=4), lambda groups: torch.optim.AdamW(groups, lr=0.01)),
+]"""
+RESUME = f"""
 import sys, torch, balanceopt as bo
 from tests.training import batches, modulated, train
 torch.set_num_threads(1)
-make = {make}
-model, optimizer = modulated({modulation}, make, seed=99)
-saved = torch.load(sys.argv[1], weights_only=True)
-model.load_state_dict(saved["model"])
-optimizer.load_state_dict(saved["optimizer"])
-train(model, optimizer, batches(model, 3, first=3))
-torch.save(model.state_dict(), sys.argv[2])
+after = []
+for given, saved in zip({MAKE}, torch.load(sys.argv[1], weights_only=True)):
+    model, optimizer = modulated(*given, seed=99)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    train(model, optimizer, batches(model, 3, first=3))
+    after.append(model.state_dict())
+torch.save(after, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize(
-    ("make", "modulation"),
-    [
-        ("lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)", "bo.OGM(0.5)"),
-        (
-            "lambda groups: torch.optim.AdamW(groups, lr=0.01)",
-            "bo.OGM(0.5, apply_to='update', start=2, end=4)",
-        ),
-    ],
-    ids=["sgd", "adamw"],
-)
-def test_in_a_new_process(make: str, modulation: str, tmp_path: Path):
-    known: dict[str, Any] = {"torch": torch, "bo": bo}
-    model, optimizer = modulated(eval(modulation, known), eval(make, known))
-    train(model, optimizer, batches(model, 3))
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
-    train(model, optimizer, batches(model, 3, first=3))
+def test_in_a_new_process(tmp_path: Path):
+    models, saved = [], []
+    for given in eval(MAKE, {"torch": torch, "bo": bo}):
+        model, optimizer = modulated(*given)
+        train(model, optimizer, batches(model, 3))
+        saved.append(copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()}))
+        train(model, optimizer, batches(model, 3, first=3))
+        models.append(model)
+    torch.save(saved, tmp_path / "saved.pt")
 
-    code = RESUME.format(make=make, modulation=modulation)
-    command = [sys.executable, "-c", code, str(tmp_path / "saved.pt"), str(tmp_path / "after.pt")]
+    command = [sys.executable, "-c", RESUME, str(tmp_path / "saved.pt"), str(tmp_path / "after.pt")]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
-    resumed = small_model()
-    resumed.load_state_dict(torch.load(tmp_path / "after.pt", weights_only=True))
-    assert same_bits(model, resumed)
+    for model, after in zip(models, torch.load(tmp_path / "after.pt", weights_only=True), strict=True):
+        resumed = small_model()
+        resumed.load_state_dict(after)
+        assert same_bits(model, resumed)
 
 
 def reloaded(optimizer: torch.optim.Optimizer, path: Path) -> Any:

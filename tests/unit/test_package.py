@@ -1,14 +1,12 @@
-"""The package as a whole: its public names, its layers, what an import costs, and the wheel."""
+"""The package as a whole: its public names, its layers, and what an import costs."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,41 +173,6 @@ def test_init_only_exports():
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     kinds = {type(node) for node in tree.body}
     assert kinds <= {ast.Expr, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign}
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
-    source = tmp_path / "source"  # a copy: a build leaves files beside what it builds
-    shutil.copytree(PACKAGE, source / "balanceopt", ignore=shutil.ignore_patterns("__pycache__"))
-    for folder in ("tests", "benchmarks"):
-        (source / folder).mkdir()
-        (source / folder / "__init__.py").touch()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
-    subprocess.run(build, check=True, timeout=240)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name.split("-")[1] == balanceopt.__version__
-    with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    files = (path for path in PACKAGE.rglob("*") if path.suffix == ".py" or path.name == "py.typed")
-    assert names == {path.relative_to(ROOT).as_posix() for path in files}
-
-    target = tmp_path / "site"
-    install = [*pip, "install", "--no-deps", "--target", str(target), str(wheel)]
-    subprocess.run(install, check=True, timeout=240)
-    code = "import balanceopt, sys; [getattr(balanceopt, n) for n in balanceopt.__all__]; print(balanceopt.__file__)"
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(target), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert ran.stdout.strip().startswith(str(target))
 
 
 def test_a_monitor_shows_few_names():

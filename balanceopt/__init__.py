@@ -3,6 +3,7 @@
 from balanceopt import functional
 from balanceopt._method import Method
 from balanceopt._versions import show_versions
+from balanceopt.balancing import Balance, balance
 from balanceopt.modality import modality_groups
 from balanceopt.modulation import (
     AGM,
@@ -37,6 +38,7 @@ __all__ = [
     "MaskUnits",
     "MaskedSubnetworkSGD",
     "OGM",
+    "Balance",
     "BlendScheduler",
     "CompetitionObjective",
     "Diagnosis",
@@ -61,6 +63,7 @@ __all__ = [
     "UnimodalObjective",
     "attach",
     "attention_heads",
+    "balance",
     "diagnose",
     "functional",
     "modality_groups",

@@ -26,6 +26,7 @@ LAYERS = [
     {"modulation"},
     {"optim", "prediction", "objective"},
     {"relearn", "signals", "probes"},
+    {"balancing"},
     {"recording", "plotting", "reporting", "integrations"},
 ]
 

@@ -33,7 +33,7 @@ demo: $(VENV)/.extra-demo ## train on real data with and without balancing; DATA
 	@$(BIN)/python -m benchmarks.demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 evidence: $(VENV)/.extra-evidence ## train every method on every set, into docs/evidence.json and .md; resumable; DATA=folder, ARGS="--sets digits"
-	@$(BIN)/python -m benchmarks.accuracy --page docs/evidence.md $(if $(DATA),--data "$(DATA)") $(ARGS)
+	@$(BIN)/python -m benchmarks.accuracy --page docs/evidence.md --also README.md $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(VENV)/.extra-test ## run the tests, without the slow ones; ARGS="-k ogm" goes to pytest
 	@$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

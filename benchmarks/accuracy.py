@@ -17,7 +17,7 @@ from benchmarks.evidence.configs import CONFIGS
 from benchmarks.evidence.grid import Grid
 from benchmarks.evidence.pool import run_all
 from benchmarks.evidence.progress import Progress
-from benchmarks.evidence.report import aim_text, write, write_page
+from benchmarks.evidence.report import aim_text, write, write_pages
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.rows import rows_of, with_needs
 from benchmarks.evidence.sets import SETS
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _reproduce(parser, options)
         return
     if options.from_json:
-        _print(write_page(numbers, page))
+        _print(write_pages(numbers, page, options.also))
         return
     folder = options.data or (_DATA if _DATA.is_dir() else None)
     try:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("Nothing was tested yet.")
         return
     print(aim_text(summary.sets))
-    _print(write(summary, page, numbers))
+    _print(write(summary, page, numbers, options.also))
 
 
 def _print(paths: Sequence[Path]) -> None:
@@ -101,7 +101,7 @@ def _grid(options: argparse.Namespace, folder: Path | None) -> Grid:
         if unknown := wanted - set(made) - {row for found in SETS.values() for row in rows_of(found)}:
             raise ValueError(f"`--rows` should be among {list(made)}. Found {sorted(unknown)}.")
         rows[name] = with_needs(made, wanted & set(made))
-    return Grid(rows, range(options.seeds or 10), folder)
+    return Grid(rows, options.seeds, folder)
 
 
 def _run(grid: Grid, results: Results, folder: Path | None, workers: int, seconds: float) -> None:
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rows", nargs="+", metavar="ROW", help="by name, with all that they need; all by default"
     )
     parser.add_argument(
-        "--seeds", type=positive, help="tests of each row, paired by seed: 10, or 3 with --config"
+        "--seeds", type=positive, help="tests of each row, paired by seed: 8 or 10, or 3 with --config"
     )
     parser.add_argument("--budget", type=float, default=math.inf, help="minutes after which no run begins")
     parser.add_argument("--jobs", type=positive, default=2, help="processes, of one thread each")
@@ -143,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         "--page",
         type=Path,
         help="Markdown page that gets the tables, with the numbers as .json beside; OUT/evidence.md by default",
+    )
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], help="pages that get the tables that they have marks for"
     )
     parser.add_argument(
         "--from-json", action="store_true", help="make the page of the numbers beside it, and run nothing"

@@ -80,7 +80,7 @@ class MultimodalClassifier(nn.Module):
 
 def encoder_for(shape: Sequence[int]) -> nn.Module:
     """A small encoder for samples of this shape: convolutions where there is room to halve it three times."""
-    if len(shape) == 3 and min(shape[1:]) >= 16:
+    if len(shape) == 3 and min(shape[1:]) >= 12:
         return ConvNet(shape[0])
     return MLP(prod(shape))
 

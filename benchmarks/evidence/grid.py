@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ class Grid:
 
     Args:
         rows: set -> row -> what it is.
-        seeds: of the tests.
+        seeds: number of tests; None for the one of each set.
         folder: with the files of the sets.
     """
 
     rows: Mapping[str, Mapping[str, Row]]
-    seeds: Sequence[int]
+    seeds: int | None
     folder: Path | None
 
     def ready(self, results: Results) -> list[Job]:
@@ -77,7 +77,7 @@ class Grid:
                 count = len(missing)
                 if options is None and not row.votes:  # a vote follows trainings of another row
                     unknown = self._tuning_runs(name, row) - len({job.key for job in tuning})
-                    count += len(self.seeds) + max(0, unknown)
+                    count += self._seeds(name) + max(0, unknown)
                 yield name, row.name, count
 
     def runs(self, name: str, results: Results) -> list[dict[str, Any]]:
@@ -127,7 +127,10 @@ class Grid:
         return [self._job(name, row, options, "tune", seed) for seed in range(SETS[name].choices)]
 
     def _tests(self, name: str, row: Row, options: Mapping[str, Any]) -> list[Job]:
-        return [self._job(name, row, options, "test", seed) for seed in self.seeds]
+        return [self._job(name, row, options, "test", seed) for seed in range(self._seeds(name))]
+
+    def _seeds(self, name: str) -> int:
+        return SETS[name].tests if self.seeds is None else self.seeds
 
     def _job(self, name: str, row: Row, options: Mapping[str, Any], part: Part, seed: int) -> Job:
         return Job(name, row.name, row.modality, options, part, seed, fingerprint(name, self.folder))

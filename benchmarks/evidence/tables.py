@@ -35,6 +35,14 @@ def overview(sets: Sets) -> str:
     return markdown(lines)
 
 
+def short_table(sets: Sets, names: Sequence[str]) -> str:
+    """Some rows of the overview, without their time."""
+    judged = of_classes(sets)
+    header = ["", f"mean of {len(judged)} sets", "worst set", "clearly better, worse", "gap closed"]
+    rows = [_overview_of(name, sets, judged)[:-1] for name in names]
+    return markdown([header, ["---"] * len(header), *rows])
+
+
 def differences_table(sets: Sets) -> str:
     """Each row's difference to joint training in each set, with its interval."""
     header = ["", *sets]
@@ -168,17 +176,31 @@ def section(found: SetSummary, picture: str) -> str:
     )
 
 
-def put(page: Path, blocks: Mapping[str, str]) -> None:
-    """Replace what is between the marks of each block's name in `page`; a page without them gets them at its end."""
+def put(page: Path, blocks: Mapping[str, str], *, marked_only: bool = False) -> None:
+    """Replace what is between the marks of each block's name in `page`.
+
+    Args:
+        page: Markdown.
+        blocks: name -> text.
+        marked_only: leave out the blocks without marks in the page, else they are put at its end.
+    """
     content = page.read_text(encoding="utf-8") if page.is_file() else ""
     for name, text in blocks.items():
         mark = MARK.format(name)
         if content.count(mark) != 2:
+            if marked_only:
+                continue
             content = f"{content}\n{mark}\n{mark}\n"
         before, _, after = content.split(mark)
-        content = f"{before}{mark}\n\n{text}\n\n{mark}{after}"
+        content = f"{before}{marked(name, text)}{after}"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(content, encoding="utf-8")
+
+
+def marked(name: str, text: str) -> str:
+    """A block as it stands in a page."""
+    mark = MARK.format(name)
+    return f"{mark}\n\n{text}\n\n{mark}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -51,7 +51,7 @@ def grid(folder: Path, small: sets.EvidenceSet) -> Grid:
     """Joint training, each encoder alone and their ensemble, two controls, one recipe and its vote; two seeds."""
     rows = rows_of(small)
     wanted = with_needs(rows, {JOINT, DROPOUT, "uni-modal losses", f"{RECIPE}, heads vote", RECIPE, ENSEMBLE})
-    return Grid({"mfeat_3": wanted}, range(2), folder)
+    return Grid({"mfeat_3": wanted}, 2, folder)
 
 
 def made_up(job: Job) -> dict[str, Any]:

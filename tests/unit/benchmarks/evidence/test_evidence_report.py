@@ -179,6 +179,16 @@ def test_text_between_marks_is_replaced_and_nothing_else(tmp_path):
     assert page.read_text() == f"a\n{mark}\n\nnew\n\n{mark}\nb\n"
 
 
+def test_another_page_gets_what_it_has_marks_for(found, tmp_path):
+    other, mark = tmp_path / "README.md", "<!-- short of benchmarks.accuracy -->"
+    other.write_text(f"a\n{mark}\n{mark}\nb\n")
+    write(found, tmp_path / "page.md", tmp_path / "page.json", [other])
+    text = other.read_text()
+    assert text.startswith(f"a\n{mark}\n\n|  | mean of 1 sets |")
+    assert text.endswith(f"{mark}\nb\n")
+    assert f"| {RECIPE}, heads vote |" in text
+
+
 def test_the_aim_speaks_of_accuracy_alone(found):
     other = {"other": replace(found.sets["mfeat_3"], metric="R2")}
     assert of_classes({**found.sets, **other}) == found.sets

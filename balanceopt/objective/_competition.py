@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from balanceopt._options import (
     check_choice,
@@ -22,9 +20,9 @@ from balanceopt._options import (
 from balanceopt._random import generator_for, mixed
 from balanceopt.distributed import shared_seed
 from balanceopt.functional import derangement, permutation_divergence, wide
-from balanceopt.monitor import CallWatch, ModalityMonitor, two_classes
+from balanceopt.monitor import ModalityMonitor, two_classes
 from balanceopt.objective._additive import additive_logits, logits_by_sample
-from balanceopt.objective._live import LiveFeatures
+from balanceopt.objective._base import Objective
 
 Strategy = Literal["greedy", "independent", "collaborative"]
 
@@ -33,7 +31,7 @@ _FACTORS = {"greedy": -1, "independent": 0, "collaborative": 1}
 _STATE = "_extra_state"
 
 
-class CompetitionObjective(nn.Module):
+class CompetitionObjective(Objective):
     r"""MCR's competition term: train each encoder for its influence on the joint prediction.
 
     $$L = \sum_m L^m, \qquad
@@ -78,8 +76,6 @@ class CompetitionObjective(nn.Module):
         MIPD; docs/methods/mcr.md.
     """
 
-    monitor: ModalityMonitor
-
     def __init__(
         self,
         monitor: ModalityMonitor,
@@ -89,7 +85,6 @@ class CompetitionObjective(nn.Module):
         samples: int = 1,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
         check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
         check_number("weight", weight, at_least=0)
         check_choice("strategy", strategy, get_args(Strategy))
@@ -101,16 +96,13 @@ class CompetitionObjective(nn.Module):
                 "loss."
             )
         additive_logits(monitor, "CompetitionObjective")
-        self.monitor = monitor
+        super().__init__(monitor)
         self.weight = float(weight)
         self.strategy: Strategy = strategy
         self.samples = int(samples)
         self.seed = shared_seed(monitor.group, seed)
         self.calls = 0
-        self._live = LiveFeatures(monitor)
-        monitor.hooks.outputs.add(self._live.on_output)
-        self._live.watch = CallWatch(monitor, None, "it takes no part in the competition")
-        weakref.finalize(self, self._live.watch.remove).atexit = False
+        self._hook(uncalled="it takes no part in the competition")
 
     def forward(self) -> Tensor:
         """Return the weight times the term of the latest training forward, a scalar in float32 or wider.
@@ -142,13 +134,6 @@ class CompetitionObjective(nn.Module):
             divergences.append(self._divergence(name, joint, part, present.get(name)))
         self.calls += 1
         return -self.weight * torch.stack(divergences).sum()
-
-    def remove(self) -> None:
-        """Remove every hook. May be called twice."""
-        self.monitor.hooks.outputs.drop(self._live.on_output)
-        self._live.forget()
-        if self._live.watch is not None:
-            self._live.watch.remove()
 
     def get_extra_state(self) -> dict[str, int]:
         """Return the seed and the number of calls, with which a resumed run draws the same permutations."""
@@ -188,18 +173,6 @@ class CompetitionObjective(nn.Module):
     def extra_repr(self) -> str:
         """Return the options for `repr`."""
         return f"weight={self.weight:g}, strategy={self.strategy!r}, samples={self.samples}"
-
-    def __enter__(self) -> CompetitionObjective:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy is inert, because hooks exist on the original monitor's model only.
-        return {**self.__dict__, "_live": LiveFeatures(self.monitor)}
 
     def _joint_logits(self) -> Tensor:
         """Return the model's own logits `(B, C)` of the features' pass, in float32 or wider."""

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
-from types import TracebackType
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from balanceopt._options import check_flag, check_kind, check_number, shown, to_tensor
 from balanceopt.distributed import Group, active_group, concatenate_over_ranks, rank_in
 from balanceopt.functional import CorrelationSums, check_class_indices, correlation_sums, total_correlation
-from balanceopt.monitor import CallWatch, ModalityMonitor
+from balanceopt.monitor import ModalityMonitor
 from balanceopt.objective._additive import additive_logits, logits_by_sample
-from balanceopt.objective._live import LiveFeatures
+from balanceopt.objective._base import Objective
 
 
-class TotalCorrelationLoss(nn.Module):
+class TotalCorrelationLoss(Objective):
     r"""TCMax: maximise the total correlation of all modalities' features and the label.
 
     $$L = \log \sum_y \prod_m \sum_j \exp s^m_{j, y} - \frac{1}{B} \sum_i \sum_m s^m_{i, y_i} - \log B$$
@@ -59,12 +55,9 @@ class TotalCorrelationLoss(nn.Module):
         Yu et al., Multimodal Classification via Total Correlation Maximization, ICLR 2026; docs/methods/tcmax.md.
     """
 
-    monitor: ModalityMonitor
-
     def __init__(
         self, monitor: ModalityMonitor, *, weight: float = 1.0, group_negatives: bool = True
     ) -> None:
-        super().__init__()
         check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
         check_number("weight", weight, at_least=0)
         check_flag("group_negatives", group_negatives)
@@ -75,14 +68,10 @@ class TotalCorrelationLoss(nn.Module):
                 "any loss."
             )
         additive_logits(monitor, "TotalCorrelationLoss")
+        super().__init__(monitor)
         self.weight = float(weight)
         self.group_negatives = group_negatives
-        # Set past nn.Module.__setattr__, because the user's model must not become a submodule.
-        self.__dict__["monitor"] = monitor
-        self._live = LiveFeatures(monitor)
-        monitor.hooks.outputs.add(self._live.on_output)
-        self._live.watch = CallWatch(monitor, None, "it is not in the total correlation")
-        weakref.finalize(self, self._live.watch.remove).atexit = False
+        self._hook(uncalled="it is not in the total correlation")
 
     def forward(self, labels: Tensor) -> Tensor:
         """Return the weight times the loss of the latest forward, a scalar in float32 or wider.
@@ -104,28 +93,9 @@ class TotalCorrelationLoss(nn.Module):
         group = self.monitor.group if self.group_negatives and torch.is_grad_enabled() else False
         return self.weight * _over_ranks(sums, group)
 
-    def remove(self) -> None:
-        """Remove every hook. May be called twice."""
-        self.monitor.hooks.outputs.drop(self._live.on_output)
-        self._live.forget()
-        if self._live.watch is not None:
-            self._live.watch.remove()
-
     def extra_repr(self) -> str:
         """Return the options for `repr`."""
         return f"weight={self.weight:g}, group_negatives={self.group_negatives}"
-
-    def __enter__(self) -> TotalCorrelationLoss:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy is inert, because hooks exist on the original monitor's model only.
-        return {**self.__dict__, "_live": LiveFeatures(self.monitor)}
 
     def _logits(self, size: int) -> list[Tensor]:
         """Return each modality's logits `(B, C)`, attached to the graph; 0 for samples that lack the modality."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, get_args
 
 import torch
@@ -26,15 +26,15 @@ from balanceopt._options import (
 from balanceopt._pooling import Pool, check_pool
 from balanceopt.distributed import active_group, shared_seed
 from balanceopt.functional import LossFunction, vote, wide
-from balanceopt.monitor import CallWatch, ModalityMonitor, flags_by_modality, require_scores
+from balanceopt.monitor import ModalityMonitor, flags_by_modality, require_scores
+from balanceopt.objective._base import Objective
 from balanceopt.objective._heads import HeadKind, Heads, OwnHead
 from balanceopt.objective._inject import Injection, remove_handles
-from balanceopt.objective._live import LiveFeatures
 from balanceopt.objective._loss import UnimodalLoss, in_samples, with_modality
 from balanceopt.objective._share import JointShare
 
 
-class UnimodalObjective(nn.Module):
+class UnimodalObjective(Objective):
     r"""Uni-modal losses: train each encoder to predict the target alone, in addition to the joint loss.
 
     $$L = L_{\text{joint}} + \sum_m w^m L(h^m(z^m), y)$$
@@ -84,7 +84,6 @@ class UnimodalObjective(nn.Module):
         et al., Boosting Multimodal Learning via Disentangled Gradient Learning, ICCV 2025; docs/methods/unimodal.md.
     """
 
-    monitor: ModalityMonitor
     loss: nn.Module | LossFunction | None
 
     def __init__(
@@ -100,34 +99,31 @@ class UnimodalObjective(nn.Module):
         pool: Pool = "auto",
         seed: int | None = None,
     ) -> None:
-        super().__init__()
         _check(monitor, out_features, heads, joint)
         weights = _by_modality(monitor, weight, joint)
         check_flag("inject", inject)
         check_function("loss", loss, "(prediction, target)")
         loss = monitor.loss if loss is None else loss
-        self._criterion = UnimodalLoss(monitor, loss, out_features, shared=heads == "shared")
+        criterion = UnimodalLoss(monitor, loss, out_features, shared=heads == "shared")
         check_pool(pool)
         check_seed(seed)
+        super().__init__(monitor, trains=not inject)
         self.heads: HeadKind = heads
+        self._criterion = criterion
         self._weight = weights
         self.joint = float(joint)
-        # Set past nn.Module.__setattr__, because the user's loss and model must not become submodules.
-        self.__dict__.update(monitor=monitor, loss=loss)
+        # Set past nn.Module.__setattr__, because the user's loss must not become a submodule.
+        self.__dict__["loss"] = loss
         self.own_heads = nn.ModuleList(_made_heads(monitor, out_features, seed) if heads == "own" else [])
         self._heads = Heads(monitor, self.own_heads, out_features, pool, self.joint)
-        self._live = LiveFeatures(monitor, trains=not inject)
-        self._injection = Injection(monitor, self._heads, weights, self._criterion) if inject else None
+        self._injection = Injection(monitor, self._heads, weights, criterion) if inject else None
         monitor.hooks.starts.add(self._live.on_start)
-        monitor.hooks.outputs.add(self._live.on_output)
-        if self._injection is None:
-            self._live.watch = CallWatch(monitor, None, "it has no uni-modal loss")
-            weakref.finalize(self, self._live.watch.remove).atexit = False
-        else:
+        if self._injection is not None:
             weakref.finalize(self, remove_handles, self._injection.handles).atexit = False
             self._injection.hook()
         self._share = JointShare(monitor, self.joint, called=not inject and any(weights.values()))
         self._share.hook()
+        self._hook(uncalled="it has no uni-modal loss" if self._injection is None else None)
 
     @property
     def weight(self) -> Mapping[str, float]:
@@ -271,12 +267,9 @@ class UnimodalObjective(nn.Module):
 
     def remove(self) -> None:
         """Remove every hook. May be called twice."""
+        super().remove()
         self.monitor.hooks.starts.drop(self._live.on_start)
-        self.monitor.hooks.outputs.drop(self._live.on_output)
-        self._live.forget()
         self._share.remove()
-        if self._live.watch is not None:
-            self._live.watch.remove()
         if self._injection is not None:
             self._injection.remove()
 
@@ -321,18 +314,9 @@ class UnimodalObjective(nn.Module):
         """Return the options for `repr`."""
         return f"heads={self.heads!r}, weight={self._weight}, joint={self.joint:g}, inject={self.inject}"
 
-    def __enter__(self) -> UnimodalObjective:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is inert, because hooks exist on the original monitor's model only.
         share = JointShare(self.monitor, self.joint, called=False)
-        return {**self.__dict__, "_live": LiveFeatures(self.monitor), "_share": share, "_injection": None}
+        return {**super().__getstate__(), "_share": share, "_injection": None}
 
     def _touched(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return 0 with a gradient for heads unused in this rank's batch, so that ranks average the same heads."""

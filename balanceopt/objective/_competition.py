@@ -66,7 +66,8 @@ class CompetitionObjective(Objective):
 
     Example:
         >>> import balanceopt as bo
-        >>> model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3), "head": nn.Linear(6, 5)})
+        >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b")})
+        >>> model["head"] = torch.nn.Linear(6, 5)
         >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"}, head="head")
         >>> bo.CompetitionObjective(monitor, strategy="independent")
         CompetitionObjective(weight=1, strategy='independent', samples=1)

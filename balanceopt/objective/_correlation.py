@@ -46,7 +46,8 @@ class TotalCorrelationLoss(Objective):
 
     Example:
         >>> import balanceopt as bo
-        >>> model = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 3), "head": nn.Linear(6, 5)})
+        >>> model = torch.nn.ModuleDict({m: torch.nn.Linear(2, 3) for m in ("a", "b")})
+        >>> model["head"] = torch.nn.Linear(6, 5)
         >>> monitor = bo.ModalityMonitor(model, {"a": "a", "b": "b"}, head="head")
         >>> bo.TotalCorrelationLoss(monitor)
         TotalCorrelationLoss(weight=1, group_negatives=True)

@@ -52,7 +52,7 @@ class Method:
         share: factor on the joint loss in the sum.
         epoch_ends: called after each epoch.
         removes: called at the end, to take hooks off.
-        objective: whose heads can vote with the joint head after training; None without such heads.
+        predict: after training, from the joint logits to what all heads answer together; None without other heads.
     """
 
     optimizer: torch.optim.Optimizer
@@ -61,7 +61,7 @@ class Method:
     share: float = 1.0
     epoch_ends: tuple[Callable[[], object], ...] = ()
     removes: tuple[Callable[[], object], ...] = ()
-    objective: bo.UnimodalObjective | None = None
+    predict: Callable[..., Tensor] | None = None
 
 
 Build = Callable[[MultimodalClassifier, Context], Method]

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import balanceopt as bo
 from benchmarks.methods import Build, Context, Method
@@ -28,10 +28,13 @@ def build_of(options: Options) -> Build:
             `unimodal_heads` with `unimodal_weight` and `unimodal_joint`, `ogm_alpha` with `ogm_noise` and `ogm_epochs`
             (the first and the last epoch in which OGM acts), `agm_alpha`, `mlb_alpha`, `inforeg_scale`,
             `mmpareto_gamma`, `tcmax_weight`, `mcr_weight`, `opm_q_base`, `amss_scale` with `amss_temperature`,
-            `relearn_lam` with `relearn_every`, `blend_every`.
+            `relearn_lam` with `relearn_every`, `blend_every`; or `balance`, for all that
+            `bo.balance` does.
     """
 
     def build(model: MultimodalClassifier, context: Context) -> Method:
+        if "balance" in options:
+            return _recommended(model, context, options)
         if not _ACTING & set(options):
             return Method(_base(model.parameters(), context, options))
         return _balanced(model, context, options)
@@ -95,7 +98,33 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Options) -
         share=1.0 - options.get("tcmax_weight", 0.0),
         epoch_ends=tuple(epoch_ends),
         removes=(*removes, monitor.remove),
-        objective=next((o for o in objectives if o.heads == "own"), None),
+        predict=None if isinstance(context.loss, nn.MSELoss) else _vote_of(objectives),
+    )
+
+
+def _vote_of(objectives: list[bo.UnimodalObjective]) -> Callable[..., Tensor] | None:
+    return next((objective.predict for objective in objectives if objective.heads == "own"), None)
+
+
+def _recommended(model: MultimodalClassifier, context: Context, options: Options) -> Method:
+    optimizer = _base(model.parameters(), context, options)
+    balance = bo.balance(
+        model,
+        dict(model.encoders.items()),
+        optimizer,
+        context.num_classes,
+        train_loader=context.train_loader,
+        val_loader=context.val_loader,
+        epochs=options["epochs"],
+        loss=context.loss,
+        seed=context.seed,
+    )
+    return Method(
+        optimizer,
+        losses=(balance,),
+        epoch_ends=(balance.step,),
+        removes=(balance.remove,),
+        predict=balance.predict,
     )
 
 
@@ -212,7 +241,9 @@ def _blending(
 ) -> Callable[[], object]:
     """Validate and weigh the losses after each epoch."""
     monitor = objective.monitor
-    scheduler = bo.BlendScheduler(objective, bo.ProbeMonitor(monitor), every=options["blend_every"])
+    scheduler = bo.BlendScheduler(
+        objective, bo.ProbeMonitor(monitor, losses=True), every=options["blend_every"]
+    )
 
     def validate() -> None:
         model.eval()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.evidence.results import Results
-from benchmarks.evidence.rows import Row
+from benchmarks.evidence.rows import VOTES, Row
 from benchmarks.evidence.running import Job
 from benchmarks.evidence.sets import SETS, Part, fingerprint
 
@@ -75,7 +75,9 @@ class Grid:
                 missing = {job.key for job in jobs if job not in results} - counted
                 counted |= missing
                 count = len(missing)
-                if options is None and not row.votes:  # a vote follows trainings of another row
+                if options is None and not row.name.endswith(
+                    VOTES
+                ):  # a vote follows trainings of another row
                     unknown = self._tuning_runs(name, row) - len({job.key for job in tuning})
                     count += self._seeds(name) + max(0, unknown)
                 yield name, row.name, count

@@ -52,7 +52,7 @@ class Row:
         inherits: option -> (row that has chosen it, its name there).
         kind: what it is in the table.
         modality: the only one that is trained; None for all.
-        votes: whether the own heads vote with the joint head, after the same training.
+        votes: whether all heads answer together.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Row:
 
     def serves(self, task: Task) -> bool:
         """Whether it can be run: parts of a regression add up and do not vote, and some losses are of classes alone."""
-        if task is NUMBER and (self.votes or self.options.get("unimodal_heads") == "shared"):
+        if task is NUMBER and (self.name.endswith(VOTES) or self.options.get("unimodal_heads") == "shared"):
             return False
         return task is CLASS or not _OF_CLASSES & {*self.options, *(knob.name for knob in self.knobs)}
 
@@ -123,6 +123,7 @@ METHODS = (
 
 # One setting for all sets, nothing tuned on any.
 RECIPES = (
+    replace(_recipe("bo.balance", balance=True), votes=True),
     _recipe("uni-modal losses", **_OWN),
     _recipe("dropout 0.3 + uni-modal losses", **_OWN, dropout_p=0.3),
     _recipe("re-learning + uni-modal losses", **_OWN, relearn_lam=3.0),

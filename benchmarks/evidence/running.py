@@ -22,7 +22,6 @@ from benchmarks.evidence.sets import SETS, Part, data_of
 from benchmarks.evidence.statistics import expected_calibration_error
 from benchmarks.methods import Method
 from benchmarks.models import MultimodalClassifier, classifier_for
-from benchmarks.tasks import NUMBER
 from benchmarks.training import Recipe, fit, linear_probe
 
 Model = MultimodalClassifier | Ensemble
@@ -119,9 +118,8 @@ def _train(job: Job, folder: Path | None, data: MultimodalData) -> Trained:
     def let_vote(method: Method) -> None:
         nonlocal seconds
         seconds += time.process_time()
-        # Numbers do not vote.
-        if method.objective is not None and data.task is not NUMBER:
-            answer = partial(_votes, model, method.objective)
+        if method.predict is not None:
+            answer = partial(_votes, model, method.predict)
             votes.update(measure(answer, data, job.part, data.modalities))
 
     lr = options["lr"] * options.get("lr_factor", 1.0)
@@ -173,11 +171,11 @@ def _logits(model: Model, split: Split, without: str | None = None) -> Tensor:
     return logits.nan_to_num()
 
 
-def _votes(model: Model, objective: bo.UnimodalObjective, split: Split, without: str | None = None) -> Tensor:
+def _votes(model: Model, predict: Callable[..., Tensor], split: Split, without: str | None = None) -> Tensor:
     """The vote of the joint head and the heads of the modalities that are there."""
     logits = _logits(model, split, without)
     present = None if without is None else {without: torch.zeros(len(split), dtype=torch.bool)}
-    return objective.predict(logits, present=present).nan_to_num()
+    return predict(logits, present=present).nan_to_num()
 
 
 def _calibration(logits: Tensor, labels: Tensor) -> float:

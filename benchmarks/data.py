@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Collection, Mapping, Sequence
+import io
+import sqlite3
+import zipfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.extras import file_of, need
+from benchmarks.extras import need
 from benchmarks.tasks import CLASS, LABELS, NUMBER, Task
+from benchmarks.text import embed
 from benchmarks.views import VIEWS
 
 # First sample of each writer's block in scikit-learn's digits: the file keeps each writer's samples together, the
@@ -230,7 +236,7 @@ def diabetes(
 
 
 def yeast(
-    path: str | Path | None = None,
+    path: str | Path,
     *,
     train_samples: int = 600,
     val_samples: int = 200,
@@ -246,16 +252,12 @@ def yeast(
     columns before and after that place. A copy comes with river.
 
     Args:
-        path: of a file like river's yeast.csv.gz; None for river's.
+        path: of yeast.csv.gz.
         train_samples: for training.
         val_samples: for validation; the rest is for the test.
         seed: of the split.
         test: indices for the test instead; training and validation samples are then among the others.
-
-    Raises:
-        ImportError: without river (extra `evidence`).
     """
-    path = file_of("river", "datasets/yeast.csv.gz") if path is None else Path(path)
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         names, *rows = csv.reader(file)
     values = np.array(rows, dtype=np.float64)
@@ -276,6 +278,167 @@ def yeast(
 
 
 _MICROARRAYS = 79
+
+
+def segments(
+    path: str | Path,
+    *,
+    train_samples: int = 300,
+    val_samples: int = 300,
+    seed: int = 0,
+    test: np.ndarray | None = None,
+) -> MultimodalData:
+    """What a piece of an outdoor photograph shows, from where it lies, from its edges and from its colour.
+
+    The UCI Image Segmentation data set (archive.ics.uci.edu/dataset/50, Vision Group of the University of
+    Massachusetts, 1990, CC BY 4.0): 3x3 pixels of seven photographs, 330 of each class. A copy comes with river.
+
+    Args:
+        path: of segment.csv.zip.
+        train_samples: for training.
+        val_samples: for validation; the rest is for the test.
+        seed: of the split.
+        test: indices for the test instead; training and validation samples are then among the others.
+    """
+    with (
+        zipfile.ZipFile(path) as archive,
+        archive.open(archive.namelist()[0]) as file,
+        io.TextIOWrapper(file, encoding="utf-8", newline="") as text,
+    ):
+        _, *rows = csv.reader(text)
+    values = np.array([row[:-1] for row in rows], dtype=np.float64)
+    about = {
+        "place": "column and row in the photograph",
+        "edges": "lines and contrasts to the neighbouring pixels",
+        "colour": "intensity, red, green, blue, saturation and hue",
+    }
+    return _assemble(
+        "segments",
+        _columns(values, {"place": slice(0, 2), "edges": slice(2, 8), "colour": slice(8, None)}),
+        torch.from_numpy(np.unique([row[-1] for row in rows], return_inverse=True)[1]),
+        _drawn(len(values), seed, train_samples, val_samples, test),
+        about=about,
+        protocol=f"pieces of outdoor photographs, {train_samples} of them for training",
+        per_feature=tuple(about),
+    )
+
+
+def watch(path: str | Path, people: Sequence[int] = (9, 10), *, seed: int = 0) -> MultimodalData:
+    """Which of seven exercises a shoulder does, from the accelerometer and the gyroscope of a smartwatch.
+
+    Ten of the twenty people of D. Burns, N. Leung, M. Hardisty, C. Whyne, P. Henry and S. McLachlin, Shoulder
+    physiotherapy exercise recognition, Physiological Measurement 2018; a sample is 4 seconds of a recording. A copy
+    comes with seglearn.
+
+    Args:
+        path: of watch_dataset.npy.
+        people: 1 to 10, for the test; a tenth of the others' samples is for validation.
+        seed: of the split.
+    """
+    recordings = np.load(path, allow_pickle=True).item()
+    windows = [_windows(signal) for signal in recordings["X"]]
+    counts = [len(x) for x in windows]
+    signals = torch.tensor(np.concatenate(windows), dtype=torch.float32)
+    whose = np.repeat(recordings["subject"], counts)
+    return _assemble(
+        "watch",
+        {"accelerometer": _spectrogram(signals[:, :3]), "gyroscope": _spectrogram(signals[:, 3:])},
+        torch.from_numpy(np.repeat(recordings["y"], counts)),
+        _parts(np.flatnonzero(np.isin(whose, people)), len(whose), seed),
+        about={
+            "accelerometer": "how strong each frequency up to 25 Hz is over 4 seconds, along three axes",
+            "gyroscope": "the same of the rotation about three axes",
+        },
+        protocol="exercises of a shoulder; the test is on people never seen in training",
+        groups=whose,
+    )
+
+
+_WINDOW = 192  # at 50 Hz
+
+
+def _windows(signal: np.ndarray) -> np.ndarray:
+    """Pieces `(N, C, 192)` of a recording `(T, C)`; the rest is left out."""
+    count = len(signal) // _WINDOW
+    return signal[: count * _WINDOW].reshape(count, _WINDOW, -1).transpose(0, 2, 1)
+
+
+def _spectrogram(signals: Tensor) -> Tensor:
+    """Log-magnitude `(N, C, 17, 17)` of signals `(N, C, 192)`."""
+    spectra = torch.stft(
+        signals.flatten(0, 1), 32, 12, window=torch.hann_window(32), pad_mode="constant", return_complex=True
+    )
+    return spectra.abs().log1p().unflatten(0, signals.shape[:2])
+
+
+def films(
+    path: str | Path,
+    *,
+    train_samples: int = 500,
+    val_samples: int = 150,
+    seed: int = 0,
+    test: np.ndarray | None = None,
+    encode: Callable[[Sequence[str]], np.ndarray] = embed,
+) -> MultimodalData:
+    """In which of seven languages a film was made, from its English title, its makers' names and its critics' scores.
+
+    Titles and names are seen through a frozen pre-trained text encoder. Films of Wikidata (CC0), at most 200 of a
+    language; a copy comes with bokeh_sampledata.
+
+    Args:
+        path: of movies.db.
+        train_samples: for training.
+        val_samples: for validation; the rest is for the test.
+        seed: of the split.
+        test: indices for the test instead; training and validation samples are then among the others.
+        encode: from N texts to features `(N, D)`.
+
+    Raises:
+        ImportError: without wordllama (extra `evidence`), by the default of `encode`.
+    """
+    views, labels = _films(Path(path), encode)
+    return _assemble(
+        "films",
+        views,
+        labels,
+        _drawn(len(labels), seed, train_samples, val_samples, test),
+        about={
+            "title": "its English title, through a frozen text encoder",
+            "makers": "the names of director and writers, through the same encoder",
+            "critics": "their number, mean score and share of praise",
+        },
+        protocol=f"languages of films, {train_samples} films for training",
+        per_feature=("title", "makers", "critics"),
+    )
+
+
+_LANGUAGES = ("English", "French", "German", "Hindi", "Italian", "Japanese", "Spanish")
+_FILMS_OF_A_LANGUAGE = 200
+_FILMS_QUERY = """
+    SELECT Title, Director, Writer, t.Reviews, t.Rating, Meter FROM omdb JOIN tomatoes t USING (ID)
+    WHERE Language = ? AND Director <> '' AND t.Reviews > 0 AND t.Rating IS NOT NULL AND Meter IS NOT NULL ORDER BY ID
+"""
+
+
+@lru_cache(maxsize=1)
+def _films(path: Path, encode: Callable[[Sequence[str]], np.ndarray]) -> tuple[dict[str, Tensor], Tensor]:
+    """Views and labels of the films in the file, which each split takes its part of."""
+    rows = []
+    labels = []
+    order = np.random.default_rng(2026)
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        for label, language in enumerate(_LANGUAGES):
+            there = connection.execute(_FILMS_QUERY, (language,)).fetchall()
+            chosen = order.permutation(len(there))[:_FILMS_OF_A_LANGUAGE]
+            rows += [there[i] for i in chosen]
+            labels += [label] * len(chosen)
+    titles, directors, writers, reviews, *scores = zip(*rows, strict=True)
+    makers = [", ".join(filter(None, names)) for names in zip(directors, writers, strict=True)]
+    return {
+        "title": torch.from_numpy(encode(titles)),
+        "makers": torch.from_numpy(encode(makers)),
+        "critics": torch.tensor(np.stack([np.log(reviews), *scores], axis=1), dtype=torch.float32),
+    }, torch.tensor(labels)
 
 
 def load(path: str | Path | None, seed: int) -> MultimodalData:

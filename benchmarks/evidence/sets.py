@@ -1,7 +1,7 @@
 """The data of the benchmark: each set in a part to tune on and splits to test on, and nothing is in both.
 
-What is tuned on is never tested: two speakers, three writers or 400 samples are kept for the choice of
-hyper-parameters. The tests are on the others, in turn.
+What is tuned on is never tested: two speakers, three writers, two people or a few hundred samples are kept for the
+choice of hyper-parameters. The tests are on the others, in turn.
 """
 
 from __future__ import annotations
@@ -16,8 +16,19 @@ from typing import Literal
 import numpy as np
 import torch.nn.functional as F
 
-from benchmarks.data import MultimodalData, Split, av_digits, diabetes, digits_views, mfeat, yeast
-from benchmarks.extras import installed
+from benchmarks.data import (
+    MultimodalData,
+    Split,
+    av_digits,
+    diabetes,
+    digits_views,
+    films,
+    mfeat,
+    segments,
+    watch,
+    yeast,
+)
+from benchmarks.extras import file_of, installed
 from benchmarks.tasks import CLASS, LABELS, NUMBER, Task
 
 Part = Literal["tune", "test"]
@@ -31,6 +42,10 @@ _TUNING_SAMPLES = 400
 _PAIRS = 900
 _TUNING_PATIENTS, _PATIENTS = 110, 442
 _GENES = 2417
+_SEGMENTS = 2310
+_TUNING_FILMS, _FILMS = 250, 1242
+_TUNING_PEOPLE = (9, 10)
+_TEST_PEOPLE = ((1, 2), (3, 4), (5, 6), (7, 8), (1, 3), (2, 4), (5, 7), (6, 8), (1, 4), (2, 3))
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class EvidenceSet:
         title: for the reader.
         load: the data of (file, part, seed).
         modalities: their names.
-        file: its name in the data folder; None if it needs none.
+        file: its name in the data folder, or in the first of its packages; None if it needs none.
         lrs: learning rates of SGD to choose from.
         adam_lrs: those of AdamW.
         lengths: numbers of epochs to choose from; the middle one while the learning rate is chosen.
@@ -50,7 +65,7 @@ class EvidenceSet:
         tests: runs of each row that are tested.
         batch_size: samples in a step.
         task: what the targets are.
-        package: that it comes with, beside those of the demo; None for none.
+        packages: that it needs, beside those of the demo; its file comes with the first.
     """
 
     name: str
@@ -65,12 +80,12 @@ class EvidenceSet:
     tests: int = 10
     batch_size: int = 64
     task: Task = CLASS
-    package: str | None = None
+    packages: tuple[str, ...] = ()
 
     def lacks(self, folder: Path | None) -> str | None:
         """The file or package that it needs and that is not there."""
-        if self.package is not None and not installed(self.package):
-            return self.package
+        if self.packages:
+            return next((package for package in self.packages if not installed(package)), None)
         return self.file if self.file is not None and not _has(folder, self.file) else None
 
     def path(self, folder: Path | None) -> Path | None:
@@ -78,9 +93,12 @@ class EvidenceSet:
 
         Raises:
             FileNotFoundError: if it needs one that is not there.
+            ImportError: if the package that has it is not installed.
         """
         if self.file is None:
             return None
+        if self.packages:
+            return file_of(self.packages[0], self.file)
         if folder is None or not _has(folder, self.file):
             raise FileNotFoundError(f"{self.name} needs {self.file}. Found no such file in {folder}.")
         return folder / self.file
@@ -135,8 +153,27 @@ def _diabetes(path: Path | None, part: Part, seed: int) -> MultimodalData:
 
 
 def _yeast(path: Path | None, part: Part, seed: int) -> MultimodalData:
+    assert path is not None
     test = _drawn_test(_GENES, _TUNING_SAMPLES, 800, part, seed)
-    return yeast(train_samples=600, val_samples=200, seed=_seed(part, seed), test=test)
+    return yeast(path, train_samples=600, val_samples=200, seed=_seed(part, seed), test=test)
+
+
+def _segments(path: Path | None, part: Part, seed: int) -> MultimodalData:
+    assert path is not None
+    test = _drawn_test(_SEGMENTS, _TUNING_SAMPLES, 600, part, seed)
+    return segments(path, train_samples=300, val_samples=300, seed=_seed(part, seed), test=test)
+
+
+def _watch(path: Path | None, part: Part, seed: int) -> MultimodalData:
+    assert path is not None
+    people = _TUNING_PEOPLE if part == "tune" else _TEST_PEOPLE[seed % len(_TEST_PEOPLE)]
+    return watch(path, people, seed=_seed(part, seed))
+
+
+def _films(path: Path | None, part: Part, seed: int) -> MultimodalData:
+    assert path is not None
+    test = _drawn_test(_FILMS, _TUNING_FILMS, 650, part, seed)
+    return films(path, train_samples=500, val_samples=150, seed=_seed(part, seed), test=test)
 
 
 def _drawn_test(count: int, tuning: int, others: int, part: Part, seed: int) -> np.ndarray:
@@ -191,9 +228,27 @@ SETS: dict[str, EvidenceSet] = {
         ),
         EvidenceSet(
             "yeast", "Functions of genes, from expression and phylogeny (14 labels)", _yeast,
-            ("expression", "phylogeny"),
-            None, lrs=(0.03, 0.1, 0.3, 1.0), adam_lrs=(3e-4, 1e-3, 3e-3, 1e-2), lengths=(8, 15, 30), choices=2,
-            task=LABELS, package="river",
+            ("expression", "phylogeny"), "datasets/yeast.csv.gz",
+            lrs=(0.03, 0.1, 0.3, 1.0), adam_lrs=(3e-4, 1e-3, 3e-3, 1e-2), lengths=(8, 15, 30), choices=2,
+            task=LABELS, packages=("river",),
+        ),
+        EvidenceSet(
+            "watch", "Exercises of a shoulder, from two sensors of a smartwatch, people never seen", _watch,
+            ("accelerometer", "gyroscope"), "data/watch_dataset.npy",
+            lrs=(0.03, 0.1, 0.3, 1.0), adam_lrs=(1e-3, 3e-3, 1e-2, 3e-2), lengths=(8, 12, 16), choices=3,
+            packages=("seglearn",),
+        ),
+        EvidenceSet(
+            "films", "Languages of films, from title, makers (frozen text features) and critics", _films,
+            ("title", "makers", "critics"), "_data/movies.db",
+            lrs=(0.01, 0.03, 0.1, 0.3), adam_lrs=(3e-4, 1e-3, 3e-3, 1e-2), lengths=(8, 15, 30), choices=3,
+            packages=("bokeh_sampledata", "wordllama"),
+        ),
+        EvidenceSet(
+            "segments", "Pieces of photographs, from place, edges and colour, 300 training samples", _segments,
+            ("place", "edges", "colour"), "datasets/segment.csv.zip",
+            lrs=(0.03, 0.1, 0.3, 1.0), adam_lrs=(1e-3, 3e-3, 1e-2, 3e-2), lengths=(15, 25, 50), choices=3,
+            packages=("river",),
         ),
     )
 }  # fmt: skip

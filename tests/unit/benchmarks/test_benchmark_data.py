@@ -1,5 +1,9 @@
 import csv
 import gzip
+import sqlite3
+import zipfile
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +12,20 @@ import torch
 
 from benchmarks import data as benchmark_data
 from benchmarks import extras
-from benchmarks.data import MultimodalData, av_digits, diabetes, digits_views, load, mfeat, yeast
+from benchmarks.data import (
+    MultimodalData,
+    av_digits,
+    diabetes,
+    digits_views,
+    films,
+    load,
+    mfeat,
+    segments,
+    watch,
+    yeast,
+)
+from benchmarks.evidence.sets import SETS
+from benchmarks.text import embed, mean_of_tokens
 from benchmarks.views import VIEWS
 
 
@@ -184,10 +201,19 @@ def test_samples_for_the_test_may_be_given(yeast_file: Path) -> None:
     assert len(found.train) == 30
 
 
-def test_a_package_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ask", "lacking"),
+    [
+        (lambda: SETS["yeast"].path(None), r"datasets/yeast\.csv\.gz of river"),
+        (lambda: SETS["watch"].path(None), r"data/watch_dataset\.npy of seglearn"),
+        (lambda: SETS["films"].path(None), r"_data/movies\.db of bokeh_sampledata"),
+        (lambda: embed(["Ran"]), r"weights/l2_supercat_256\.safetensors of wordllama"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_told(ask, lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "find_spec", lambda package: None)
-    with pytest.raises(ImportError, match=r"yeast\.csv\.gz of river: pip install 'balanceopt\[evidence\]'"):
-        yeast()
+    with pytest.raises(ImportError, match=rf"{lacking}: pip install 'balanceopt\[evidence\]'"):
+        ask()
 
 
 def test_diabetes_has_a_number_in_the_units_of_the_training_samples() -> None:
@@ -199,3 +225,116 @@ def test_diabetes_has_a_number_in_the_units_of_the_training_samples() -> None:
     assert found.train.labels.std() == pytest.approx(1)
     assert same(found, again)
     assert not same(found, other)
+
+
+@pytest.fixture
+def segments_file(tmp_path: Path) -> Path:
+    """Like river's segment.csv.zip: 18 columns and a name, of 70 pieces; each column is its number and its row's."""
+    names = [*(f"column{i}" for i in range(18)), "category"]
+    lines = [[*(str(100 * i + row) for i in range(18)), f"class{row % 7}"] for row in range(70)]
+    path = tmp_path / "segment.csv.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("any", "\n".join(",".join(line) for line in [names, *lines]))
+    return path
+
+
+def test_segments_are_seen_in_three_groups_of_columns(segments_file: Path) -> None:
+    test = np.array([3, 8, 20])
+    found, again = (segments(segments_file, train_samples=30, val_samples=10, test=test) for _ in range(2))
+    assert [len(part) for part in (found.train, found.val, found.test)] == [30, 10, 3]
+    assert {m: x.shape[1] for m, x in found.test.inputs.items()} == {"place": 2, "edges": 6, "colour": 10}
+    assert found.test.labels.tolist() == [3, 1, 6]
+    assert found.examples["place"][:, 0].tolist() == [8, 3, 20]  # a class each
+    assert found.examples["edges"][0].tolist() == [208, 308, 408, 508, 608, 708]
+    assert not rows(found, "train") & rows(found, "val")
+    assert same(found, again)
+
+
+@pytest.fixture
+def watch_file(tmp_path: Path) -> Path:
+    """Like seglearn's watch_dataset.npy: a recording of 8 seconds and a bit of each exercise, of each of 4 people."""
+    rng = np.random.default_rng(0)
+    subject, y = np.divmod(np.arange(28), 7)
+    signals = [rng.normal(person, 1, (400, 6)) for person in subject]
+    path = tmp_path / "watch_dataset.npy"
+    recordings = {"X": signals, "y": y, "subject": subject + 1}
+    np.save(path, np.array(recordings, dtype=object), allow_pickle=True)
+    return path
+
+
+def test_the_watch_is_tested_on_people_never_seen(watch_file: Path) -> None:
+    found = watch(watch_file, (2, 4))
+    assert found.test.groups is not None
+    assert found.train.groups is not None
+    assert set(found.test.groups.tolist()) == {2, 4}
+    assert set(found.train.groups.tolist()) == {1, 3}
+    assert [len(part) for part in (found.train, found.val, found.test)] == [26, 2, 28]
+    assert {tuple(x.shape[1:]) for x in found.test.inputs.values()} == {(3, 17, 17)}
+    assert found.test.labels.bincount().tolist() == [4] * 7
+    assert not (rows(found, "train") | rows(found, "val")) & rows(found, "test")
+
+
+def test_the_watch_tells_frequencies_apart(tmp_path: Path) -> None:
+    seconds = np.arange(192) / 50
+    still, shaken = np.zeros((2, 192, 6))
+    shaken[:, 0] = np.sin(2 * np.pi * 12.5 * seconds)
+    signals, y, subject = [still, shaken] * 12, np.arange(24) % 2, np.arange(24)
+    signals[0] = shaken + np.random.default_rng(0).normal(size=shaken.shape)  # so that nothing is constant
+    path = tmp_path / "watch_dataset.npy"
+    np.save(path, np.array({"X": signals, "y": y, "subject": subject}, dtype=object), allow_pickle=True)
+    one = watch(path, (2, 3)).examples["accelerometer"][1]
+    assert one[0].mean(dim=1).argmax() == 8  # of 17 bins up to 25 Hz
+    assert not one[1:].any()
+
+
+@pytest.fixture
+def films_file(tmp_path: Path) -> Path:
+    """Like bokeh_sampledata's movies.db, as far as it is read: 30 films in three languages, some of them unfit."""
+    path = tmp_path / "movies.db"
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE omdb (ID, Title, Director, Writer, Language)")
+        database.execute("CREATE TABLE tomatoes (ID, Reviews, Rating, Meter)")
+        for i in range(30):
+            language = ("English", "Hindi", "Spanish")[i % 3]
+            writer = None if i == 1 else f"writer{i}"
+            database.execute(
+                "INSERT INTO omdb VALUES (?, ?, ?, ?, ?)", (i, f"film{i}", f"director{i}", writer, language)
+            )
+            database.execute("INSERT INTO tomatoes VALUES (?, ?, ?, ?)", (i, i + 1, i / 10, 3 * i))
+        for number, (director, language, reviews) in enumerate(
+            [("", "English", 5), ("someone", "Welsh", 5), ("someone", "Hindi", 0), ("someone", "Hindi", None)]
+        ):
+            values = (100 + number, "unfit", director, "", language)
+            database.execute("INSERT INTO omdb VALUES (?, ?, ?, ?, ?)", values)
+            database.execute("INSERT INTO tomatoes VALUES (?, ?, 5.0, 50)", (100 + number, reviews))
+    return path
+
+
+def by_last_number(texts: Sequence[str]) -> np.ndarray:
+    """Features that tell which film a text is of."""
+    assert "unfit" not in texts
+    digits = [[int("".join(c for c in text.split(", ")[-1] if c.isdigit())), len(text)] for text in texts]
+    return np.array(digits, dtype=np.float32)
+
+
+def test_films_are_seen_through_the_encoder_and_their_numbers(films_file: Path) -> None:
+    found, again, other = (
+        films(films_file, train_samples=15, val_samples=5, seed=seed, encode=by_last_number)
+        for seed in (0, 0, 1)
+    )
+    assert [len(part) for part in (found.train, found.val, found.test)] == [15, 5, 10]
+    assert {m: x.shape[1] for m, x in found.test.inputs.items()} == {"title": 2, "makers": 2, "critics": 3}
+    title, makers, critics = found.examples.values()
+    assert title[:, 0].tolist() == makers[:, 0].tolist()
+    assert torch.allclose(critics[:, 0].exp(), title[:, 0] + 1)
+    assert torch.allclose(critics[:, 2], 3 * title[:, 0])
+    assert (title[:, 0] % 3).tolist() == [0, 1, 2]  # as the languages in alphabetical order
+    assert same(found, again)
+    assert not same(found, other)
+
+
+def test_a_text_is_the_mean_of_its_tokens() -> None:
+    vectors = np.array([[1, 2], [3, 4], [5, 0]], dtype=np.float16)
+    means = mean_of_tokens([[0, 1], [], [2], [1, 1, 0]], vectors)
+    assert means.dtype == np.float32
+    np.testing.assert_allclose(means, np.array([[2, 3], [0, 0], [5, 0], [7 / 3, 10 / 3]]), rtol=1e-6)

@@ -217,7 +217,7 @@ def test_without_files_and_packages_only_what_comes_with_the_demo_is_run(tmp_pat
     monkeypatch.setattr(sets, "installed", lambda package: False)
     accuracy.main(["--no-run"])
     said = capsys.readouterr().out
-    assert "Without av_digits.npz, mfeat.npz, river (files in --data" in said
+    assert "Without av_digits.npz, bokeh_sampledata, mfeat.npz, river, seglearn (files in --data" in said
     assert "only digits, diabetes." in said
 
 

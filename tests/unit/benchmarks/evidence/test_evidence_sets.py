@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -54,14 +56,14 @@ def test_noise_is_a_set_of_its_own(folder):
     assert noisy.test.inputs["audio"].std() > 1.2 * clean.test.inputs["audio"].std()
 
 
-@pytest.mark.parametrize("name", ["diabetes", "yeast"])
+@pytest.mark.parametrize("name", ["diabetes", "yeast", "segments", "films"])
 def test_samples_that_are_tuned_on_are_never_tested(name, monkeypatch):
     asked = []
-    monkeypatch.setattr(sets, name, lambda *, test, **options: asked.append(set(test.tolist())))
+    monkeypatch.setattr(sets, name, lambda *path, test, **options: asked.append(set(test.tolist())))
     for seed in range(2):
-        SETS[name].load(None, "tune", seed)
+        SETS[name].load(Path(), "tune", seed)
     for seed in range(4):
-        SETS[name].load(None, "test", seed)
+        SETS[name].load(Path(), "test", seed)
     kept, again, *tests = asked
     assert kept
     assert kept == again
@@ -69,11 +71,39 @@ def test_samples_that_are_tuned_on_are_never_tested(name, monkeypatch):
     assert len({frozenset(test) for test in tests}) == 4
 
 
+def test_people_who_are_tuned_on_are_never_tested(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sets, "watch", lambda path, people, *, seed: asked.append(set(people)))
+    SETS["watch"].load(Path(), "tune", 0)
+    for seed in range(10):
+        SETS["watch"].load(Path(), "test", seed)
+    kept, *tests = asked
+    assert all(not kept & people for people in tests)
+    assert len({frozenset(people) for people in tests}) == 10
+
+
 def test_a_missing_package_is_told(monkeypatch):
+    monkeypatch.setattr(sets, "installed", lambda package: package != "wordllama")
+    assert [name for name, found in SETS.items() if found.packages and found.lacks(None)] == ["films"]
     monkeypatch.setattr(sets, "installed", lambda package: False)
-    assert [name for name, found in SETS.items() if found.file is None and found.lacks(None)] == ["yeast"]
-    monkeypatch.setattr(sets, "installed", lambda package: True)
-    assert SETS["yeast"].lacks(None) is None
+    lacking = {name: found.lacks(None) for name, found in SETS.items() if found.packages}
+    assert lacking == {
+        "yeast": "river",
+        "watch": "seglearn",
+        "films": "bokeh_sampledata",
+        "segments": "river",
+    }
+
+
+def test_files_of_packages_have_a_fingerprint(monkeypatch, tmp_path):
+    (tmp_path / "segment").write_text("pieces")
+    monkeypatch.setattr(sets, "file_of", lambda package, file: tmp_path / "segment")
+    fingerprint.cache_clear()
+    before = fingerprint("segments", None)
+    fingerprint.cache_clear()
+    (tmp_path / "segment").write_text("other pieces")
+    assert fingerprint("segments", None) != before
+    fingerprint.cache_clear()
 
 
 def test_a_missing_file_is_told(tmp_path):

@@ -39,7 +39,7 @@ _TEST_SPEAKERS = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2))
 _TUNING_WRITERS = (11, 12, 13)
 _WRITERS = 11
 _TUNING_SAMPLES = 400
-_PAIRS = 900
+_PAIRS, _DIGITS = 900, 600
 _TUNING_PATIENTS, _PATIENTS = 110, 442
 _GENES = 2417
 _SEGMENTS = 2310
@@ -119,12 +119,18 @@ def _av_digits(
 def _halved(data: MultimodalData, train_samples: int) -> MultimodalData:
     """The means of 2x2 pixels, and the first of the training samples, which are in random order."""
 
-    def of(split: Split, count: int) -> Split:
-        inputs = {m: F.avg_pool2d(x[:count], 2) for m, x in split.inputs.items()}
-        return Split(inputs, split.labels[:count], None if split.groups is None else split.groups[:count])
+    parts = {"train": _first(data.train, train_samples), "val": data.val, "test": data.test}
+    halved = {
+        part: replace(split, inputs={m: F.avg_pool2d(x, 2) for m, x in split.inputs.items()})
+        for part, split in parts.items()
+    }
+    return replace(data, **halved)
 
-    val, test = (of(split, len(split)) for split in (data.val, data.test))
-    return replace(data, train=of(data.train, train_samples), val=val, test=test)
+
+def _first(split: Split, count: int) -> Split:
+    """The first samples of a split in random order."""
+    inputs = {m: x[:count] for m, x in split.inputs.items()}
+    return Split(inputs, split.labels[:count], None if split.groups is None else split.groups[:count])
 
 
 def _mfeat(views: tuple[str, ...], path: Path | None, part: Part, seed: int) -> MultimodalData:
@@ -144,7 +150,8 @@ def _mfeat(views: tuple[str, ...], path: Path | None, part: Part, seed: int) -> 
 
 def _digits(path: Path | None, part: Part, seed: int) -> MultimodalData:
     in_turn = tuple((3 * seed + i) % _WRITERS for i in range(3))
-    return digits_views(_seed(part, seed), writers=_TUNING_WRITERS if part == "tune" else in_turn)
+    data = digits_views(_seed(part, seed), writers=_TUNING_WRITERS if part == "tune" else in_turn)
+    return replace(data, train=_first(data.train, _DIGITS))
 
 
 def _diabetes(path: Path | None, part: Part, seed: int) -> MultimodalData:

@@ -119,12 +119,11 @@ def _av_digits(
 def _halved(data: MultimodalData, train_samples: int) -> MultimodalData:
     """The means of 2x2 pixels, and the first of the training samples, which are in random order."""
 
-    parts = {"train": _first(data.train, train_samples), "val": data.val, "test": data.test}
-    halved = {
-        part: replace(split, inputs={m: F.avg_pool2d(x, 2) for m, x in split.inputs.items()})
-        for part, split in parts.items()
-    }
-    return replace(data, **halved)
+    train, val, test = (
+        replace(split, inputs={m: F.avg_pool2d(x, 2) for m, x in split.inputs.items()})
+        for split in (_first(data.train, train_samples), data.val, data.test)
+    )
+    return replace(data, train=train, val=val, test=test)
 
 
 def _first(split: Split, count: int) -> Split:
@@ -242,7 +241,7 @@ SETS: dict[str, EvidenceSet] = {
         EvidenceSet(
             "watch", "Exercises of a shoulder, from two sensors of a smartwatch, people never seen", _watch,
             ("accelerometer", "gyroscope"), "data/watch_dataset.npy",
-            lrs=(0.03, 0.1, 0.3, 1.0), adam_lrs=(1e-3, 3e-3, 1e-2, 3e-2), lengths=(8, 12, 16), choices=3,
+            lrs=(0.03, 0.1, 0.3, 1.0), adam_lrs=(1e-3, 3e-3, 1e-2, 3e-2), lengths=(8, 12, 16), tests=8,
             packages=("seglearn",),
         ),
         EvidenceSet(

@@ -134,6 +134,13 @@ def scheduler(world: World, **given: Any) -> bo.ReLearnScheduler:
     return bo.ReLearnScheduler(**{**defaults, "train_loader": loader, "val_loader": loader, **given})
 
 
+def composed(world: World, **given: Any) -> None:
+    loader = torch.utils.data.DataLoader(samples(20), batch_size=10)
+    options = {"train_loader": loader, "val_loader": loader, "epochs": 5, "seed": 0}
+    parts = {"model": world.model, "encoders": world.model.modalities, "optimizer": world.optimizer}
+    bo.balance(**{**parts, "out_features": CLASSES, **options, **given}).remove()
+
+
 def objective(world: World, **given: Any) -> bo.UnimodalObjective:
     return bo.UnimodalObjective(**{"monitor": world.monitor, "out_features": CLASSES, **given})
 
@@ -718,6 +725,22 @@ ROWS: dict[str, Row] = {
             "seed": NO_SEED,
             "strict": NO_FLAG,
         },
+    ),
+    "balance": Row(
+        composed,
+        bo.balance,
+        {
+            "model": NO_MODULE,
+            "encoders": ENCODERS,
+            "optimizer": NO_OPTIMIZER,
+            "out_features": NO_SIZE,
+            "train_loader": [*NO_LOADER, None],
+            "val_loader": [*NO_LOADER, None],
+            "epochs": [*NO_COUNT, 0],
+            "loss": [*NO_FUNCTION, nn.TripletMarginLoss(), nn.NLLLoss()],
+            "seed": NO_SEED,
+        },
+        named={"train_loader": "train_loader", "val_loader": "val_loader"},
     ),
     "attach": Row(
         lambda world, **given: bo.attach(

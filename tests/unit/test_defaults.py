@@ -174,6 +174,7 @@ def functional_results() -> list[Tensor]:
         f.recover_scale(logits - 1, logits, labels).scale,
         f.total_correlation_loss([logits, logits], labels),
         f.permutation_divergence(logits, logits.flip(0)),
+        f.vote(torch.stack([logits, logits.flip(0)])),
     ]
 
 

@@ -71,7 +71,7 @@ $(LOWER)/constraints.txt: pyproject.toml
 	@sed 's/#.*//' pyproject.toml | grep -o '"[A-Za-z][A-Za-z0-9_-]*\(\[python\]\)\{0,1\}>=[0-9.]*' | \
 	  sed 's/"//; s/\[python\]//; s/>=/==/' | sort -u >$@
 
-%-lower: $(LOWER)/constraints.txt ## test-lower, test-frameworks-lower, test-bases-lower: the same with the oldest versions; PYTHON=python3.10
+%-lower: $(LOWER)/constraints.txt ## test-lower, test-frameworks-lower: the same with the oldest versions; PYTHON=python3.10
 	@$(MAKE) --no-print-directory $* VENV=$(LOWER) CONSTRAINTS=$<
 
 # The newest torch that the index has, pre-releases too, with all else pinned.

@@ -28,7 +28,8 @@ class Context:
         momentum: of SGD.
         seed: of this run.
         epochs: of this run.
-        loss: the loss module that the loop calls; None for cross-entropy.
+        loss: the loss module that the loop calls; None for cross-entropy, which monitors read from the gradient.
+        criterion: the same, a module for cross-entropy too.
     """
 
     train_loader: Iterable[tuple[Tensor, ...]]
@@ -39,6 +40,7 @@ class Context:
     seed: int
     epochs: int
     loss: nn.Module | None = None
+    criterion: nn.Module | None = None
 
 
 @dataclass(frozen=True)

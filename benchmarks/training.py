@@ -68,12 +68,12 @@ def fit(
     modalities = tuple(model.encoders)
     loader = batches(data.train, modalities, recipe.batch_size, seed)
     val_loader = batches(data.val, modalities, recipe.batch_size, seed)
-    loss = None if data.task.has_classes else data.task.make_loss()
+    criterion = data.task.make_loss()
+    loss = None if data.task.has_classes else criterion
     context = Context(
-        loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed, recipe.epochs, loss
+        loader, val_loader, data.num_classes, recipe.lr, recipe.momentum, seed, recipe.epochs, loss, criterion
     )
     method = build(model, context)
-    criterion = loss or F.cross_entropy
     loop(model, method, loader, recipe.epochs, recipe.decay_epoch, on_epoch, criterion, on_end)
     return method.recorder
 

@@ -337,6 +337,7 @@ def _refuse_doubtful(counts: dict[str, int]) -> None:
         raise RuntimeError(
             f"the gradient at the joint logits is not that of a plain cross-entropy in {counts['doubtful']} of "
             f"{counts['rows']} rows (label smoothing, regression or another loss, other labels than given, a "
-            "temperature), so inject=True can't have labels and scale exactly. Build the monitor with `loss=`, the "
-            "loss module that your loop calls on the logits, or add objective(labels) to the loss."
+            "temperature, or logits so far apart that it vanished), so inject=True can't have labels and scale "
+            "exactly. Build the monitor with `loss=`, the loss module that your loop calls on the logits, or add "
+            "objective(labels) to the loss."
         )

@@ -67,7 +67,8 @@ def _balanced(model: MultimodalClassifier, context: Context, options: Options) -
         model,
         encoders,
         head=model.head if scored else None,
-        loss=context.loss,
+        # Injected losses need labels where a diverging run leaves no gradient to read them from, too.
+        loss=context.criterion if "mmpareto_gamma" in options else context.loss,
         # As in its paper, MLB's scores are those of the uni-modal losses' heads.
         scores=(lambda z: objectives[0].unimodal_logits(z)) if "mlb_alpha" in options else "auto",
     )

@@ -22,6 +22,8 @@ FIRST, STEPS = 7, 14
 class Constant(bo.Modulation):
     """The same factor on the first modality at every step."""
 
+    needs_scores = False
+
     def __init__(self, factor: float, apply_to: str) -> None:
         super().__init__()
         self.factor = factor
@@ -47,8 +49,9 @@ def movement(base: Base, factor: float, apply_to: str) -> float:
             start = [w.detach().clone() for w in weights]
         torch.manual_seed(number)
         optimizer.zero_grad()
-        backward(model, batch(number, model), create_graph=base.create_graph)
-        if not base.create_graph:  # Adahessian needs its own
+        if base.create_graph:
+            backward(model, batch(number, model), create_graph=True)
+        else:
             for p in model.parameters():
                 p.grad = 0.1 * torch.randn_like(p) + 0.05
         optimizer.step()

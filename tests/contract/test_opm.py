@@ -15,7 +15,7 @@ from tests.dropping import inputs_of, kept
 from tests.models import watch
 from tests.training import batch, distance, groups_of, same_bits, sgd, small_model, train
 
-STEPS = 6
+STEPS = 4
 BATCHES = range(STEPS)
 _METHODS = [pytest.param(method, id=method.name) for method in METHODS]
 _BASES = [pytest.param(base, id=base.name) for base in BASES if not base.closure and not base.create_graph]

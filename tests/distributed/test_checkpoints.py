@@ -31,9 +31,12 @@ FORMATS = {
     "flat": StateDictOptions(flatten_optimizer_state_dict=True),
     "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
 }
+# What is saved depends on the method, how it is cut and named on the format: a method of each kind in all of them.
+KINDS = ("OGM-GE", "AGM", "InfoReg", "OPM", "all")
 CASES = [
-    *(("shard", how, method) for how in FORMATS for method in METHODS),
-    *(("ddp", "sharded", method) for method in METHODS),
+    *(("shard", "sharded", method) for method in METHODS),
+    *(("shard", how, method) for how in ("flat", "full") for method in KINDS),
+    *(("ddp", "sharded", method) for method in KINDS),
 ]
 ACROSS = [case for case in CASES if case[1] != "full"]
 

@@ -26,7 +26,7 @@ from tests.ranks import on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
 
-LONG, SHORT = 120, 12
+LONG, SHORT = 60, 12
 WATCHED = {"start": 10**6}  # q follows the scores, and nothing is dropped
 ZERO_OUT = ("OGM-GE", "AMSS", "OPM", "all")
 

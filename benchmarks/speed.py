@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import speed_diagnosis, speed_growth, speed_monitor, speed_step, speed_training
+from benchmarks import (
+    speed_diagnosis,
+    speed_growth,
+    speed_methods,
+    speed_monitor,
+    speed_step,
+    speed_training,
+)
 from benchmarks.shapes import CASES
 from benchmarks.speed_options import Options
 from benchmarks.speed_report import Found, markdown, save, write_into
@@ -20,6 +27,7 @@ from benchmarks.speed_step import BASES
 PARTS: dict[str, Callable[[Options], Found]] = {
     "step": speed_step.run,
     "training": speed_training.run,
+    "methods": speed_methods.run,
     "monitor": speed_monitor.run,
     "relearning": speed_diagnosis.run,
     "growth": speed_growth.run,

@@ -54,6 +54,24 @@ def measure(
     Returns:
         Timings by name.
     """
+    seconds = _rounds(contenders, repetitions, device, warm_up, time.perf_counter)
+    return {name: summary(values) for name, values in seconds.items()}
+
+
+def processor_seconds(
+    contenders: Mapping[str, Contender], repetitions: int, device: torch.device, *, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Measure this process's processor time in the same order, and return all rounds by name."""
+    return _rounds(contenders, repetitions, device, warm_up, time.process_time)
+
+
+def _rounds(
+    contenders: Mapping[str, Contender],
+    repetitions: int,
+    device: torch.device,
+    warm_up: int,
+    clock: Callable[[], float],
+) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
     for round_ in range(repetitions + warm_up):
@@ -61,15 +79,16 @@ def measure(
             contender = contenders[name]
             contender.prepare()
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             contender.run()
             _wait(device)
             if round_ >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: _summary(values) for name, values in seconds.items()}
+                seconds[name].append(clock() - start)
+    return seconds
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Median and quartiles."""
     if len(values) == 1:
         return Timing(values[0], values[0], values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -172,13 +172,17 @@ def _optimizer(
             temperature=options["amss_temperature"],
             weight_decay=options.get("weight_decay", 0.0),
             seed=context.seed,
+            strict=False,
         )
     base = _base(groups, context, options)
     modulations = [make(options, monitor) for name, make in _MODULATIONS.items() if name in options]
     if "mmpareto_gamma" in options:
         assert objective is not None
         modulations.append(bo.MMPareto(objective, gamma=options["mmpareto_gamma"]))
-    return bo.ModulatedOptimizer(base, monitor, modulations, seed=context.seed) if modulations else base
+    if not modulations:
+        return base
+    # A training that diverges, which leaves no scores to act on, is a result as well.
+    return bo.ModulatedOptimizer(base, monitor, modulations, seed=context.seed, strict=False)
 
 
 def _times(factor: float, monitor: bo.ModalityMonitor) -> bo.FixedModulation:

@@ -24,7 +24,7 @@ INSTALL_FAILED = { echo "$(1) could not be installed into $(VENV): pip says why 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .SECONDARY:
-.PHONY: help demo evidence test test-settings test-thorough test-slow test-distributed test-frameworks test-bases check format docs docs-serve notebook bench clean
+.PHONY: help demo evidence test test-settings test-thorough test-slow test-distributed test-frameworks test-bases check format docs docs-serve docs-version notebook bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z%-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-24s %s\n", $$1, $$2 }'
@@ -104,6 +104,9 @@ docs: $(VENV)/.extra-docs ## build the documentation into site/
 
 docs-serve: $(VENV)/.extra-docs ## show the documentation at http://127.0.0.1:8000 and rebuild it with each change
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve $(ARGS)
+
+docs-version: $(VENV)/.extra-docs ## commit the documentation as a version to the branch gh-pages; VERSION=0.1, ARGS="--push"
+	@NO_MKDOCS_2_WARNING=1 DOCS_VERSIONS=mike PATH="$(CURDIR)/$(BIN):$$PATH" mike deploy --update-aliases $(ARGS) "$(VERSION)" latest
 
 dist: $(VENV)/.extra-dist ## build the sdist, and the wheel from the sdist, into dist/
 	@rm -rf dist

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from balanceopt._options import check_count, check_entries, check_kind, check_number, shown
+from balanceopt._sharding import local_part
 from balanceopt._warnings import WarnOnce
+from balanceopt.distributed import sum_over_ranks
 from balanceopt.functional import blend_weights
 from balanceopt.objective import UnimodalObjective
 from balanceopt.probes import ProbeLosses, ProbeMonitor
@@ -123,7 +125,8 @@ class BlendScheduler(EpochMethod):
         if epoch % self.every:
             return None
         for split, values in losses._asdict().items():
-            if bool(values.isnan().all()):
+            # A model that diverged gives no losses either.
+            if bool(values.isnan().all()) and not self._diverged():
                 raise RuntimeError(f"BlendScheduler can't compare losses: {_NO_PASSES[split]}.")
         if not bool(torch.isfinite(torch.stack(losses)).all()):
             self._skip(losses)
@@ -198,6 +201,14 @@ class BlendScheduler(EpochMethod):
         """Return the named options for `repr`."""
         return {name: getattr(self, name) for name in ("every", "floor", "min_joint")}
 
+    def _diverged(self) -> bool:
+        """Whether a weight of the model is not finite, on any rank."""
+        weights = [local_part(p.detach()) for p in self.monitor.model.parameters()]
+        broken = torch.stack(
+            [(~torch.isfinite(w)).any().double().to(weights[0].device) for w in weights]
+        ).sum()
+        return bool(sum_over_ranks(broken, self.monitor.group))
+
     def _skip(self, losses: ProbeLosses) -> None:
         """Count and warn of a measure that can't be used."""
         self.count(unusable_losses=torch.ones((), dtype=torch.int64, device="cpu"))
@@ -211,5 +222,5 @@ class BlendScheduler(EpochMethod):
             "unusable",
             f"BlendScheduler leaves the weights as they are: the losses of {heads} are missing or not finite. Likely "
             "causes: a modality without samples in training or validation, a joint head with other rows than the "
-            "targets, features or predictions that are NaN or infinite.",
+            "targets, or a model that diverged.",
         )

@@ -130,6 +130,17 @@ def test_without_validation_the_first_measure_raises():
     assert dict(run.objective.weight) == START
 
 
+def test_a_model_that_diverged_keeps_its_weights_of_losses():
+    run = Run(every=1)
+    run.epoch(0)
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(math.nan)
+    run.train(run.training(1))
+    with pytest.warns(UserWarning, match="leaves the weights as they are"):
+        assert run.scheduler.step() is None
+    assert dict(run.objective.weight) == START
+
+
 def test_a_validation_that_broke_off_does_not_count_twice():
     run, twin = Run(every=1), Run(every=1)
     for one in (run, twin):

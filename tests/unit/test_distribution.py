@@ -162,6 +162,7 @@ def test_the_sdist_holds_the_tree_and_builds_the_same(built, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # installs torch
 def test_the_wheel_works_beside_torch_alone(built, tmp_path):
     python = tmp_path / "env" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True, timeout=600)

@@ -17,8 +17,6 @@ ROOT = Path(__file__).parents[4]
 NUMBERS = ROOT / "docs" / "evidence.json"
 _NAMES = re.compile(MARK.format("(\\w+)"))
 
-pytestmark = pytest.mark.skipif(not NUMBERS.is_file(), reason="the first whole run brings docs/evidence.json")
-
 
 def test_the_numbers_are_of_all_sets_and_as_they_were_written():
     summary = load(NUMBERS)

@@ -19,6 +19,7 @@ from torch import nn
 import balanceopt as bo
 from benchmarks.command import positive
 from benchmarks.data import MultimodalData, Split, av_digits, digits_views, mfeat
+from benchmarks.evidence.sets import data_of
 from benchmarks.models import classifier_for
 from benchmarks.report import aligned
 from benchmarks.training import RECIPES, Recipe, batches, evaluate, linear_probe
@@ -96,6 +97,7 @@ def sets(folder: Path) -> dict[str, Callable[[int], MultimodalData]]:
         "av_digits, noise on the image": partial(av, "image"),
         "av_digits, noise on the audio": partial(av, "audio"),
         "digits": digits_views,
+        **{name: partial(data_of, name, folder, "test") for name in ("watch", "films", "segments")},
     }
 
 

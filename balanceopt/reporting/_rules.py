@@ -54,7 +54,7 @@ SOURCES: dict[str, Source] = {
     "report": Source(
         "The report: was it right?",
         "docs/report.md#was-it-right",
-        "Findings of runs on five sets of real data, with two seeds, checked by training each encoder alone; how the "
+        "Findings of runs on eight sets of real data, with two seeds, checked by training each encoder alone; how the "
         "limits of the rules were chosen.",
     ),
     "peng2022": Source(

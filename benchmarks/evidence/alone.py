@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from benchmarks import training
 from benchmarks.evidence.sets import SETS, Part, data_of
-from benchmarks.methods import plain
-from benchmarks.models import MultimodalClassifier, classifier_for
+from benchmarks.models import MultimodalClassifier
 from benchmarks.tasks import NUMBER, Task
-from benchmarks.training import Recipe, fit
+from benchmarks.training import Recipe
 
 # What is averaged in an ensemble: probabilities, or logits, which is the normalised geometric mean of probabilities.
 Pool = Literal["logits", "probabilities"]
@@ -44,10 +44,9 @@ def train_alone(
 ) -> Alone:
     """The modality's encoder, trained by SGD without the others; the last few are kept, so leave them as they are."""
     data = data_of(name, folder, part, seed)
-    torch.manual_seed(weights_seed)
-    model = classifier_for(data, [modality])
+    recipe = Recipe(epochs, lr, batch_size=SETS[name].batch_size)
     began = time.process_time()
-    fit(model, plain, data, Recipe(epochs, lr, batch_size=SETS[name].batch_size), seed=weights_seed)
+    model = training.train_alone(data, modality, recipe, seed=weights_seed)
     return Alone(model, time.process_time() - began)
 
 

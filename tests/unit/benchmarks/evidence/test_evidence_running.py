@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 import torch
 
+from benchmarks import training
 from benchmarks.data import Split
-from benchmarks.evidence import alone
 from benchmarks.evidence.alone import Ensemble, Frozen, Pool, start_from, train_alone
 from benchmarks.evidence.building import build_of
 from benchmarks.evidence.rows import CONTROLS, METHODS, RECIPES, Knob, rows_of, with_needs
@@ -151,7 +151,7 @@ def test_a_frozen_encoder_keeps_the_statistics_of_its_norms():
 def test_an_encoder_alone_is_trained_once(folder, monkeypatch):
     train_alone.cache_clear()
     fits = []
-    monkeypatch.setattr(alone, "fit", lambda *args, **kwargs: fits.append(args))
+    monkeypatch.setattr(training, "fit", lambda *args, **kwargs: fits.append(args))
     lrs = dict.fromkeys(("fou_lr", "pix_lr", "mor_lr"), 0.1)
     for pool in ("logits", "probabilities"):
         run(replace(JOB, options={**lrs, "epochs": 1, "start": "ensemble", "pool": pool}), folder)

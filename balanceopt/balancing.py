@@ -183,7 +183,8 @@ def balance(
             "`optimizer` should have no learning-rate scheduler yet: the heads' parameters become a group of it, which "
             "the scheduler would not know. Build the scheduler after bo.balance."
         )
-    regression = as_loss(loss).answers == "numbers" and as_loss(loss).rowwise
+    form = as_loss(loss)
+    regression = form.rowwise and form.answers == "numbers"
     monitor = ModalityMonitor(model, encoders, loss=loss)
     try:
         objective = UnimodalObjective(monitor, out_features, seed=seed)

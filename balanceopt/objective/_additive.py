@@ -5,8 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from balanceopt._options import shown
 from balanceopt._pooling import samples_in
 from balanceopt.monitor import ModalityMonitor, UnimodalLogits, require_scores
+
+
+def check_classes(monitor: ModalityMonitor, why: str) -> None:
+    """Raise if the monitor's loss is no cross-entropy, and say why a term needs one.
+
+    Raises:
+        ValueError: for a monitor of another loss.
+    """
+    if not monitor.labels.loss.has_classes:
+        raise ValueError(
+            f"`monitor` should be one of cross-entropy, with `loss=None` or nn.CrossEntropyLoss(): {why}. Found "
+            f"loss={shown(monitor.loss)}. UnimodalObjective takes any loss."
+        )
 
 
 def additive_logits(monitor: ModalityMonitor, who: str) -> UnimodalLogits:

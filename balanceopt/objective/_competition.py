@@ -15,13 +15,12 @@ from balanceopt._options import (
     check_kind,
     check_number,
     names_of,
-    shown,
 )
 from balanceopt._random import generator_for, mixed
 from balanceopt.distributed import shared_seed
 from balanceopt.functional import derangement, permutation_divergence, wide
 from balanceopt.monitor import ModalityMonitor, two_classes
-from balanceopt.objective._additive import additive_logits, logits_by_sample
+from balanceopt.objective._additive import additive_logits, check_classes, logits_by_sample
 from balanceopt.objective._base import Objective
 
 Strategy = Literal["greedy", "independent", "collaborative"]
@@ -90,12 +89,7 @@ class CompetitionObjective(Objective):
         check_number("weight", weight, at_least=0)
         check_choice("strategy", strategy, get_args(Strategy))
         check_count("samples", samples, at_least=1)
-        if not monitor.labels.loss.has_classes:
-            raise ValueError(
-                "`monitor` should be one of cross-entropy, with `loss=None` or nn.CrossEntropyLoss(): the divergence "
-                f"is between distributions over classes. Found loss={shown(monitor.loss)}. UnimodalObjective takes any "
-                "loss."
-            )
+        check_classes(monitor, "the divergence is between distributions over classes")
         additive_logits(monitor, "CompetitionObjective")
         super().__init__(monitor)
         self.weight = float(weight)

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from balanceopt._options import check_flag, check_kind, check_number, shown, to_tensor
+from balanceopt._options import check_flag, check_kind, check_number, to_tensor
 from balanceopt.distributed import Group, active_group, concatenate_over_ranks, rank_in
 from balanceopt.functional import CorrelationSums, check_class_indices, correlation_sums, total_correlation
 from balanceopt.monitor import ModalityMonitor
-from balanceopt.objective._additive import additive_logits, logits_by_sample
+from balanceopt.objective._additive import additive_logits, check_classes, logits_by_sample
 from balanceopt.objective._base import Objective
 
 
@@ -62,12 +62,7 @@ class TotalCorrelationLoss(Objective):
         check_kind("`monitor`", monitor, ModalityMonitor, "a ModalityMonitor")
         check_number("weight", weight, at_least=0)
         check_flag("group_negatives", group_negatives)
-        if not monitor.labels.loss.has_classes:
-            raise ValueError(
-                "`monitor` should be one of cross-entropy, with `loss=None` or nn.CrossEntropyLoss(): the loss is over "
-                f"combinations of features with one class. Found loss={shown(monitor.loss)}. UnimodalObjective takes "
-                "any loss."
-            )
+        check_classes(monitor, "the loss is over combinations of features with one class")
         additive_logits(monitor, "TotalCorrelationLoss")
         super().__init__(monitor)
         self.weight = float(weight)

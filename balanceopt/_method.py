@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
-from types import TracebackType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from balanceopt._deferred import DeferredCounts
 from balanceopt._options import check_choice, check_count, check_entries
+from balanceopt._removable import Removable
 
 Unit = Literal["step", "epoch"]
 Listener = Callable[[int, str, tuple[str, ...], Tensor], None]
 # Value of a modality without a value, for which no row is recorded. NaN is a value: something went wrong.
 ABSENT = -math.inf
-Self = TypeVar("Self", bound="Method")
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
-class Method:
+class Method(Removable):
     """The lifecycle of a balancing method: window, reported quantities, counters, state and removal.
 
     The base of `Modulation` (changes gradients), `ForwardMethod` (changes features) and `EpochMethod` (acts between
@@ -124,14 +123,6 @@ class Method:
     def remove(self) -> None:
         """Stop the method from acting; a second call is a no-op."""
         self.removed = True
-
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's named options for `repr`, read from the attributes of the same names."""

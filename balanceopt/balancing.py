@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from balanceopt._options import check_count, check_entries, check_kind, names_of
+from balanceopt._removable import Removable
 from balanceopt.functional import LossFunction, as_loss
 from balanceopt.modality import Encoders
 from balanceopt.monitor import ModalityMonitor
@@ -21,7 +21,7 @@ from balanceopt.relearn import Diagnosis, ReLearnScheduler
 _PARTS = 5
 
 
-class Balance:
+class Balance(Removable):
     """What `balance` built: the loss to add, the step after each epoch, the vote at test time.
 
     Attributes:
@@ -104,14 +104,6 @@ class Balance:
         if self.scheduler is not None:
             self.scheduler.remove()
         self.monitor.remove()
-
-    def __enter__(self) -> Balance:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         return f"Balance({self.objective.extra_repr()}, scheduler={self.scheduler!r}, votes={self._votes})"

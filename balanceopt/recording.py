@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Mapping
 from os import PathLike
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakMethod, finalize
 
@@ -15,6 +14,7 @@ from balanceopt._deferred import on_host
 from balanceopt._files import check_path, replacing
 from balanceopt._method import ABSENT
 from balanceopt._options import check_count, check_entries, check_function, check_kind, shown
+from balanceopt._removable import Removable
 from balanceopt.monitor import ModalityMonitor
 from balanceopt.probes import ProbeMonitor
 from balanceopt.relearn import EpochMethod
@@ -48,7 +48,7 @@ _WAITING = 256
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
-class Recorder:
+class Recorder(Removable):
     """Record what training does with each modality, at every step.
 
     Of a `ModalityMonitor` the recorder records plain training, with any optimizer and without a wrapper: `score` and
@@ -199,14 +199,6 @@ class Recorder:
         if self._remove.alive:
             self.rows()  # to end a round of validation, and to log
         self._remove()
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def _hear(
         self, unit: Unit, step: int, quantity: str, modalities: tuple[str, ...], values: Tensor

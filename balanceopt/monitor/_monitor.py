@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from types import TracebackType
 from typing import Any, Literal, get_args
 from weakref import finalize
 
@@ -19,6 +18,7 @@ from balanceopt._options import (
     shown,
     to_tensor,
 )
+from balanceopt._removable import Removable
 from balanceopt._torch import holds_compiled_code, is_compiled
 from balanceopt.distributed import Group, check_group
 from balanceopt.functional import LossFunction, as_loss
@@ -39,7 +39,7 @@ from balanceopt.monitor._silence import why_silent
 from balanceopt.monitor._zero_out import Fill
 
 
-class ModalityMonitor:
+class ModalityMonitor(Removable):
     r"""Watch a model in training by hooks: each modality's features and uni-modal logits, and the labels.
 
     For each training pass whose backward reaches the head, the monitor adds up, over samples,
@@ -308,14 +308,6 @@ class ModalityMonitor:
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """Current parameters of each modality (`fully_shard` and lazy modules replace parameters)."""
         return modality_parameters(self.model, self.encoders)
-
-    def __enter__(self) -> ModalityMonitor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles (EMA, SWA) have no hooks, as after `remove()`, since hooks belong to the original.

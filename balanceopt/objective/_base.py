@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
+from balanceopt._removable import Removable
 from balanceopt.monitor import CallWatch, ModalityMonitor
 from balanceopt.objective._live import LiveFeatures
 
-Self = TypeVar("Self", bound="Objective")
 
-
-class Objective(nn.Module):
+class Objective(Removable, nn.Module):
     """Base of losses on the features of the latest forward, which hooks of a monitor record."""
 
     monitor: ModalityMonitor
@@ -48,14 +46,6 @@ class Objective(nn.Module):
         if uncalled is not None:
             self._live.watch = CallWatch(self.monitor, None, uncalled)
             weakref.finalize(self, self._live.watch.remove).atexit = False
-
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is inert, because hooks exist on the original monitor's model only.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from balanceopt._method import Listener
+from balanceopt._removable import Removable
 from balanceopt._torch import OPTIMIZER_HOOKS
 from balanceopt._undo import Before
 from balanceopt.modulation import OGM, Modulation
@@ -17,7 +17,7 @@ from balanceopt.optim._engine import Engine
 from balanceopt.optim._state import check_state
 
 
-class AttachedModulation:
+class AttachedModulation(Removable):
     """Handle of the hooks that `attach` registered. The optimizer holds the handle: a reference to it is optional.
 
     Attributes:
@@ -129,14 +129,6 @@ class AttachedModulation:
             if self._wrapped is None:  # otherwise a step's closure may be the caller
                 self._depth = 0
         self._zero_grad(set_to_none=set_to_none)
-
-    def __enter__(self) -> AttachedModulation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def attach(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import balanceopt as bo
-from balanceopt.probes import mean_average_precision
+from balanceopt.probes._round import mean_average_precision
 from tests.models import CLASSES, FUSIONS, Concat, HuggingFaceStyle, Multimodal, batch, train_step, watch
 from tests.training import grad_of, same_bits
 from tests.unit.optim.test_no_waiting import NoWaiting

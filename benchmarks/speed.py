@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     speed_diagnosis,
     speed_growth,
+    speed_import,
     speed_methods,
     speed_monitor,
     speed_step,
@@ -31,6 +32,7 @@ PARTS: dict[str, Callable[[Options], Found]] = {
     "monitor": speed_monitor.run,
     "relearning": speed_diagnosis.run,
     "growth": speed_growth.run,
+    "import": speed_import.run,
 }
 
 

@@ -59,10 +59,15 @@ def measure(
 
 
 def processor_seconds(
-    contenders: Mapping[str, Contender], repetitions: int, device: torch.device, *, warm_up: int = 2
+    contenders: Mapping[str, Contender],
+    repetitions: int,
+    device: torch.device,
+    *,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Measure this process's processor time in the same order, and return all rounds by name."""
-    return _rounds(contenders, repetitions, device, warm_up, time.process_time)
+    """Measure processor time, of this process or by another clock, in the same order, and return all rounds by name."""
+    return _rounds(contenders, repetitions, device, warm_up, clock)
 
 
 def _rounds(

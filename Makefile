@@ -70,6 +70,7 @@ $(LOWER)/constraints.txt: pyproject.toml
 	@mkdir -p $(LOWER)
 	@sed 's/#.*//' pyproject.toml | grep -o '"[A-Za-z][A-Za-z0-9_-]*\(\[python\]\)\{0,1\}>=[0-9.]*' | \
 	  sed 's/"//; s/\[python\]//; s/>=/==/' | sort -u >$@
+	@echo "pyparsing<3.3 # newer ones warn of their old names, which matplotlib 3.7 calls" >>$@
 
 %-lower: $(LOWER)/constraints.txt ## test-lower, test-frameworks-lower: the same with the oldest versions; PYTHON=python3.10
 	@$(MAKE) --no-print-directory $* VENV=$(LOWER) CONSTRAINTS=$<

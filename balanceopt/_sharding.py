@@ -51,7 +51,7 @@ def distributed_as(tensor: Tensor, values: Tensor, *, broadcast: bool = False) -
         values: the shape of `tensor`; with `broadcast`, a shape that broadcasts with it.
         broadcast: replicate along dimensions of size 1.
     """
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     t: Any = tensor
     placements = t.placements
@@ -60,7 +60,9 @@ def distributed_as(tensor: Tensor, values: Tensor, *, broadcast: bool = False) -
             p if isinstance(p, Shard) and values.shape[p.dim] > 1 else Replicate() for p in placements
         ]
     values = values.to(t.device_mesh.device_type)
-    shards: Tensor = distribute_tensor(values, t.device_mesh, placements, src_data_rank=None)
+    # Not distribute_tensor, which until torch 2.7 sends the values of one rank to all others.
+    replicas = DTensor.from_local(values, t.device_mesh, [Replicate()] * t.device_mesh.ndim, run_check=False)
+    shards: Tensor = replicas.redistribute(placements=placements)
     return shards
 
 

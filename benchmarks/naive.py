@@ -58,7 +58,12 @@ def amss(parameters: Parameters, ratios: Sequence[float], unbiased: bool) -> Non
 def diagnosis(features: np.ndarray, labels: np.ndarray, classes: int, seed: int) -> float:
     """Eq. 3: scale, cluster by scikit-learn, count the most frequent class of each cluster one by one."""
     scaled = need("sklearn.preprocessing").MinMaxScaler().fit_transform(features)
-    found = need("sklearn.cluster").KMeans(n_clusters=classes, random_state=seed).fit(scaled).labels_
+    found = (
+        need("sklearn.cluster")
+        .KMeans(n_clusters=classes, n_init="auto", random_state=seed)
+        .fit(scaled)
+        .labels_
+    )
     right = 0
     for cluster in range(classes):
         own = labels[found == cluster]

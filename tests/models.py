@@ -99,7 +99,8 @@ class Multimodal(nn.Module):
         return self.get_submodule("head")
 
     def encode(self, *inputs: Tensor) -> list[Any]:
-        return [encoder(x) for encoder, x in zip(self.encoders.values(), inputs, strict=True)]
+        # A list, because torch 2.6 can't compile a loop over `zip(..., strict=True)` with a graph break inside.
+        return [encoder(x) for encoder, x in list(zip(self.encoders.values(), inputs, strict=True))]
 
     def fuse(self, features: list[Tensor]) -> Tensor:
         raise NotImplementedError
@@ -147,7 +148,7 @@ class SumHeads(Multimodal):
         return dict(self.own_heads.items())
 
     def fuse(self, features: list[Tensor]) -> Tensor:
-        logits = [head(z) for head, z in zip(self.own_heads.values(), features, strict=True)]
+        logits = [head(z) for head, z in list(zip(self.own_heads.values(), features, strict=True))]
         return torch.stack(logits).sum(0)
 
 
@@ -226,7 +227,7 @@ class Inline(Multimodal):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         features = torch.cat(
-            [encoder(x) for encoder, x in zip(self.encoders.values(), inputs, strict=True)], -1
+            [encoder(x) for encoder, x in list(zip(self.encoders.values(), inputs, strict=True))], -1
         )
         return F.linear(F.dropout(features.tanh(), 0.2, self.training), self.weight, self.bias)
 

@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+# Whether torch can shard a model on the CPU; torch 2.6 can't.
+SHARDS = hasattr(torch.cpu.Stream, "record_event")
+needs_shards = pytest.mark.skipif(not SHARDS, reason="fully_shard on the CPU needs torch 2.7")
 TIMEOUT = datetime.timedelta(seconds=60)
 # Seconds for each two processes. None outlives its test: every test of ranks has a longer `timeout` than this.
 PATIENCE = 170

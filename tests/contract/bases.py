@@ -89,9 +89,11 @@ _OWN = [
     _torch("Rprop", 0.01),
     _torch("ASGD", 0.1),
     _torch("Adafactor", 0.01),
-    Base("Muon", lambda groups: torch.optim.Muon(_matrices(groups), lr=0.01)),
     Base("LBFGS", lambda groups: torch.optim.LBFGS(_one_group(groups), lr=0.01, max_iter=3), closure=True),
 ]
+
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    _OWN.append(Base("Muon", lambda groups: torch.optim.Muon(_matrices(groups), lr=0.01)))
 
 _THIRD_PARTY = [
     _third("A2GradExp", keeps_copy=True),

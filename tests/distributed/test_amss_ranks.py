@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
-from tests.ranks import on_ranks
+from tests.ranks import SHARDS, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 
@@ -117,7 +117,8 @@ def train(wrap: str, options: dict[str, Any], rows: slice) -> tuple[dict[str, Te
     return parameters, {name: torch.stack(found) for name, found in masks.items()}
 
 
-CASES = [(wrap, name) for wrap in ("ddp", "fully_shard") for name in OPTIONS] + [("zero", "AMSS")]
+WRAPS = ("ddp", "fully_shard") if SHARDS else ("ddp",)
+CASES = [(wrap, name) for wrap in WRAPS for name in OPTIONS] + [("zero", "AMSS")]
 
 
 def on_a_rank(rank: int) -> dict[tuple[str, str], Any]:

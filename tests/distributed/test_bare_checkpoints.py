@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_files
 
 import balanceopt as bo
 from tests.parallel import Run, difference, shard
-from tests.ranks import on_ranks
+from tests.ranks import needs_shards, on_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = [needs_shards, pytest.mark.distributed, pytest.mark.timeout(240)]
 
 FIRST, MORE, SEED = 5, 5, 5
 FORMATS = {

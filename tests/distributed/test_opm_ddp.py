@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import balanceopt as bo
 from tests.models import Concat, watch
-from tests.ranks import on_ranks
+from tests.ranks import SHARDS, needs_shards, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 
@@ -26,10 +26,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "gated": {"options": {"p_exe": 0.5, "rescale": "official"}},
     "watched": {"options": {"start": 99}},
     "checkpointed": {"again": True},
-    "sharded": {"wrap": "fully_shard"},
-    "sharded, watched": {"wrap": "fully_shard", "options": {"start": 99}},
     "rank without labels": {"unlabelled": 1},
 }
+if SHARDS:
+    SCENARIOS["sharded"] = {"wrap": "fully_shard"}
+    SCENARIOS["sharded, watched"] = {"wrap": "fully_shard", "options": {"start": 99}}
 
 
 class Net(Concat):
@@ -138,7 +139,7 @@ def test_masks_are_each_ranks_own(ranks, name):
     assert second.any(1).all()
 
 
-@pytest.mark.parametrize("name", ["watched", "sharded, watched"])
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if "watched" in name])
 def test_q_is_that_of_one_process_on_the_whole_batch(ranks, name):
     alone = Run(wrap="none", options={"start": 99}).train(slice(0, BATCH)).told()
     torch.testing.assert_close(ranks[0][name]["q"], alone["q"])
@@ -149,6 +150,7 @@ def test_checkpointing_changes_nothing(ranks):
     torch.testing.assert_close(ranks[0]["checkpointed"]["parameters"], ranks[0]["plain"]["parameters"])
 
 
+@needs_shards
 def test_sharding_changes_nothing(ranks):
     torch.testing.assert_close(ranks[0]["sharded"]["parameters"], ranks[0]["plain"]["parameters"])
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 import balanceopt as bo
 from tests.models import Concat, batch_norm
-from tests.ranks import on_ranks
+from tests.ranks import needs_shards, on_ranks
 from tests.relearning import move_away, samples, train_epoch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -162,6 +162,7 @@ def sharded(rank, folder):
     return [go_back_sharded(rank, mesh, what, folder) for what in CASES]
 
 
+@needs_shards
 def test_sharded_parameters_go_back(tmp_path):
     ranks = on_ranks(sharded, tmp_path, tmp_path)
     _, initial = untrained()
@@ -190,6 +191,7 @@ def sharded_later(rank):
     return found, before, {n: p.full_tensor() for n, p in model.named_parameters()}, told
 
 
+@needs_shards
 def test_parameters_sharded_after_the_scheduler_was_built_stay(tmp_path):
     for found, before, after, told in on_ranks(sharded_later, tmp_path):
         assert all(alpha > 0 for alpha in found.strength.values())

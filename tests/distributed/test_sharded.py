@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
-from tests.ranks import on_ranks
+from tests.ranks import SHARDS, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 
@@ -91,6 +91,7 @@ CASES = [
     ("OGM-GE", False, "fully_shard"),
     ("OGM-GE", True, "zero"),
 ]
+CASES = [case for case in CASES if SHARDS or case[2] != "fully_shard"]
 
 
 @pytest.fixture(scope="module")

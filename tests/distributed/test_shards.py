@@ -18,10 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 import balanceopt as bo
 from tests.models import Concat
 from tests.parallel import METHODS, Run, alone, difference, gated, shard
-from tests.ranks import FOUR, on_ranks
+from tests.ranks import FOUR, needs_shards, on_ranks
 from tests.training import groups_of, sgd
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+pytestmark = [needs_shards, pytest.mark.distributed, pytest.mark.timeout(240)]
 
 STEPS = 8
 WATCHED = {"start": 10**6}

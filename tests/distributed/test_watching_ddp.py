@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
 from tests.models import CLASSES, INPUTS, Concat, watch
-from tests.ranks import on_ranks
+from tests.ranks import needs_shards, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 
@@ -88,7 +88,7 @@ def test_probes_are_those_of_one_process_with_all_samples(tmp_path, ranks):
             torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("wrap", ["ddp", "fully_shard"])
+@pytest.mark.parametrize("wrap", ["ddp", pytest.param("fully_shard", marks=needs_shards)])
 def test_one_rank_may_record_and_validate_alone(wrap, tmp_path):
     if wrap == "fully_shard":  # a sharded model's forward is a collective
         first, second = on_ranks(work, tmp_path, "all", wrap)

@@ -33,6 +33,10 @@ class Cost(NamedTuple):
     breaks: int
 
 
+# Torch 2.6 leaves the function in which the graph breaks to Python, and breaks in its callers too.
+MODEL = Cost(1, 7) if torch.__version__.startswith("2.6.") else Cost(4, 4)
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
@@ -75,8 +79,8 @@ def train(
         ("OGM-GE, AMSS", "base", Cost(2, 1)),
         ("OGM-GE, AMSS", "step", Cost(2, 2)),
         ("bare", "model", Cost(1, 0)),
-        ("OGM-GE, AMSS", "model", Cost(4, 4)),
-        ("OGM-GE, AMSS", "model base", Cost(4 + 2, 4 + 1)),
+        ("OGM-GE, AMSS", "model", MODEL),
+        ("OGM-GE, AMSS", "model base", Cost(MODEL.graphs + 2, MODEL.breaks + 1)),
     ],
 )
 def test_graphs_and_breaks(methods: str, what: str, expected: Cost):

@@ -14,6 +14,9 @@ import balanceopt as bo
 from tests.models import watch
 from tests.training import batches, groups_of, sgd, small_model, train
 
+# Of SequentialLR itself in torch 2.6.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LambdaLR": lambda o: lr.LambdaLR(o, lambda step: 0.9**step),
     "MultiplicativeLR": lambda o: lr.MultiplicativeLR(o, lambda step: 0.95),

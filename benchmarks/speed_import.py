@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 from benchmarks.speed_options import Options
 from benchmarks.speed_report import Section
@@ -14,7 +15,7 @@ from benchmarks.timing import Contender, processor_seconds, summary
 def run(options: Options) -> list[Section]:
     """Processor time of a process that imports torch, and of one that imports balanceopt too."""
     rows = {"torch": "import torch.optim", "torch, balanceopt": "import torch.optim, balanceopt"}
-    contenders = {name: Contender(lambda code=code: _start(code)) for name, code in rows.items()}
+    contenders = {name: Contender(partial(_start, code)) for name, code in rows.items()}
     seconds = processor_seconds(
         contenders, options.repetitions, options.device, warm_up=1, clock=_of_children
     )

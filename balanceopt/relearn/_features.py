@@ -318,7 +318,12 @@ def _collect(
             latest.clear()
             run = partial(run_batch, monitor.model, batch, chosen.forward)
             labels, first = (monitor.hooks.rehearse(run) if first else run()), False
-            collector.add({name: held() for name, held in latest.items()}, labels)
+            collector.add(_results(latest), labels)
+
+
+def _results(held: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    # Not within the `with` block, whose end Python 3.12 and 3.13 skip if a tracer raises inside a comprehension.
+    return {name: result() for name, result in held.items()}
 
 
 def _latest_features(undo: Undo, monitor: ModalityMonitor) -> dict[str, Callable[[], Tensor]]:

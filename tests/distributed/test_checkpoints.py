@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.timeout(240),
     pytest.mark.filterwarnings("ignore:torch.distributed is .*uninitialized"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
 
 FIRST, MORE, SEED = 5, 5, 5

@@ -179,7 +179,6 @@ def without_numbers(model, inputs, labels):
     return {"shape": torch.tensor(logits.shape)}
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     "way", [by_transform, by_sample, in_batches, exported, traced, as_graph, without_numbers]
 )

@@ -62,7 +62,6 @@ def test_with_leaves_no_hook_after_an_exception_of_the_monitor():
     assert no_hooks(model)
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning")  # of newer versions of torch
 def test_a_module_that_takes_no_hooks_leaves_none_on_the_others():
     model = Concat()
     model.encoders["visual"] = torch.jit.script(model.encoders["visual"])
@@ -368,7 +367,6 @@ def test_exporting_the_model_in_eval_mode():
     torch.testing.assert_close(exported.module()(*inputs), model(*inputs))
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning")  # of newer versions of torch
 def test_tracing_the_model_in_eval_mode():
     model = Concat().eval()
     inputs, _ = batch()

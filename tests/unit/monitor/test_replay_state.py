@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from types import SimpleNamespace
 from typing import Any
@@ -400,9 +399,7 @@ def test_a_scripted_layer_is_in_eval_mode_and_trains_again():
         def fuse(self, features):
             return super().fuse([self.drop(z) for z in features])
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is, in newer versions
-        model = Scripted()
+    model = Scripted()
     inputs, labels = batch(8)
     with watch(model) as monitor:
         scores = monitor.scores()

@@ -19,10 +19,7 @@ import balanceopt as bo
 from tests.models import watch
 from tests.training import backward, batch, batches, groups_of, same_bits, sgd, small_model, train
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is .*uninitialized"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is .*uninitialized")
 
 BASES = {
     "sgd": sgd,

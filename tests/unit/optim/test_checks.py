@@ -67,7 +67,6 @@ def test_differentiable(form: Form):
 
 
 @both_forms
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own import
 def test_optimizer_in_backward(form: Form):
     from torch.distributed.optim import _apply_optimizer_in_backward  # type: ignore[attr-defined]
 

@@ -17,7 +17,6 @@ from tests.models import watch
 from tests.training import backward, batches, distance, groups_of, sgd, small_model
 
 pytestmark = [  # torch's own, met while it traces
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
 

@@ -13,6 +13,8 @@ from benchmarks.extras import need
 
 _GREY = "#8C8C8C"
 _BLUE, _RED = "#0072B2", "#D55E00"
+# Where the axis begins at the least: one row that diverged would make all others a dot.
+_FAR = -15
 
 
 def draw_sets(sets: Mapping[str, SetSummary], folder: Path) -> list[Path]:
@@ -47,18 +49,21 @@ def differences(found: SetSummary) -> Any:
         colour = _BLUE if d.low > 0 else _RED if d.high < 0 else _GREY
         axes.plot([d.low, d.high], [place, place], color=colour, linewidth=2)
         axes.plot(d.mean, place, "o", color=colour, markersize=5)
+        if d.mean < _FAR:
+            axes.text(
+                _FAR, place, f" \N{LEFTWARDS ARROW} {d.mean:.1f}", va="center", fontsize=9, color=colour
+            )
     axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="x", color="#E5E5E5", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.axvline(0, color="#333333", linewidth=0.8)
-    # One that diverged would make all others a dot.
     low = min((row.difference.low for row in rows.values() if row.difference), default=0)
-    if low < -15:
-        axes.set_xlim(left=-15)
+    if low < _FAR:
+        axes.set_xlim(left=_FAR)
     axes.set_xlabel(f"points of {found.metric} against joint training (95 % interval)")
-    axes.set_title(found.title, loc="left", fontsize=11)
+    figure.suptitle(found.title, fontsize=11)
     return figure
 
 

@@ -64,7 +64,7 @@ test-frameworks: $(VENV)/.extra-test $(VENV)/.extra-accelerate $(VENV)/.extra-li
 test-bases: $(VENV)/.extra-test $(VENV)/.extra-bases ## run the tests with the optimizers of pytorch_optimizer
 	@$(BIN)/python -m pytest -n $(JOBS) -m bases $(ARGS)
 
-# Lower bounds of pyproject.toml as constraints, for an environment of their own; numpy 1.24 needs Python 3.10 or 3.11.
+# Lower bounds of pyproject.toml as constraints, for an environment of their own; numpy 1.25 needs Python 3.10 or 3.11.
 LOWER := .venv-lower
 $(LOWER)/constraints.txt: pyproject.toml
 	@mkdir -p $(LOWER)

@@ -213,8 +213,13 @@ def llava(words: int = WORDS) -> nn.Module:
     return t.LlavaForConditionalGeneration(config)
 
 
+def _inside(model: Any) -> Any:
+    # Older versions of transformers have the parts in the model itself.
+    return getattr(model, "model", model)
+
+
 def llava_encoders(model: Any) -> dict[str, nn.Module]:
-    return {"image": model.model.vision_tower, "text": model.model.language_model.embed_tokens}
+    return {"image": _inside(model).vision_tower, "text": model.get_input_embeddings()}
 
 
 def _ids(length: int) -> Tensor:
@@ -256,7 +261,7 @@ def _llava(*, own: bool) -> Case:
     return Case(
         model,
         llava_encoders(model),
-        model.lm_head,
+        model.get_output_embeddings(),
         {**inputs, "labels": labels} if own else inputs,
         _own_loss if own else written,
         _shifted(labels),
@@ -268,7 +273,7 @@ def _llava(*, own: bool) -> Case:
 def _llava_projector() -> Case:
     """Build stage 1 of LLaVA's training: a frozen tower, whose projector is the encoder."""
     case = _llava(own=True)
-    model: Any = case.model.model
+    model = _inside(case.model)
     model.vision_tower.requires_grad_(False)
     case.encoders["image"] = model.multi_modal_projector
     return case
@@ -406,8 +411,12 @@ class ClipHead(nn.Module):
         self.head = nn.Linear(24, outputs)
 
     def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
-        text = self.clip.get_text_features(input_ids=ids).pooler_output
-        image = self.clip.get_image_features(pixel_values=pixels).pooler_output
+        features = (
+            self.clip.get_text_features(input_ids=ids),
+            self.clip.get_image_features(pixel_values=pixels),
+        )
+        # Older versions of transformers return the pooled features themselves.
+        text, image = (getattr(output, "pooler_output", output) for output in features)
         return self.head(torch.cat([F.normalize(text, dim=-1), F.normalize(image, dim=-1)], 1) * 4)
 
 

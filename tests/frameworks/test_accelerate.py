@@ -37,14 +37,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator_a_test():
-    """Accelerate keeps its settings for the whole process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def setup(form="wrapper", schedule=None, dropout=False, modulation=None, **options) -> Any:
     """What a user prepares: accelerator, model, optimizer, scheduler, and whoever counts the steps."""
     accelerator = Accelerator(cpu=True, **options)

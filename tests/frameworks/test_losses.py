@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, PreTrainedModel, Trainer
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import balanceopt as bo
@@ -26,7 +26,7 @@ from balanceopt.integrations import lightning as under_lightning
 from balanceopt.integrations import transformers as under_transformers
 from benchmarks.loss_models import Case, llava, llava_encoders
 from benchmarks.loss_pairs import naive_scores
-from tests.frameworks.under_transformers import arguments
+from tests.frameworks.under_transformers import InOrder, arguments
 
 pytestmark = [
     pytest.mark.frameworks,
@@ -68,7 +68,7 @@ def by_hand(
     vision-language model.
     """
     loss = nn.CrossEntropyLoss(label_smoothing=smoothing) if smoothing else None
-    monitor = bo.ModalityMonitor(model, llava_encoders(model), model.lm_head, loss=loss)
+    monitor = bo.ModalityMonitor(model, llava_encoders(model), model.get_output_embeddings(), loss=loss)
     base = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0)
     optimizer = bo.ModulatedOptimizer(base, monitor, bo.OGM(0.5, noise=False))
     recorder = bo.Recorder(optimizer)
@@ -104,7 +104,7 @@ def test_a_language_model_under_the_trainer_equals_a_loop_that_tells_the_labels(
     samples = dialogues(BATCH * STEPS * accumulate)
     plain = by_hand(copy.deepcopy(model), samples, smoothing, accumulate, bf16)
     balance = under_transformers.BalanceCallback(
-        llava_encoders, lambda model: model.lm_head, bo.OGM(0.5, noise=False)
+        llava_encoders, lambda model: model.get_output_embeddings(), bo.OGM(0.5, noise=False)
     )
     recorder = bo.Recorder(balance)
     args = arguments(
@@ -116,7 +116,7 @@ def test_a_language_model_under_the_trainer_equals_a_loop_that_tells_the_labels(
         lr_scheduler_type="constant",
         bf16=bf16,
     )
-    Trainer(model, args, train_dataset=samples, callbacks=[balance]).train()
+    InOrder(model, args, train_dataset=samples, callbacks=[balance]).train()
     source = "gradient" if smoothing else "model"
     assert balance.monitor.stats()["labels"] == {source: STEPS * accumulate}
     assert balance.stats() == {**balance.stats(), "modulated": STEPS, "without_scores": 0}
@@ -207,7 +207,7 @@ def test_labels_of_numbers_under_the_trainer(kind, accumulate, tmp_path):
         per_device_train_batch_size=16 // accumulate,
         gradient_accumulation_steps=accumulate,
     )
-    Trainer(model, args, train_dataset=samples, callbacks=[balance]).train()
+    InOrder(model, args, train_dataset=samples, callbacks=[balance]).train()
     assert balance.monitor.stats()["labels"] == {"model": 2 * accumulate}
     assert balance.stats()["modulated"] == 2
     check(recorder, want)

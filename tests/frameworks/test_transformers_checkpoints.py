@@ -31,7 +31,7 @@ LONG: dict[str, Any] = {
     "max_steps": 10,
     "save_strategy": "steps",
     "save_steps": 5,
-    "train_sampling_strategy": "random",
+    "shuffle": True,
 }
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedModel, Trainer, ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, PreTrainedModel, ViTConfig, ViTModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import balanceopt as bo
@@ -26,7 +26,7 @@ from tests.frameworks.loops import (
     method,
     unchanged,
 )
-from tests.frameworks.under_transformers import MARKS, Net, arguments, callback, trainer
+from tests.frameworks.under_transformers import MARKS, InOrder, Net, arguments, callback, trainer
 
 pytestmark = MARKS
 
@@ -106,7 +106,7 @@ def test_a_pretrained_model_is_balanced(tmp_path):
     model = TextAndPicture(BertConfig(vocab_size=9, **SMALL))
     balance = BalanceCallback({"text": "text", "picture": "picture"}, "classifier", method(apply_to="update"))
     args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    Trainer(model, args, train_dataset=samples, callbacks=[balance]).train()
+    InOrder(model, args, train_dataset=samples, callbacks=[balance]).train()
     assert balance.monitor.stats() == {**balance.monitor.stats(), "scores": "split", "labels": {"model": 2}}
     assert balance.stats()["modulated"] == 2
     assert (tmp_path / "checkpoint-2" / "optimizer.pt").is_file()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 import balanceopt as bo
@@ -43,6 +44,13 @@ class Net(HuggingFaceStyle):
         return {"loss": loss, "logits": logits} if loss is not None else {"logits": logits}
 
 
+class InOrder(Trainer):
+    """Takes the samples in their order; the option for that is not in every version."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
 def arguments(folder, **options):
     quiet: dict[str, Any] = {
         "use_cpu": True,
@@ -53,7 +61,6 @@ def arguments(folder, **options):
         "per_device_train_batch_size": 8,
         "max_steps": STEPS,
         "learning_rate": 0.01,
-        "train_sampling_strategy": "sequential",
     }
     return TrainingArguments(str(folder), **{**quiet, **options})
 
@@ -65,9 +72,9 @@ def callback(modulation=None, **options):
     )
 
 
-def trainer(folder, model, *callbacks, count=STEPS, optimizers=(None, None), **options):
+def trainer(folder, model, *callbacks, count=STEPS, optimizers=(None, None), shuffle=False, **options):
     samples: Any = as_samples(model_and_batches(count)[1])
-    return Trainer(
+    return (Trainer if shuffle else InOrder)(
         model,
         arguments(folder, **options),
         train_dataset=samples,
@@ -79,7 +86,7 @@ def trainer(folder, model, *callbacks, count=STEPS, optimizers=(None, None), **o
 
 def default_optimizer(folder, **options):
     """What the Trainer itself makes for a model."""
-    return lambda model: Trainer(model, arguments(folder, **options)).create_optimizer()
+    return lambda model: InOrder(model, arguments(folder, **options)).create_optimizer()
 
 
 def linear(optimizer):

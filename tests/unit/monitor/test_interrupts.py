@@ -145,6 +145,7 @@ def test_nothing_is_left_of_an_interrupt(name, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @KINDS
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_left_of_an_interrupt_at_any_line(name, kind):

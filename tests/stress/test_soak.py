@@ -46,7 +46,7 @@ def train(run: Everything, first: int, steps: int) -> None:
 
 def soak(warmup: int, steps: int, *, every: int) -> tuple[int, Counter[str], float]:
     """What `steps` more steps left behind: bytes and objects by kind, in the half that left fewer, and MiB."""
-    run = everything(max_relearns=None, every=4)
+    run = everything(max_relearns=None, every=4, epochs=10**6)
     recorder = bo.Recorder(run.balanced, run.modulator, run.scheduler, every=every)
     tracemalloc.start()  # from the start: what replaces an older object is no growth
     train(run, 0, warmup)

@@ -237,3 +237,14 @@ def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
     for part in (*model.get_submodule("encoders").children(), model.get_submodule("head"), model):
         fully_shard(part, mesh=mesh, **options)
     return model
+
+
+def shard_encoders(model: Any) -> Any:
+    """`fully_shard` on each encoder and the whole, which has the head as its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*model.modalities.values(), model):
+        fully_shard(part, mesh=mesh)
+    return model

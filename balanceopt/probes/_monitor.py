@@ -261,17 +261,12 @@ class ProbeMonitor(Method):
         with without_autocast(self._device.type):  # probes would be rounded
             rows = {} if done.target is None else self._rows(batch, done.target, done.samples)
             self._build(rows, self._outputs(done))
-            parts: dict[str, tuple[Tensor, Tensor]] = {}
-            losses: dict[str | None, Tensor] = {}
-            for name, part in rows.items():
-                prediction = self._probes[name].predict(part.z)
-                parts[name] = self._probes[name].gradient(part, prediction, self.task)
-                self._rounds["probe_train"].add(name, prediction, part, self.task)
-                if self.losses:
-                    losses[name] = sums_of(prediction, part, self.task)
-            if done.target is not None and batch.logits:
-                losses[None] = self._joint_sums(batch, done.target)
-            self._step(parts, self._losses.columns(losses, self._device) if self.losses else None)
+            predictions, losses = self._evaluate("probe_train", rows, batch, done.target)
+            parts = {
+                name: self._probes[name].gradient(rows[name], prediction, self.task)
+                for name, prediction in predictions.items()
+            }
+            self._step(parts, losses)
         self.passes += bool(rows)
 
     def _step(self, parts: dict[str, tuple[Tensor, Tensor]], losses: Tensor | None) -> None:
@@ -331,24 +326,31 @@ class ProbeMonitor(Method):
         target = None if batch is None else batch.target
         if batch is None or target is None or not self._probes:
             return
-        losses: dict[str | None, Tensor] = {}
         with without_autocast(self._device.type):  # probes would be rounded
-            for name, part in self._rows(batch, target, len(target)).items():
-                if name in self._probes:
-                    prediction = self._probes[name].predict(part.z)
-                    self._rounds["probe"].add(name, prediction, part, self.task)
-                    if self.losses:
-                        losses[name] = sums_of(prediction, part, self.task)
-            if batch.logits:
-                losses[None] = self._joint_sums(batch, target)
-        if self.losses:
-            self._losses.add("val", self._losses.columns(losses, self._device))
+            rows = self._rows(batch, target, len(target))
+            _, losses = self._evaluate("probe", rows, batch, target)
+        if losses is not None:
+            self._losses.add("val", losses)
+
+    def _evaluate(
+        self, quantity: str, rows: Mapping[str, Rows], batch: Batch, target: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Add a batch to a quantity's round; return the probes' predictions, and the losses' sums if they are kept."""
+        predictions: dict[str, Tensor] = {}
+        losses: dict[str | None, Tensor] = {}
+        for name, part in rows.items():
+            if name in self._probes:
+                predictions[name] = self._probes[name].predict(part.z)
+                self._rounds[quantity].add(name, predictions[name], part, self.task)
+                if self.losses:
+                    losses[name] = sums_of(predictions[name], part, self.task)
+        if target is not None and batch.logits:
+            ignored = self.monitor.labels.ignore_index
+            losses[None] = joint_sums_of(batch.logits, target, self.task, ignored)
+        return predictions, self._losses.columns(losses, self._device) if self.losses else None
 
     def _rows(self, batch: Batch, target: Tensor, samples: int | None) -> dict[str, Rows]:
         return rows_of(batch, target, samples, self.monitor, self._warned)
-
-    def _joint_sums(self, batch: Batch, target: Tensor) -> Tensor:
-        return joint_sums_of(batch.logits, target, self.task, self.monitor.labels.ignore_index)
 
     @property
     def _device(self) -> torch.device:

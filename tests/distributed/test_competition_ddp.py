@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
 from tests.models import Concat, batch
+from tests.parallel import shard_encoders
 from tests.ranks import SHARDS, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -44,11 +43,7 @@ def gradients(model, rank, seed=None):
 def in_ddp_and_shards(rank):
     models = [DistributedDataParallel(made())]
     if SHARDS:
-        sharded = made()
-        mesh = init_device_mesh("cpu", (RANKS,))
-        for encoder in sharded.modalities.values():
-            fully_shard(encoder, mesh=mesh)
-        models.append(fully_shard(sharded, mesh=mesh))
+        models.append(shard_encoders(made()))
     results = []
     for model in models:
         torch.manual_seed(100 + rank)

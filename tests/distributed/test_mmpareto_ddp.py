@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
 from tests.models import CLASSES, Concat, batch
+from tests.parallel import shard_encoders
 from tests.ranks import SHARDS, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -52,11 +51,7 @@ def in_ranks(rank: int) -> list[dict[str, torch.Tensor]]:
     results = [train(DistributedDataParallel(made()), scope, part) for scope in SCOPES]
     if not SHARDS:
         return results
-    mesh = init_device_mesh("cpu", (RANKS,))
-    sharded = made()
-    for encoder in sharded.modalities.values():
-        fully_shard(encoder, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
+    sharded = shard_encoders(made())
     with pytest.raises(NotImplementedError, match="scope='output'"):
         train(sharded, "encoder", part)
     return [*results, train(sharded, "output", part)]

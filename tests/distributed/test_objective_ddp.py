@@ -6,12 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
 from tests.models import CLASSES, Concat, batch
+from tests.parallel import shard_encoders
 from tests.ranks import SHARDS, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -80,14 +79,10 @@ def in_ddp(rank):
             results.append(train(wrapped, case, rows, accumulate))
     if not SHARDS:
         return results
-    mesh = init_device_mesh("cpu", (RANKS,))
     for case in CASES:
         if case[:2] == ("shared", True):
             continue
-        sharded = made()
-        for encoder in sharded.modalities.values():
-            fully_shard(encoder, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
+        sharded = shard_encoders(made())
         results.append(train(sharded, case, rows))
     with pytest.raises(NotImplementedError, match="not supported for a sharded head"):
         bo.UnimodalObjective(watch(sharded), CLASSES, heads="shared", inject=True)

@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import balanceopt as bo
 from tests.models import Concat, watch
+from tests.parallel import shard
 from tests.ranks import SHARDS, needs_shards, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -58,9 +57,7 @@ class Run:
         self.model.again = again
         self.caller: torch.nn.Module = self.model
         if wrap == "fully_shard":
-            mesh = init_device_mesh("cpu", (2,))
-            for part in (*self.model.encoders.values(), self.model.head, self.model):
-                fully_shard(part, mesh=mesh)
+            shard(self.model)
         elif wrap == "ddp":
             self.caller = DistributedDataParallel(self.model)
         torch.manual_seed(50 + (dist.get_rank() if dist.is_initialized() else 0))

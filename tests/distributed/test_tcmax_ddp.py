@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
 from tests.models import CLASSES, Concat, SumHeads, batch
-from tests.parallel import counting_collectives, whole
+from tests.parallel import counting_collectives, shard_encoders, whole
 from tests.ranks import SHARDS, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -63,12 +61,7 @@ def in_ranks(rank: int) -> list[Any]:
 
     results = [train(DistributedDataParallel(made(kind)), cut, part(cut)) for kind in KINDS for cut in CUTS]
     if SHARDS:
-        sharded = made(Concat)
-        mesh = init_device_mesh("cpu", (2,))
-        for encoder in sharded.modalities.values():
-            fully_shard(encoder, mesh=mesh)
-        fully_shard(sharded, mesh=mesh)
-        results.append(train(sharded, "uneven", part("uneven")))
+        results.append(train(shard_encoders(made(Concat)), "uneven", part("uneven")))
     apart = DistributedDataParallel(made(Concat))
     with counting_collectives() as calls:
         results.append(train(apart, "halves", part("halves"), group_negatives=False))

@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import balanceopt as bo
 from tests.models import CLASSES, INPUTS, Concat, watch
+from tests.parallel import shard
 from tests.ranks import needs_shards, on_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -41,9 +40,7 @@ def run(rank: int = 0, ranks: int = 1, validates: str = "all", wrap: str = "ddp"
     model = Concat()
     caller: torch.nn.Module = model
     if wrap == "fully_shard":
-        mesh = init_device_mesh("cpu", (ranks,))
-        for part in (*model.encoders.values(), model.head, model):
-            fully_shard(part, mesh=mesh)
+        shard(model)
     elif ranks > 1:
         caller = DistributedDataParallel(model)
     monitor = watch(model)
